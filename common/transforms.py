@@ -1,0 +1,151 @@
+"""Changes of an image together with its boxes and keypoints.
+
+Every function takes a `Sample` whose image is a PIL RGB picture (`load_image`) and returns a new one; the old one
+stays as it was; the colour steps take and return the picture alone. Clips keep together: geometry that happens to
+the image happens to its neighbouring frames. Nothing here draws from a global random state: a number comes in as
+an argument, or from the `np.random.Generator` called `rng`.
+
+Units    pixels. Keypoints sit on pixel centres (the last column is x = w - 1), boxes on pixel edges (the last edge
+         is x = w), which is why mirroring moves them differently.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Tensor
+
+from common.datasets import Sample
+from common.runtime import UserError
+
+
+# ---------------------------------------------------------------- geometry: image, boxes and keypoints
+
+def hflip(sample: Sample, flip: Sequence[int] | None) -> Sample:
+    """Mirror left and right; `flip[k]` is the keypoint that keypoint k becomes, as in `Skeleton.flip`.
+
+    Labelled keypoints move to w - 1 - x, boxes to w - x. Without a table the picture would teach left as right,
+    so `flip=None` is refused.
+    """
+    if flip is None:
+        raise UserError("these keypoints have no left/right pairs, so images cannot be mirrored: switch the flip "
+                        "off, or name the keypoints left_... and right_... in the dataset's categories")
+    w = sample.size[0]
+    keypoints = sample.keypoints[:, list(flip)]                                     # a copy, (P, K, 3)
+    keypoints[..., 0] = np.where(keypoints[..., 2] > 0, w - 1 - keypoints[..., 0], keypoints[..., 0])
+    boxes = sample.boxes.copy()
+    boxes[:, [0, 2]] = w - sample.boxes[:, [2, 0]]                                  # the right edge is now left
+    return replace(_each_image(sample, ImageOps.mirror), keypoints=keypoints, boxes=boxes)
+
+
+def pad(sample: Sample, left: int, top: int, right: int, bottom: int) -> Sample:
+    """Add black borders; a zoom-out once the result is resized. Areas and unlabelled keypoints stay."""
+    return replace(_each_image(sample, lambda image: ImageOps.expand(image, (left, top, right, bottom))),
+                   keypoints=_move(sample.keypoints, (1, 1), (left, top)),
+                   boxes=sample.boxes + np.float32([left, top, left, top]))
+
+
+def resize(sample: Sample, size: tuple[int, int]) -> Sample:
+    """Bilinear to `size` = (w, h), with antialiasing (PIL widens the filter when shrinking); the aspect may change."""
+    scale = np.array(size, np.float32) / np.array(sample.size, np.float32)         # (2,): x, y
+    return replace(_each_image(sample, lambda image: image.resize(size, Image.Resampling.BILINEAR)),
+                   keypoints=_move(sample.keypoints, scale, (0, 0)),
+                   boxes=sample.boxes * np.tile(scale, 2),
+                   areas=sample.areas * scale.prod())
+
+
+def resize_short_side(sample: Sample, short_side: int) -> Sample:
+    """Resize so that the shorter side is `short_side`; the longer one keeps the aspect and is rounded down."""
+    w, h = sample.size
+    short = min(w, h)
+    return resize(sample, (short_side * w // short, short_side * h // short))
+
+
+def mosaic(samples: Sequence[Sample], short_side: int) -> Sample:
+    """Four images in a 2×2 grid: top left, top right, bottom left, bottom right (YOLOv4's mosaic without its crop).
+
+    Each is resized to `short_side` and lies in the top left corner of its cell; all cells are as wide as the widest
+    and as high as the highest of the four, the rest is black. The result carries the id of the first.
+    """
+    samples = [resize_short_side(sample, short_side) for sample in samples]
+    cell_w, cell_h = np.max([sample.size for sample in samples], axis=0).tolist()
+    canvas = Image.new("RGB", (2 * cell_w, 2 * cell_h))
+    corners = [(0, 0), (cell_w, 0), (0, cell_h), (cell_w, cell_h)]
+    for sample, corner in zip(samples, corners, strict=True):
+        canvas.paste(sample.image, corner)
+    return Sample(
+        image=canvas, image_id=samples[0].image_id, size=canvas.size,
+        keypoints=np.concatenate([_move(s.keypoints, (1, 1), corner) for s, corner in zip(samples, corners)]),
+        boxes=np.concatenate([s.boxes + np.tile(np.float32(corner), 2) for s, corner in zip(samples, corners)]),
+        areas=np.concatenate([s.areas for s in samples]),
+        iscrowd=np.concatenate([s.iscrowd for s in samples]))
+
+
+def _each_image(sample: Sample, change: Callable[[Image.Image], Image.Image]) -> Sample:
+    """The sample with its image and its neighbouring frames changed, and the size read from the result."""
+    image = change(sample.image)
+    return replace(sample, image=image, size=image.size, frames=tuple(change(frame) for frame in sample.frames))
+
+
+def _move(keypoints: np.ndarray, scale: Sequence[float], shift: Sequence[float]) -> np.ndarray:
+    """Labelled keypoints (P, K, 3) at xy · scale + shift; unlabelled ones stay, mostly at (0, 0)."""
+    moved = keypoints.copy()
+    xy = keypoints[..., :2] * np.float32(scale) + np.float32(shift)
+    moved[..., :2] = np.where(keypoints[..., 2:] > 0, xy, keypoints[..., :2])
+    return moved
+
+
+def filter_people(sample: Sample) -> Sample:
+    """The people one can learn from: no crowd regions, at least one labelled keypoint, a box with area in the image.
+
+    Boxes are clipped to the image. Keypoints are not: a joint outside the picture is still where it is.
+    """
+    boxes = sample.boxes.clip(0, np.tile(np.float32(sample.size), 2))
+    keep = ~sample.iscrowd & (sample.keypoints[..., 2] > 0).any(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+    return replace(sample, keypoints=sample.keypoints[keep], boxes=boxes[keep], areas=sample.areas[keep],
+                   iscrowd=sample.iscrowd[keep],
+                   track_ids=None if sample.track_ids is None else sample.track_ids[keep])
+
+
+# ---------------------------------------------------------------- colour: image only
+
+def brightness(image: Image.Image, factor: float) -> Image.Image:
+    """Blend with black: 0 is black, 1 the image itself."""
+    return ImageEnhance.Brightness(image).enhance(factor)
+
+
+def contrast(image: Image.Image, factor: float) -> Image.Image:
+    """Blend with the image's mean gray: 0 is flat gray, 1 the image itself."""
+    return ImageEnhance.Contrast(image).enhance(factor)
+
+
+def saturation(image: Image.Image, factor: float) -> Image.Image:
+    """Blend with the gray image: 0 is gray, 1 the image itself."""
+    return ImageEnhance.Color(image).enhance(factor)
+
+
+def hue(image: Image.Image, turn: float) -> Image.Image:
+    """Turn the colour circle by `turn` in [-0.5, 0.5] of a full round; PIL's hue has 256 steps and wraps."""
+    h, s, v = image.convert("HSV").split()
+    h = Image.fromarray((np.array(h, np.int32) + int(turn * 255)).astype(np.uint8))     # uint8: modulo 256
+    return Image.merge("HSV", (h, s, v)).convert("RGB")
+
+
+def color_jitter(image: Image.Image, rng: np.random.Generator, strength: float = 0.4,
+                 turn: float = 0.4) -> Image.Image:
+    """Brightness, contrast and saturation by factors from U(1 - strength, 1 + strength), hue by U(-turn, turn),
+    in random order. Generators with the same seed give the frames of a clip the same change."""
+    steps = [(step, rng.uniform(1 - strength, 1 + strength)) for step in (brightness, contrast, saturation)]
+    steps.append((hue, rng.uniform(-turn, turn)))
+    for i in rng.permutation(len(steps)):
+        step, amount = steps[i]
+        image = step(image, amount)
+    return image
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """(3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
