@@ -1,0 +1,879 @@
+"""DETRPose: real-time multi-person pose estimation with a transformer (arXiv 2506.13027, 2025).
+
+Idea     One query per person. A query is K+1 tokens: one for the person, one for each keypoint. A decoder
+         moves the keypoints in small steps, each step a probability distribution over offsets, and judges
+         its own result by looking at the picture under the predicted keypoints. No boxes, no NMS.
+Flow     image (B,3,H,W) → HGNetv2 → maps of stride 8, 16, 32 → HybridEncoder → memory (B,N,C)
+         → QuerySelection: the Q best cells → poses (B,Q,K,2) → Decoder ×D → poses, scores (B,Q,2)
+Read     QuerySelection (Sec. 3.2) → DecoderLayer, Decoder (Sec. 3.3) → PoseLQE (Sec. 3.3.1)
+         → denoising_queries (Sec. 3.1, eq. 1-4) → match → vfl_loss (eq. 5) → train
+Letters  B images  Q person queries  K keypoints  T = K+1 tokens of a person, the person's own first
+         N memory cells  C channels  M heads  L levels  P points per level  D decoder layers  G groups
+Units    xy in [0,1] of the network's input image, x first; names ending in _px are pixels; boxes cxcywh
+Departs  (the released weights decide inference; these concern it)
+         Sec. 3.3: the position of a token is added to the token itself and stays there (DecoderLayer).
+         Sec. 3.3: the norm after cross-attention is a gate (Gateway). Eq. 5: q is the person's OKS.
+         (these concern training; `--as_released` gives the released code's behaviour)
+         Eq. 2: the released noise always points right and down and is often half an image long, because a
+         norm is taken over the wrong axis; we draw a unit vector in a random direction.
+         Sec. 3.1: the released centre of a noisy query takes (cx,cy,w,h) for corners; we use the box centre.
+         (these only where the release fails)
+         A batch without people crashes the release; here it is a batch without denoising queries.
+         Accumulated micro-batches are averaged, not added: clipping hides the difference.
+
+    python detrpose.py                                  what each preset is: parameters, GFLOPs
+    python detrpose.py --train                          learn the embedded puppets on this machine
+    python detrpose.py --train --data data/coco --preset l --init dfine-l-obj365
+    python eval.py detrpose-l --images photo.jpg        the authors' weights on your photo
+"""
+import copy
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from common import metrics, runtime, transforms, weights
+from common.datasets import BadImage, PoseDataset, Prediction, Sample, open_dataset
+from common.skeletons import Skeleton, get_skeleton
+from kernels.deform_attn import deform_attn
+
+# ---------------------------------------------------------------------------------------------------------
+# Configuration: every number of the paper. Each field is a flag, its comment the flag's help.
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    # model (Sec. 3, Table 1)
+    backbone: str = "B4"           # HGNetv2 size: T (ours, for the embedded data), B0, B2, B4, B5
+    lab: bool = False              # learnable affine block after each activation of the backbone
+    frozen_norm: bool = True       # backbone norms keep their ImageNet statistics; off to train from nothing
+    levels: int = 3                # L, feature maps used: the coarsest ones, down to stride 32
+    dim: int = 256                 # C, channels of encoder and decoder
+    heads: int = 8                 # M, attention heads; divides dim
+    encoder_ffn: int = 1024        # hidden width of the encoder's transformer layer
+    expansion: float = 1.0         # width of the fusion blocks, relative to dim
+    depth: int = 3                 # re-parameterised convolutions per fusion block
+    layers: int = 6                # D, decoder layers
+    decoder_ffn: int = 1024        # hidden width of a decoder layer
+    points: int = 4                # P, sampling points per head and level
+    reg_scale: float = 4.0         # a of the offset distribution (FDR); larger means finer steps
+    queries: int = 60              # Q, people at most (Table 4 rows 1 and 2: 100, 60)
+    size: int = 640                # side of the square network input, pixels
+    # ablations (Table 4)
+    pose_denoising: bool = True    # noisy copies of the true poses as extra queries (row 3)
+    fdr: bool = True               # fine-grained distribution refinement heads; off: offsets (row 4)
+    ksvf: bool = True              # keypoint-similarity varifocal loss; off: focal loss (row 5)
+    pose_lqe: bool = True          # scores look at the image under the predicted keypoints (row 6)
+    init: str = ""                 # start weights: file or name, DETRPose, D-FINE or HGNetv2 (row 7)
+    as_released: bool = False      # train with the released code's noise (see Departs above)
+    dn_queries: int = 20           # positive denoising queries per image, shared among its people
+    # optimisation (Sec. 4.1)
+    epochs: int = 52               # passes over the training images
+    batch: int = 16                # images per optimiser step, over all GPUs and micro-batches
+    accum: int = 1                 # micro-batches per optimiser step
+    lr: float = 1e-4               # learning rate
+    lr_backbone: float = 1e-5      # learning rate of the backbone
+    weight_decay: float = 1e-4     # AdamW, on every parameter
+    schedule: str = "constant"     # constant or cosine
+    warmup: int = 0                # optimiser steps of linear warm-up
+    drop_epoch: int = 0            # learning rate ×0.1 from this epoch on; 0: never
+    clip: float = 0.1              # largest L2 norm of the gradient
+    ema: float = 0.9999            # decay of the weight average that is evaluated
+    ema_warmup: int = 2000         # optimiser steps over which the decay grows to that
+    amp: str = "no"                # no, bf16 or fp16 (old GPUs); a CPU always runs float32
+    # augmentation (SPEC of the released recipe: Sec. 4.1)
+    multiscale: int = 4            # input side 0.75 to 1.25 of size per batch; the weight of size itself, 0: off
+    jitter: float = 0.5            # probability of a change of colours
+    zoom_out: float = 0.5          # probability of black borders around the image
+    mosaic: float = 0.5            # probability of four images in one
+    aug_from: int = 5              # first epoch with zoom-out and mosaic
+    mosaic_until: int = 28         # first epoch without mosaic
+    aug_until: int = 48            # first epoch without zoom-out and multi-scale
+    # files and machine
+    data: str = "puppets"          # puppets (made on first use) or a folder in COCO or CrowdPose layout
+    workers: int = 4               # image loading processes per GPU; 0: none
+    eval_every: int = 1            # epochs between evaluations
+    eval_batch: int = 32           # images per evaluation batch
+    seed: int = 0                  # all random numbers follow from it
+
+
+def _presets() -> dict[str, Config]:
+    s = Config("B0", lab=True, dim=256, expansion=0.5, depth=1, layers=3, epochs=100, lr_backbone=1e-4,
+               multiscale=20, mosaic_until=52, aug_until=96)
+    n = replace(s, levels=2, dim=128, encoder_ffn=512, expansion=0.34, depth=2, decoder_ffn=512, points=6,
+                epochs=160, multiscale=0, mosaic_until=82, aug_until=156)
+    m = replace(s, backbone="B2", expansion=1.0, depth=2, layers=4, epochs=64, lr_backbone=1e-5, drop_epoch=15,
+                multiscale=6, mosaic_until=34, aug_until=60)
+    l = Config(accum=2)
+    x = Config("B5", dim=384, encoder_ffn=2048, reg_scale=8.0, lr_backbone=5e-5)
+    tiny = replace(s, backbone="T", lab=False, frozen_norm=False, dim=96, encoder_ffn=192, expansion=0.5,
+                   decoder_ffn=192, queries=10, size=160, dn_queries=4, epochs=8, lr=1e-3, lr_backbone=1e-3,
+                   schedule="cosine", warmup=100, clip=1.0, ema=0.995, ema_warmup=100, multiscale=0,
+                   mosaic=0.0, zoom_out=0.0, workers=2, eval_every=2, eval_batch=50)
+    crowd = dict(lr_backbone=1e-5, accum=2)                # SPEC of the released CrowdPose recipe
+    return {"tiny": tiny, "n": n, "s": s, "m": m, "l": l, "x": x,
+            "n-crowdpose": replace(n, **crowd, epochs=284, mosaic_until=136, aug_until=264),
+            "s-crowdpose": replace(s, **crowd, epochs=176, mosaic_until=82, aug_until=156),
+            "m-crowdpose": replace(m, **crowd, epochs=76, mosaic_until=40, aug_until=72, drop_epoch=0),
+            "l-crowdpose": replace(l, **crowd, epochs=64, aug_until=60),
+            "x-crowdpose": replace(x, **crowd, aug_until=60)}
+
+
+PRESETS: dict[str, Config] = _presets()
+
+# (channels in the stem, out of the stem), then per stage (in, middle, out, blocks, layers per block)
+BACKBONES = {
+    "T": ((16, 16), [(16, 16, 32, 1, 2), (32, 24, 64, 1, 2), (64, 40, 128, 1, 3), (128, 64, 256, 1, 3)]),
+    "B0": ((16, 16), [(16, 16, 64, 1, 3), (64, 32, 256, 1, 3), (256, 64, 512, 2, 3), (512, 128, 1024, 1, 3)]),
+    "B2": ((24, 32), [(32, 32, 96, 1, 4), (96, 64, 384, 1, 4), (384, 128, 768, 3, 4), (768, 256, 1536, 1, 4)]),
+    "B4": ((32, 48), [(48, 48, 128, 1, 6), (128, 96, 512, 1, 6), (512, 192, 1024, 3, 6), (1024, 384, 2048, 1, 6)]),
+    "B5": ((32, 64), [(64, 64, 128, 1, 6), (128, 128, 512, 2, 6), (512, 256, 1024, 5, 6), (1024, 512, 2048, 2, 6)]),
+}
+
+# ---------------------------------------------------------------------------------------------------------
+# Backbone: HGNetv2
+# ---------------------------------------------------------------------------------------------------------
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch norm whose statistics and scale are constants:  y = w (x − mean) / √(var + ε) + b."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.eps = 1e-5
+        for name, value in dict(weight=1.0, bias=0.0, running_mean=0.0, running_var=1.0).items():
+            self.register_buffer(name, torch.full((channels,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale[:, None, None] + shift[:, None, None]
+
+
+class LearnableAffine(nn.Module):
+    """y = scale·x + bias with two learned numbers for the whole map (LAB of PP-HGNetv2)."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x + self.bias
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, norm, activation. (B, in, H, W) → (B, out, H/stride, W/stride).
+
+    `fold` turns convolution and norm into one convolution with a bias: equal results for inference.
+    """
+
+    def __init__(self, channels_in: int, channels: int, kernel: int = 1, stride: int = 1, groups: int = 1,
+                 act: type[nn.Module] | None = None, frozen: bool = False, lab: bool = False):
+        super().__init__()
+        self.conv = nn.Conv2d(channels_in, channels, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
+        self.norm = FrozenBatchNorm(channels) if frozen else nn.BatchNorm2d(channels)
+        self.act = act() if act else nn.Identity()
+        self.lab = LearnableAffine() if lab and act else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lab(self.act(self.norm(self.conv(x))))
+
+    def fold(self) -> None:
+        scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
+        self.conv.weight.mul_(scale[:, None, None, None])
+        self.conv.bias = nn.Parameter(self.norm.bias - self.norm.running_mean * scale)
+        self.norm = nn.Identity()
+
+
+class LightConv(nn.Module):
+    """1×1 convolution without activation, then a depth-wise k×k one: the cheap unit of the late stages."""
+
+    def __init__(self, channels_in: int, channels: int, kernel: int, **kind):
+        super().__init__()
+        self.conv1 = ConvNorm(channels_in, channels, frozen=kind["frozen"])
+        self.conv2 = ConvNorm(channels, channels, kernel, groups=channels, act=nn.ReLU, **kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x))
+
+
+class Stem(nn.Module):
+    """(B, 3, H, W) → (B, out, H/4, W/4): a convolution path beside a max-pool, concatenated."""
+
+    def __init__(self, middle: int, out: int, **kind):
+        super().__init__()
+        kind = dict(act=nn.ReLU, **kind)
+        self.stem1 = ConvNorm(3, middle, 3, 2, **kind)
+        self.stem2a = ConvNorm(middle, middle // 2, 2, **kind)
+        self.stem2b = ConvNorm(middle // 2, middle, 2, **kind)
+        self.stem3 = ConvNorm(2 * middle, middle, 3, 2, **kind)
+        self.stem4 = ConvNorm(middle, out, 1, **kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(self.stem1(x), (0, 1, 0, 1))             # 2×2 kernels shrink the map: pad right and bottom
+        path = self.stem2b(F.pad(self.stem2a(x), (0, 1, 0, 1)))
+        pool = F.max_pool2d(x, 2, stride=1)
+        return self.stem4(self.stem3(torch.cat([pool, path], 1)))
+
+
+class HGBlock(nn.Module):
+    """A chain of units whose outputs are all kept, concatenated with the input, and squeezed twice."""
+
+    def __init__(self, channels_in: int, middle: int, out: int, layers: int, light: bool, residual: bool, **kind):
+        super().__init__()
+        widths = [channels_in] + [middle] * (layers - 1)
+        self.layers = nn.ModuleList(
+            LightConv(w, middle, 5, **kind) if light else ConvNorm(w, middle, 3, act=nn.ReLU, **kind) for w in widths)
+        self.aggregation = nn.Sequential(
+            ConvNorm(channels_in + layers * middle, out // 2, act=nn.ReLU, **kind),
+            ConvNorm(out // 2, out, act=nn.ReLU, **kind))
+        self.residual = residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [x]
+        for layer in self.layers:
+            maps.append(layer(maps[-1]))
+        y = self.aggregation(torch.cat(maps, 1))
+        return x + y if self.residual else y
+
+
+class Stage(nn.Module):
+    def __init__(self, index: int, channels_in: int, middle: int, out: int, blocks: int, layers: int, **kind):
+        super().__init__()
+        self.downsample = (ConvNorm(channels_in, channels_in, 3, 2, groups=channels_in, frozen=kind["frozen"])
+                           if index > 0 else nn.Identity())
+        self.blocks = nn.Sequential(*(
+            HGBlock(out if b else channels_in, middle, out, layers, light=index >= 2, residual=b > 0, **kind)
+            for b in range(blocks)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.downsample(x))
+
+
+class HGNetv2(nn.Module):
+    """Image (B, 3, H, W) → the last `levels` of four maps of stride 4, 8, 16, 32. H and W divisible by 32."""
+
+    def __init__(self, name: str, levels: int, frozen: bool, lab: bool):
+        super().__init__()
+        (middle, out), stages = BACKBONES[name]
+        self.stem = Stem(middle, out, frozen=frozen, lab=lab)
+        self.stages = nn.ModuleList(Stage(i, *widths, frozen=frozen, lab=lab) for i, widths in enumerate(stages))
+        self.channels = [widths[2] for widths in stages][-levels:]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x, maps = self.stem(x), []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps[-len(self.channels):]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Hybrid encoder: attention on the coarsest map, then convolutions top-down and bottom-up (as in D-FINE)
+# ---------------------------------------------------------------------------------------------------------
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention; x (batch, tokens, C) → the same shape.
+
+    `position` is added to queries and keys only; `blocked` (tokens, tokens): True where attention is forbidden.
+    Parameter names as in nn.MultiheadAttention: in_proj_weight stacks q, k, v.
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def forward(self, x: Tensor, position: Tensor | None = None, blocked: Tensor | None = None) -> Tensor:
+        if position is None:
+            q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        else:
+            dim = x.shape[-1]
+            q, k = F.linear(x + position, self.in_proj_weight[:2 * dim], self.in_proj_bias[:2 * dim]).chunk(2, -1)
+            v = F.linear(x, self.in_proj_weight[2 * dim:], self.in_proj_bias[2 * dim:])
+        q, k, v = (rearrange(t, "b n (m d) -> b m n d", m=self.heads) for t in (q, k, v))
+        allowed = None if blocked is None else ~blocked
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        return self.out_proj(rearrange(x, "b m n d -> b n (m d)"))
+
+
+def sine_embedding(xy: Tensor, dim: int, temperature: float) -> Tensor:
+    """Sine position embedding of xy (..., 2), in units of a full turn → (..., dim), y half first.
+
+    Feature i of an axis is sin (even i) or cos (odd i) of 2π·coordinate / temperature^(2⌊i/2⌋ / (dim/2)).
+    """
+    i = torch.arange(dim // 2, device=xy.device) // 2
+    angle = 2 * math.pi * xy.flip(-1).unsqueeze(-1) / temperature ** (4 * i / dim)      # (..., 2, dim/2)
+    angle = torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], -1)           # sin, cos in turn
+    return angle.flatten(-3)
+
+
+class AIFI(nn.Module):
+    """One post-norm transformer layer over the cells of the coarsest map, (B, C, H, W) → (B, C, H, W)."""
+
+    def __init__(self, dim: int, heads: int, ffn: int):
+        super().__init__()
+        self.self_attn = SelfAttention(dim, heads)
+        self.linear1, self.linear2 = nn.Linear(dim, ffn), nn.Linear(ffn, dim)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        y, x_ = torch.meshgrid(torch.arange(1, height + 1, device=x.device) / (height + 1e-6),
+                               torch.arange(1, width + 1, device=x.device) / (width + 1e-6), indexing="ij")
+        position = sine_embedding(torch.stack([x_, y], -1).flatten(0, 1), x.shape[1], temperature=20)
+        x = rearrange(x, "b c h w -> b (h w) c")
+        x = self.norm1(x + self.self_attn(x, position.to(x.dtype)))
+        x = self.norm2(x + self.linear2(F.gelu(self.linear1(x))))
+        return rearrange(x, "b (h w) c -> b c h w", h=height)
+
+
+class RepBottleneck(nn.Module):
+    """SiLU of a 3×3 plus a 1×1 convolution, each with its norm: two branches to train, one to run (`merge`)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv1, self.conv2 = ConvNorm(dim, dim, 3), ConvNorm(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.conv1(x) if self.conv2 is None else self.conv1(x) + self.conv2(x))
+
+    def merge(self) -> None:
+        """After `ConvNorm.fold` of both: the 1×1 kernel is the middle of a 3×3 one."""
+        self.conv1.conv.weight.add_(F.pad(self.conv2.conv.weight, (1, 1, 1, 1)))
+        self.conv1.conv.bias.add_(self.conv2.conv.bias)
+        self.conv2 = None
+
+
+class CSPLayer(nn.Module):
+    def __init__(self, channels_in: int, out: int, depth: int):
+        super().__init__()
+        self.conv1, self.conv2 = ConvNorm(channels_in, out, act=nn.SiLU), ConvNorm(channels_in, out, act=nn.SiLU)
+        self.bottlenecks = nn.Sequential(*(RepBottleneck(out) for _ in range(depth)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bottlenecks(self.conv1(x)) + self.conv2(x)
+
+
+class FusionBlock(nn.Module):
+    """Two maps concatenated (B, 2C, H, W) → (B, C, H, W); D-FINE's RepNCSPELAN4."""
+
+    def __init__(self, dim: int, expansion: float, depth: int):
+        super().__init__()
+        narrow = round(expansion * dim // 2)
+        self.cv1 = ConvNorm(2 * dim, 2 * dim, act=nn.SiLU)
+        self.cv2 = nn.Sequential(CSPLayer(dim, narrow, depth), ConvNorm(narrow, narrow, 3, act=nn.SiLU))
+        self.cv3 = nn.Sequential(CSPLayer(narrow, narrow, depth), ConvNorm(narrow, narrow, 3, act=nn.SiLU))
+        self.cv4 = ConvNorm(2 * dim + 2 * narrow, dim, act=nn.SiLU)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = list(self.cv1(x).chunk(2, 1))
+        maps.append(self.cv2(maps[-1]))
+        maps.append(self.cv3(maps[-1]))
+        return self.cv4(torch.cat(maps, 1))
+
+
+class Downsample(nn.Sequential):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.cv1 = ConvNorm(dim, dim)
+        self.cv2 = ConvNorm(dim, dim, 3, 2, groups=dim)
+
+
+class HybridEncoder(nn.Module):
+    """Backbone maps, fine to coarse → as many maps of C channels: the decoder's memory."""
+
+    def __init__(self, channels: list[int], cfg: Config):
+        super().__init__()
+        dim, steps = cfg.dim, range(len(channels) - 1)
+        self.input_proj = nn.ModuleList(ConvNorm(c, dim) for c in channels)
+        self.aifi = AIFI(dim, cfg.heads, cfg.encoder_ffn)
+        self.lateral_convs = nn.ModuleList(ConvNorm(dim, dim, act=nn.SiLU) for _ in steps)
+        self.fpn_blocks = nn.ModuleList(FusionBlock(dim, cfg.expansion, cfg.depth) for _ in steps)
+        self.downsample_convs = nn.ModuleList(Downsample(dim) for _ in steps)
+        self.pan_blocks = nn.ModuleList(FusionBlock(dim, cfg.expansion, cfg.depth) for _ in steps)
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        maps = [project(x) for project, x in zip(self.input_proj, maps)]
+        maps[-1] = self.aifi(maps[-1])
+
+        top_down = [maps.pop()]                                            # coarse to fine
+        for lateral, fuse_block in zip(self.lateral_convs, self.fpn_blocks):
+            top_down[-1] = lateral(top_down[-1])                           # also what the way back up gets
+            coarse = F.interpolate(top_down[-1], scale_factor=2.0, mode="nearest")
+            top_down.append(fuse_block(torch.cat([coarse, maps.pop()], 1)))
+
+        out = [top_down.pop()]                                             # fine to coarse
+        for down, fuse_block in zip(self.downsample_convs, self.pan_blocks):
+            out.append(fuse_block(torch.cat([down(out[-1]), top_down.pop()], 1)))
+        return out
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Query selection (Sec. 3.2)
+# ---------------------------------------------------------------------------------------------------------
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them; `widths` from input to output."""
+
+    def __init__(self, *widths: int):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x), inplace=True)
+        return self.layers[-1](x)
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
+    """Logit of x clamped to [0, 1], finite at both ends: |logit| ≤ ln(1/eps)."""
+    x = x.clamp(0, 1)
+    return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
+
+
+def cell_anchors(shapes: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Centres of all cells of all levels as logits (1, N, 2), and which touch the border (1, N, 1)."""
+    centres = []
+    for height, width in shapes:
+        y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
+        centres.append(torch.stack([(x + 0.5) / width, (y + 0.5) / height], -1).flatten(0, 1))
+    xy = torch.cat(centres)[None]
+    border = ((xy <= 0.01) | (xy >= 0.99)).any(-1, keepdim=True)
+    return (xy / (1 - xy)).log(), border
+
+
+class QuerySelection(nn.Module):
+    """Scores every cell of the memory and turns the Q best into first poses.
+
+    Takes    memory (B, N, C) and the levels' shapes
+    Returns  logits (B, Q, 2), keypoints (B, Q, K, 2), index (B, Q) of the chosen cells, best first
+    Border cells are blanked but still compete: their features become LayerNorm's bias, as in the release.
+    """
+
+    def __init__(self, dim: int, keypoints: int, queries: int):
+        super().__init__()
+        self.queries = queries
+        self.project, self.norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
+        self.score = nn.Linear(dim, 2)
+        self.pose = MLP(dim, 2 * dim, 2 * dim, 2 * dim, 2 * keypoints)
+
+    def forward(self, memory: Tensor, shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+        anchors, border = cell_anchors(shapes, memory.device)
+        cells = self.norm(self.project(memory.masked_fill(border, 0)))
+        logits = self.score(cells)                                                        # (B, N, 2)
+        count = min(self.queries, logits.shape[1])
+        index = logits.max(-1).values.topk(count, dim=1).indices                          # (B, Q)
+        pick = index.unsqueeze(-1)
+        cells = cells.gather(1, pick.expand(-1, -1, cells.shape[-1]))
+        anchors = anchors.expand(len(memory), -1, -1).gather(1, pick.expand(-1, -1, 2))
+        offsets = rearrange(self.pose(cells), "b q (k xy) -> b q k xy", xy=2)
+        keypoints = (offsets.float() + anchors[:, :, None]).sigmoid()
+        return logits.gather(1, pick.expand(-1, -1, 2)), keypoints, index
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Decoder (Sec. 3.3)
+# ---------------------------------------------------------------------------------------------------------
+
+
+class DeformableAttention(nn.Module):
+    """Each token reads P points per level around its reference point (Deformable DETR eq. 3).
+
+        out = Σ_t w_t · memory(reference + offset_t / (W, H))        w = softmax over all L·P points of a head
+
+    No value and no output projection: head m reads channels [m·d, (m+1)·d) of the encoder maps as they are.
+    Takes x (B, Q·T, C), reference (B, Q·T, 2), memory (B, N, C); returns (B, Q·T, C).
+    """
+
+    def __init__(self, dim: int, heads: int, levels: int, points: int):
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(dim, heads * levels * points)
+
+    def forward(self, x: Tensor, reference: Tensor, memory: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        offsets = rearrange(self.sampling_offsets(x), "b q (m l p xy) -> b q m l p xy",
+                            m=self.heads, l=self.levels, xy=2)
+        logits = rearrange(self.attention_weights(x), "b q (m t) -> b q m t", m=self.heads)
+        cells = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32, device=x.device)
+        # float32: bfloat16 would move a point by a tenth of a cell
+        locations = reference[:, :, None, None, None].float() + offsets.float() / cells[:, None]
+        value = rearrange(memory, "b n (m d) -> b n m d", m=self.heads)
+        return deform_attn(value, shapes, locations.flatten(3, 4), logits.softmax(-1), [self.points] * self.levels)
+
+
+class Gateway(nn.Module):
+    """A learned gate between a token x and what it read y:  LayerNorm(g₁·x + g₂·y),  (g₁, g₂) = σ(W [x, y])."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gate, self.norm = nn.Linear(2 * dim, 2 * dim), nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        g1, g2 = self.gate(torch.cat([x, y], -1)).sigmoid().chunk(2, -1)
+        return self.norm(g1 * x + g2 * y)
+
+
+def add_position(x: Tensor, position: Tensor) -> Tensor:
+    """x (B, Q, T, C) with position (B, Q, K, C) added to the keypoint tokens; the instance token has none."""
+    return torch.cat([x[:, :, :1], x[:, :, 1:] + position], 2)
+
+
+class DecoderLayer(nn.Module):
+    """Attention within a person, across people, into the image, then a feed-forward block.
+
+    Takes    x (B, Q, T, C) that already carries `position` (B, Q, K, C); reference (B, Q, T, 2);
+             memory (B, N, C); blocked (Q, Q) or None: which queries may not see which
+    Returns  (B, Q, T, C)
+    Departs  The position is part of x from here on (values and residuals contain it) and is added a second
+             time before the cross-attention: the release adds in place, and the weights were trained so.
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.within_attn, self.within_norm = SelfAttention(cfg.dim, cfg.heads), nn.LayerNorm(cfg.dim)
+        self.across_attn, self.across_norm = SelfAttention(cfg.dim, cfg.heads), nn.LayerNorm(cfg.dim)
+        self.cross_attn = DeformableAttention(cfg.dim, cfg.heads, cfg.levels, cfg.points)
+        self.gateway = Gateway(cfg.dim)
+        self.linear1, self.linear2 = nn.Linear(cfg.dim, cfg.decoder_ffn), nn.Linear(cfg.decoder_ffn, cfg.dim)
+        self.norm2 = nn.LayerNorm(cfg.dim)
+
+    def forward(self, x: Tensor, position: Tensor, reference: Tensor, memory: Tensor,
+                shapes: list[tuple[int, int]], blocked: Tensor | None = None) -> Tensor:
+        b, q, t, _ = x.shape
+        people = rearrange(x, "b q t c -> (b q) t c")                      # tokens of one person together
+        x = rearrange(self.within_norm(people + self.within_attn(people)), "(b q) t c -> (b t) q c", b=b)
+        x = self.across_norm(x + self.across_attn(x, blocked=blocked))     # token t of all people together
+        x = add_position(rearrange(x, "(b t) q c -> b q t c", b=b), position)
+        read = self.cross_attn(x.flatten(1, 2), reference.flatten(1, 2), memory, shapes)
+        x = self.gateway(x, read.view_as(x))
+        x = x + self.linear2(F.relu(self.linear1(x), inplace=True))
+        return self.norm2(x.clamp(-65504, 65504))                          # float16's range
+
+
+class PoseLQE(nn.Module):
+    """Pose location quality estimation (Sec. 3.3.1): a correction of the score from the image under the pose.
+
+    At each predicted keypoint the finest encoder map is sampled; the four largest channel values and their
+    mean, for all K keypoints, go through a small MLP whose single output is added to both logits.
+    Takes finest (B, C, H, W), keypoints (B, Q, K, 2); returns (B, Q, 1).
+    """
+
+    def __init__(self, keypoints: int):
+        super().__init__()
+        self.mlp = MLP(5 * keypoints, 256, 1)
+
+    def forward(self, finest: Tensor, keypoints: Tensor) -> Tensor:
+        sampled = F.grid_sample(finest, (2 * keypoints - 1).to(finest.dtype), align_corners=False)   # (B, C, Q, K)
+        top = sampled.topk(4, dim=1).values                                                          # (B, 4, Q, K)
+        quality = torch.cat([top, top.mean(1, keepdim=True)], 1)
+        return self.mlp(rearrange(quality, "b five q k -> b q (k five)"))
+
+
+REG_MAX = 32           # R: the offset of a coordinate is a distribution over R + 1 = 33 values
+
+
+def offset_values(reg_scale: float, up: float = 0.5) -> Tensor:
+    """W(n), n = 0..R: the 33 offsets an FDR head chooses among (D-FINE Sec. 4.1), dense around 0.
+
+    W = [−2u, 1 − s¹⁵, …, 1 − s¹, 0, s¹ − 1, …, s¹⁵ − 1, 2u],  u = up · reg_scale,  s = (u + 1)^(2/(R−2)).
+    Divided by reg_scale they end in ±0.5, ±1 of the image.
+    """
+    u = up * reg_scale
+    inner = (u + 1) ** (2 / (REG_MAX - 2) * torch.arange(1, REG_MAX // 2)) - 1
+    ends = torch.tensor([2 * u])
+    return torch.cat([-ends, -inner.flip(0), torch.zeros(1), inner, ends])
+
+
+class Decoder(nn.Module):
+    """D layers that refine the poses, with their heads.
+
+    FDR (Sec. 3.3): layer l adds logits z_l to those of the layer before; the pose is the pre-pose p₀ plus the
+    mean offset under softmax(z):   p_l = p₀ + Σ_n softmax(z_l)_n W(n) / reg_scale.
+    Without FDR (Table 4 row 3): p_l = σ(head(h) + σ⁻¹(reference)), as in GroupPose.
+    """
+
+    def __init__(self, cfg: Config, keypoints: int):
+        super().__init__()
+        self.fdr, self.reg_scale, dim = cfg.fdr, cfg.reg_scale, cfg.dim
+        self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.layers))
+        self.position_head = MLP(dim, dim, dim)
+        self.score_heads = nn.ModuleList(nn.Linear(dim, 2) for _ in range(cfg.layers))
+        self.pre_pose_head = MLP(dim, dim, dim, 2)
+        outputs = 2 * (REG_MAX + 1) if cfg.fdr else 2
+        self.pose_heads = nn.ModuleList(MLP(dim, dim, dim, outputs) for _ in range(cfg.layers))
+        self.lqe_heads = nn.ModuleList(PoseLQE(keypoints) for _ in range(cfg.layers if cfg.pose_lqe else 0))
+        self.register_buffer("offset_values", offset_values(cfg.reg_scale), persistent=False)
+
+    def refine(self, layer: int, h: Tensor, previous: Tensor | float, z: Tensor | float, reference: Tensor,
+               pre_pose: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Keypoint tokens h (B, Q, K, C) → poses (B, Q, K, 2) and the accumulated logits z (B, Q, K, 66)."""
+        if not self.fdr:
+            return (self.pose_heads[layer](h).float() + inverse_sigmoid(reference)).sigmoid(), z
+        z = self.pose_heads[layer](h + previous).float() + z
+        offset = rearrange(z, "b q k (xy n) -> b q k xy n", xy=2).softmax(-1) @ self.offset_values
+        return pre_pose + offset / self.reg_scale, z
+
+    def forward(self, x: Tensor, reference: Tensor, maps: list[Tensor], memory: Tensor,
+                shapes: list[tuple[int, int]], blocked: Tensor | None) -> dict[str, Tensor | list[Tensor]]:
+        """x (B, Q, T, C), reference (B, Q, T, 2) → lists over layers of logits (B, Q, 2), keypoints (B, Q, K, 2)."""
+        out = dict(logits=[], keypoints=[], tokens=[], references=[])
+        previous, z, pre_pose = 0.0, 0.0, None
+        for l, layer in enumerate(self.layers):
+            points = reference[:, :, 1:]
+            position = self.position_head(sine_embedding(points, x.shape[-1], temperature=10000).to(x.dtype))
+            x = add_position(x, position)
+            if l > 0:                           # Departs: the release's copy of the last output is the same memory,
+                previous = x[:, :, 1:].detach()     # so it carries this layer's position too
+            x = layer(x, position, reference, memory, shapes, blocked)
+            person, h = x[:, :, 0], x[:, :, 1:]
+            if l == 0:
+                out["pre_keypoints"] = (self.pre_pose_head(h).float() + inverse_sigmoid(points)).sigmoid()
+                out["pre_logits"] = self.score_heads[0](person)
+                pre_pose = out["pre_keypoints"].detach()
+            keypoints, z = self.refine(l, h, previous, z, points, pre_pose)
+            if self.training or l == len(self.layers) - 1:                  # only the last score is ever used
+                logits = self.score_heads[l](person)
+                if self.lqe_heads:
+                    logits = logits + self.lqe_heads[-1 if not self.training else l](maps[0], keypoints)
+                out["logits"].append(logits)
+            reference = torch.cat([keypoints.mean(2, keepdim=True), keypoints], 2).detach()
+            out["keypoints"].append(keypoints)
+            out["tokens"].append(x)
+            out["references"].append(reference)
+        return {**out, "corners": z}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pose denoising (Sec. 3.1): true poses, disturbed, as extra queries with a known answer
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Targets:
+    """The people of one image, as fractions of the network input. P people, possibly none."""
+    keypoints: Tensor      # (P, K, 2) xy; 0 where not visible
+    visible: Tensor        # (P, K) 1 = annotated
+    boxes: Tensor          # (P, 4) cx, cy, w, h
+    areas: Tensor          # (P,) of the image's area
+    image_id: int | str = 0
+    size_px: tuple[int, int] = (0, 0)      # width, height of the original image
+
+    def to(self, device: torch.device) -> "Targets":
+        moved = {k: getattr(self, k).to(device, non_blocking=True) for k in ("keypoints", "visible", "boxes", "areas")}
+        return replace(self, **moved)
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+
+class Noise(NamedTuple):
+    """All random numbers of a batch of R noisy poses (rows: half-group by half-group, people in image order)."""
+    relabel: Tensor        # (R,) bool: whose label is replaced
+    labels: Tensor         # (R,) the labels then used
+    direction: Tensor      # (R, T, 2) uniform in [0, 1)
+    exponent: Tensor       # (R, T) −ln KS: uniform in (0, ln 2) for positives, (ln 2, ln 10) for negatives
+
+
+LABELS = 80                # size of D-FINE's label embedding, kept by the release
+
+
+def draw_noise(half_groups: int, people: int, tokens: int, device: torch.device) -> Noise:
+    """Draws for `half_groups` (positive, negative, positive, ...) copies of `people` poses."""
+    rows = half_groups * people
+    negative = torch.arange(half_groups, device=device).repeat_interleave(people) % 2 == 1
+    u = torch.rand(rows, tokens, device=device)
+    positives, negatives = u * math.log(2), math.log(2) + u * math.log(5)
+    return Noise(torch.rand(rows, device=device) < 0.25, torch.randint(0, LABELS, (rows,), device=device),
+                 torch.rand(rows, tokens, 2, device=device), torch.where(negative[:, None], negatives, positives))
+
+
+class Denoising(NamedTuple):
+    content: Tensor        # (B, pad, T, C) tokens of the noisy queries
+    reference: Tensor      # (B, pad, T, 2)
+    blocked: Tensor        # (pad + Q, pad + Q) True where attention across people is forbidden
+    pairs: tuple[Tensor, Tensor, Tensor]       # image, slot, person (of all people of the batch) of the positives
+    groups: int            # G
+
+
+def disturb(keypoints: Tensor, visible: Tensor, areas: Tensor, noise: Noise, sigmas: Tensor,
+            image_hw: tuple[int, int], as_released: bool) -> Tensor:
+    """Keypoints (R, K, 2) moved so that their similarity KS = exp(−d² / (2 s² κ²)) is exp(−exponent) (eq. 1-4).
+
+        d = √(2 · area_px · κ² · exponent),  noisy = p + d / max(H, W) · direction                        (eq. 2-4)
+
+    κ = 2σ, areas (R,) as fractions of the image. Unlabelled keypoints stay where they are.
+    """
+    height, width = image_hw
+    area_px = areas[:, None] * height * width + torch.finfo(torch.float32).eps
+    d = (2 * area_px * (2 * sigmas) ** 2 * noise.exponent[:, 1:]).sqrt() / max(height, width)       # (R, K)
+    if as_released:        # Departs: a norm of order −1 over the tokens, so not a unit vector and never negative
+        direction = (noise.direction * noise.direction.reciprocal().sum(1, keepdim=True))[:, 1:]
+    else:
+        angle = 2 * math.pi * noise.direction[:, 1:, 0]
+        direction = torch.stack([angle.cos(), angle.sin()], -1)
+    return keypoints + (d * visible).unsqueeze(-1) * direction
+
+
+def denoising_mask(n_max: int, groups: int, queries: int, device: torch.device) -> Tensor:
+    """(pad+Q, pad+Q), True = may not look: matching queries never see noisy ones, a group sees only itself."""
+    pad = 2 * n_max * groups
+    group = torch.arange(pad + queries, device=device) // (2 * n_max)
+    group[pad:] = -1                                                       # the matching queries
+    return (group[:, None] != group[None, :]) & (group[None, :] >= 0)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------
+
+
+class DETRPose(nn.Module):
+    """The whole network. `forward(images)` gives the last layer's logits (B, Q, 2) and keypoints (B, Q, K, 2);
+    in training mode also every output that has a loss (see `forward`)."""
+
+    def __init__(self, cfg: Config, skeleton: Skeleton):
+        super().__init__()
+        if cfg.dim % (2 * cfg.heads):
+            raise runtime.UserError(f"dim {cfg.dim} does not split over {cfg.heads} heads: pass a --heads that divides it")
+        self.cfg, self.skeleton = cfg, skeleton
+        keypoints, dim = skeleton.num_keypoints, cfg.dim
+        self.backbone = HGNetv2(cfg.backbone, cfg.levels, cfg.frozen_norm, cfg.lab)
+        self.encoder = HybridEncoder(self.backbone.channels, cfg)
+        self.selection = QuerySelection(dim, keypoints, cfg.queries)
+        self.decoder = Decoder(cfg, keypoints)
+        self.rank_content = nn.Embedding(cfg.queries, dim)                 # the r-th best cell starts from row r
+        self.keypoint_content = nn.Embedding(keypoints, dim)
+        self.instance_content = nn.Embedding(1, dim)
+        self.noisy_label = nn.Embedding(LABELS + 1, dim)
+        self.noisy_keypoint = nn.Embedding(keypoints, dim)
+        self.register_buffer("sigmas", torch.tensor(skeleton.sigmas), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start values of the release: Xavier everywhere, sampling points on eight rays, outputs at zero."""
+        embeddings = [self.rank_content, self.keypoint_content, self.instance_content, self.noisy_label,
+                      self.noisy_keypoint]
+        for parameter in [p for part in [self.decoder.layers, *embeddings] for p in part.parameters()]:
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        for layer in self.decoder.layers:
+            nn.init.zeros_(layer.gateway.gate.bias)
+            start_on_rays(layer.cross_attn)
+        for project in self.encoder.input_proj:
+            nn.init.xavier_uniform_(project.conv.weight)
+        for head in [self.selection.score, *self.decoder.score_heads]:
+            nn.init.constant_(head.bias, -math.log(99))                    # a prior of 0.01
+        for head in [self.selection.pose, self.decoder.pre_pose_head, *self.decoder.pose_heads,
+                     *(lqe.mlp for lqe in self.decoder.lqe_heads)]:
+            nn.init.zeros_(head.layers[-1].weight)
+            nn.init.zeros_(head.layers[-1].bias)
+
+    def denoising_queries(self, targets: list[Targets], image_hw: tuple[int, int], queries: int,
+                          noise: Noise | None = None) -> Denoising | None:
+        """G groups of a positive and a negative copy of every person; None for a batch without people."""
+        counts = [len(t) for t in targets]
+        n_max, people = max(counts), sum(counts)
+        if people == 0:
+            return None
+        groups = max(1, self.cfg.dn_queries // n_max)
+        half_groups, device = 2 * groups, self.sigmas.device
+        noise = noise or draw_noise(half_groups, people, self.skeleton.num_keypoints + 1, device)
+
+        keypoints, visible, boxes, areas = (
+            torch.cat([getattr(t, name) for t in targets]).repeat(half_groups, *[1] * dims)
+            for name, dims in [("keypoints", 2), ("visible", 1), ("boxes", 1), ("areas", 0)])
+        noisy = disturb(keypoints, visible, areas, noise, self.sigmas, image_hw, self.cfg.as_released)
+        # Departs: the release averages (cx, cy) and (w, h) as if they were corners
+        centre = (boxes[:, :2] + boxes[:, 2:]) / 2 if self.cfg.as_released else boxes[:, :2]
+        reference = inverse_sigmoid(torch.cat([centre[:, None], noisy], 1)).sigmoid()       # (R, T, 2)
+        label = torch.where(noise.relabel, noise.labels, 1)
+        content = torch.cat([self.noisy_label(label)[:, None],
+                             repeat(self.noisy_keypoint.weight, "k c -> r k c", r=len(label))], 1)
+
+        image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        slot = torch.cat([torch.arange(n) for n in counts])
+        image, slot = image.to(device), slot.to(device)
+        half = torch.arange(half_groups, device=device)[:, None]
+        where = (image.repeat(half_groups), (half * n_max + slot).flatten())
+        shape = (len(counts), half_groups * n_max, reference.shape[1])
+        all_content = content.new_zeros(*shape, content.shape[-1]).index_put(where, content)
+        all_reference = reference.new_full((*shape, 2), 0.5).index_put(where, reference)
+        positive = (half[::2] * n_max + slot).flatten()
+        pairs = (image.repeat(groups), positive, torch.arange(people, device=device).repeat(groups))
+        blocked = denoising_mask(n_max, groups, queries, device)
+        return Denoising(all_content, all_reference, blocked, pairs, groups)
+
+    def forward(self, images: Tensor, targets: list[Targets] | None = None, noise: Noise | None = None) -> dict:
+        """images (B, 3, H, W) RGB in [0, 1], H and W divisible by 32.
+
+        Evaluation: {logits (B, Q, 2), keypoints (B, Q, K, 2)}. Training (targets given): also `outputs`, a list
+        of (name, logits, keypoints) for every output with a loss, and `denoising`.
+        """
+        maps = self.encoder(self.backbone(images))
+        shapes = [tuple(x.shape[-2:]) for x in maps]
+        memory = torch.cat([rearrange(x, "b c h w -> b (h w) c") for x in maps], 1)          # (B, N, C)
+        first_logits, first_keypoints, index = self.selection(memory, shapes)
+        queries = index.shape[1]
+
+        start = first_keypoints.detach()
+        reference = torch.cat([start.mean(2, keepdim=True), start], 2)                       # (B, Q, T, 2)
+        keypoint_tokens = self.rank_content.weight[:queries, None] + self.keypoint_content.weight
+        person_token = repeat(self.instance_content.weight, "one c -> q one c", q=queries)
+        x = repeat(torch.cat([person_token, keypoint_tokens], 1), "q t c -> b q t c", b=len(images))
+
+        noisy = None
+        if targets is not None and self.cfg.pose_denoising:
+            noisy = self.denoising_queries(targets, images.shape[-2:], queries, noise)
+        if noisy:
+            x = torch.cat([noisy.content, x], 1)
+            reference = torch.cat([noisy.reference, reference], 1)
+        decoded = self.decoder(x.to(memory.dtype), reference, maps, memory, shapes, noisy.blocked if noisy else None)
+        pad = noisy.content.shape[1] if noisy else 0
+        result = dict(logits=decoded["logits"][-1][:, pad:], keypoints=decoded["keypoints"][-1][:, pad:])
+        if targets is None:
+            return result | dict(decoded=decoded, selected=index, maps=maps)
+
+        every = [*zip(decoded["logits"], decoded["keypoints"]), (decoded["pre_logits"], decoded["pre_keypoints"])]
+        names = [*range(len(every) - 2), "", "pre"]                          # as the release's logs call them
+        result["outputs"] = [(str(n), a[:, pad:], b[:, pad:]) for n, (a, b) in zip(names, every)]
+        result["outputs"].append(("enc_0", first_logits, first_keypoints))
+        dn_names = [f"dn_{l}" for l in range(len(every) - 1)] + ["dn_pre"]
+        result["dn_outputs"] = [(n, a[:, :pad], b[:, :pad]) for n, (a, b) in zip(dn_names, every)] if noisy else []
+        result["denoising"] = noisy
+        # so that a batch without people still gives every parameter a gradient, which DDP waits for
+        result["unused"] = 0 * (self.noisy_label.weight.sum() + self.noisy_keypoint.weight.sum())
+        return result
+
+
+def start_on_rays(attention: DeformableAttention) -> None:
+    """Point i of head m starts i+1 cells along the m-th of `heads` rays; weights start equal.
+
+    Departs: with a number of points that is no multiple of four the release starts all points at the centre.
+    """
+    nn.init.zeros_(attention.sampling_offsets.weight)
+    nn.init.zeros_(attention.sampling_offsets.bias)
+    nn.init.zeros_(attention.attention_weights.weight)
+    nn.init.zeros_(attention.attention_weights.bias)
+    angle = torch.arange(attention.heads) * 2 * math.pi / attention.heads
+    ray = torch.stack([angle.cos(), angle.sin()], -1)
+    ray = ray / ray.abs().max(-1, keepdim=True).values
+    steps = torch.arange(attention.points) % 4 + 1
+    bias = repeat(ray[:, None] * steps[:, None], "m p xy -> (m l p xy)", l=attention.levels)
+    with torch.no_grad():
+        attention.sampling_offsets.bias.copy_(bias)
