@@ -1,0 +1,374 @@
+"""Released weights: found by name, fetched once, read without running code, loaded strictly both ways.
+
+    path = fetch("detrpose-l")                                  a file; a folder where a release has several files
+    load_strict(model, rename(load_tensors(path), RENAME), IGNORED)
+
+Environment  POSE_CACHE                folder that keeps what was fetched; default: `pose` in the system's cache folder,
+                                       and where that is read-only, `weights` in the current folder
+             POSE_WEIGHTS_URL          a mirror to use instead of the authors' addresses, laid out like the cache folder
+             https_proxy, no_proxy     as in every other program
+"""
+import difflib
+import hashlib
+import os
+import pickle
+import re
+import shutil
+import sys
+import time
+import uuid
+import zipfile
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, build_opener
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from tqdm import tqdm
+
+from common.runtime import UserError
+
+
+# ---------------------------------------------------------------------- what can be asked for by name
+@dataclass(frozen=True)
+class Release:
+    """Weights that the authors of a paper published."""
+    method: str                # the method file that reads them; "" = weights to start from, for --init
+    preset: str
+    skeleton: str
+    licence: str
+    files: dict[str, str]      # place below the cache folder -> address
+    by_hand: bool = False      # a person has to click there (Google Drive)
+
+
+def one(method: str, preset: str, skeleton: str, licence: str, folder: str, file: str) -> Release:
+    return Release(method, preset, skeleton, licence, {file: folder + file})
+
+
+DETRPOSE = "https://github.com/SebastianJanampa/DETRPose/releases/download/model_weights/"
+DFINE = "https://github.com/Peterande/storage/releases/download/dfinev1.0/"
+HUGGING_FACE = "https://huggingface.co/{}/resolve/main/"
+DRIVE = "https://drive.google.com/"
+DIFFUSIONREGPOSE = DRIVE + "drive/folders/1vSr1MAdp33g_L8HeWyzbHRXR-hRdrzLm"
+QUERYPOSE = (DRIVE + "file/d/1NWdntVoKFz7KjcDjTGwmAHyEEcS2PWC5 or " + DRIVE + "file/d/1SFECnDV97D_W9Ij4WjcX3BfbiNbGue67"
+             " (one is W32, the other W48; their tensors tell which)")
+EDPOSE_TERMS = "none stated; its parent ED-Pose is for non-commercial research"
+SDPOSE_TERMS = "code MIT; the weights derive from Stable Diffusion 2 (CreativeML Open RAIL++-M)"
+SDPOSE_FILES = ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
+                "text_encoder/model.safetensors", "decoder/decoder.safetensors")
+
+RELEASES: dict[str, Release] = {}
+for size in "nsmlx":
+    RELEASES[f"detrpose-{size}"] = one(
+        "detrpose", size, "coco", "Apache-2.0", DETRPOSE, f"detrpose_hgnetv2_{size}.pth")
+    RELEASES[f"detrpose-{size}-crowdpose"] = one(
+        "detrpose", size, "crowdpose", "Apache-2.0", DETRPOSE, f"detrpose_hgnetv2_{size}_crowdpose.pth")
+for suffix, skeleton in ("", "coco"), ("-crowdpose", "crowdpose"):
+    RELEASES[f"diffusionregpose-r50{suffix}"] = Release(
+        "diffusionregpose", "r50", skeleton, EDPOSE_TERMS, {f"diffusionregpose-r50{suffix}.pth": DIFFUSIONREGPOSE}, by_hand=True)
+for net in "hrnet_w32", "hrnet_w48":
+    RELEASES[f"querypose-{net}"] = Release("querypose", net, "coco", "MIT", {f"querypose-{net}.pth": QUERYPOSE}, by_hand=True)
+for part, skeleton in ("Body", "coco"), ("Wholebody", "wholebody"):
+    name, folder = f"sdpose-{part.lower()}", HUGGING_FACE.format(f"teemosliang/SDPose-{part}")
+    RELEASES[name] = Release("sdpose", part.lower(), skeleton, SDPOSE_TERMS, {f"{name}/{file}": folder + file for file in SDPOSE_FILES})
+
+# Weights to start from. DETRPose's backbones are B0 (n, s), B2 (m), B4 (l), B5 (x).
+for net in "B0", "B2", "B4", "B5":
+    RELEASES[f"hgnetv2-{net.lower()}"] = one("", "", "", "Apache-2.0", DFINE, f"PPHGNetV2_{net}_stage1.pth")
+for task, sizes in ("coco", "nsmlx"), ("obj365", "smlx"), ("obj2coco", "smlx"):
+    for size in sizes:
+        RELEASES[f"dfine-{size}-{task}"] = one("", "", "", "Apache-2.0", DFINE, f"dfine_{size}_{task}.pth")
+RELEASES["resnet50"] = one("", "", "", "BSD-3-Clause", "https://download.pytorch.org/models/", "resnet50-0676ba61.pth")
+for name in "vitpose-base", "vitpose-base-simple":
+    file = HUGGING_FACE.format(f"usyd-community/{name}") + "model.safetensors"
+    RELEASES[name] = Release("", "", "", "Apache-2.0", {f"{name}/model.safetensors": file})
+
+
+class Unusable(Exception):
+    """Why an address or a file gives no weights, as the end of a sentence."""
+
+
+class Interrupted(Unusable):
+    """A reason that may be gone at the next try."""
+
+
+# ---------------------------------------------------------------------- where fetched files live
+def cache_folder() -> Path:
+    """$POSE_CACHE, else `pose` where this system keeps caches."""
+    if os.environ.get("POSE_CACHE"):
+        return Path(os.environ["POSE_CACHE"]).expanduser()
+    system = {"win32": os.environ.get("LOCALAPPDATA"), "darwin": "~/Library/Caches"}.get(sys.platform)
+    try:
+        return Path(system or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pose"
+    except RuntimeError:                       # a container's user without a home
+        return Path("weights")
+
+
+def writable(folder: Path) -> bool:
+    probe = folder / f".{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()                          # permission bits alone tell lies on Windows and on network drives
+        probe.unlink()
+    except OSError:
+        return False
+    return True
+
+
+def fetch(name: str, cache: Path | None = None, timeout: float = 30.0) -> Path:
+    """The file of a release, or its folder if it has several; downloaded on first use.
+
+    timeout: seconds without a byte after which a connection counts as broken.
+    Raises UserError, one line with the address and the place for the file, if it cannot be had.
+    Processes may fetch at once; each then downloads its own copy, so under torchrun let rank 0 go first.
+    """
+    if name not in RELEASES:
+        near = difflib.get_close_matches(name, RELEASES, n=3) or list(RELEASES)
+        raise UserError(f"no released weights are called {name!r}: did you mean {', '.join(near)}?")
+    release, mirror = RELEASES[name], os.environ.get("POSE_WEIGHTS_URL")
+    folder, spare = Path(cache or cache_folder()), Path("weights")
+    local = next(iter(release.files)) if len(release.files) == 1 else name
+    for place in (folder, spare):              # a cache that we may read but not write is a cache
+        if all((place / file).is_file() for file in release.files):
+            return place / local
+    if not writable(folder):
+        if not writable(spare):
+            raise UserError(f"cannot write to {folder} nor {spare.resolve()}: set POSE_CACHE to a folder that you may write to")
+        print(f"cannot write to {folder}: keeping {name} in {spare.resolve()} (POSE_CACHE chooses another folder)")
+        folder = spare
+    if release.by_hand and not mirror:
+        file, page = next(iter(release.files.items()))
+        raise UserError(f"{name} has to be fetched by hand, with a browser: save {page} as {(folder / file).resolve()}")
+    print(f"{name}: {len(release.files)} file{'s' * (len(release.files) > 1)}, licence: {release.licence}")
+    for file, address in release.files.items():
+        if not (folder / file).is_file():
+            download(f"{mirror.rstrip('/')}/{file}" if mirror else address, folder / file, timeout)
+    return folder / local
+
+
+# ---------------------------------------------------------------------- downloading
+ATTEMPTS = 3
+PAUSE = 1.0        # seconds before the second attempt, twice that before the third
+
+
+def download(url: str, target: Path, timeout: float) -> None:
+    """Put what `url` serves at `target`, complete and checked, or raise UserError and leave nothing."""
+    part = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")     # unique: others may fetch the same file now
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "xb") as file:
+            receive(url, file, timeout)
+        file_kind(part)
+        check_hash(part, target.name)
+        try:
+            os.replace(part, target)
+        except PermissionError:                # Windows: another process was first and has the file open
+            if not target.exists():
+                raise
+    except (Unusable, OSError) as reason:
+        raise UserError(f"could not fetch {url}: {reason}; fetch it by hand and save it as {target.resolve()}, "
+                        "or set POSE_WEIGHTS_URL to a mirror") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def receive(url: str, file, timeout: float) -> None:
+    """Write the body of `url` into the open, empty file; a broken connection is taken up where it broke."""
+    version = ""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            with connect(url, file.tell(), version, timeout) as response:
+                version = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+                if response.status != 206:     # not the rest but all of it: the server cannot resume, or the file changed
+                    file.seek(0)
+                    file.truncate()
+                copy(response, file, url)
+            return
+        except Interrupted as reason:
+            if attempt == ATTEMPTS:
+                raise
+            print(f"{url}: {reason}; trying again")
+            time.sleep(PAUSE * attempt)
+
+
+def connect(url: str, have: int, version: str, timeout: float):
+    """Ask for `url` from byte `have` on, provided that it is still the version of which we have those bytes."""
+    headers = {"User-Agent": "pose-weights"}
+    if have and version:
+        headers |= {"Range": f"bytes={have}-", "If-Range": version}
+    try:
+        response = build_opener().open(Request(url, headers=headers), timeout=timeout)    # heeds the proxy variables
+    except HTTPError as error:
+        kind = Interrupted if error.code >= 500 or error.code in (408, 429) else Unusable
+        raise kind(f"the server answers {error.code} {error.reason}") from None
+    except (OSError, HTTPException) as error:
+        raise Interrupted(str(getattr(error, "reason", "") or error)) from None
+    except ValueError as error:
+        raise Unusable(str(error)) from None
+    if "text/html" in response.headers.get("Content-Type", ""):
+        response.close()
+        raise Unusable("the server sends a web page instead of the file")
+    if response.status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+        response.close()
+        raise Unusable("the server sends another part of the file than the missing one")
+    return response
+
+
+def copy(response, file, url: str) -> None:
+    """Append the response to the file, under a progress bar; Interrupted if it ends before the announced length."""
+    have, length = file.tell(), response.headers.get("Content-Length")
+    total = have + int(length) if length else None
+    free = shutil.disk_usage(Path(file.name).parent).free
+    print(f"fetching {url}: {f'{total / 1e6:.1f} MB' if total else 'size not announced'}")
+    if total and free < total - have:
+        raise Unusable(f"it has {total / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free (POSE_CACHE chooses another folder)")
+    with tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1], dynamic_ncols=True) as bar:
+        while chunk := read(response):
+            file.write(chunk)
+            bar.update(len(chunk))
+    if total and file.tell() != total:
+        raise Interrupted(f"the connection broke after {file.tell()} of {total} bytes")
+
+
+def read(response) -> bytes:
+    try:
+        return response.read1(1 << 18)
+    except (OSError, HTTPException) as error:
+        raise Interrupted(str(error) or type(error).__name__) from None
+
+
+def check_hash(path: Path, name: str) -> None:
+    """Some names end with the first digits of the file's SHA-256 (resnet50-0676ba61.pth): compare."""
+    digits = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
+    if not digits:
+        return
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if not digest.hexdigest().startswith(digits[1]):
+        raise Unusable(f"its SHA-256 starts with {digest.hexdigest()[:8]}, not with the {digits[1]} of its name")
+
+
+# ---------------------------------------------------------------------- reading
+def file_kind(path: Path) -> str:
+    """'zip' or 'pickle' (torch's formats since and before 1.6) or 'safetensors', by content; else raises Unusable."""
+    if path.is_dir():
+        raise Unusable("it is a folder, name a file in it")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise Unusable(error.strerror) from None
+    if not head:
+        raise Unusable("it is empty")
+    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml)", head, re.IGNORECASE):
+        raise Unusable("it is a web page, not weights")
+    if head.startswith(b"PK\x03\x04"):
+        if not zipfile.is_zipfile(path):       # looks for the table of contents, which is the last thing written
+            raise Unusable("it is cut short (the end is missing)")
+        return "zip"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1e8:    # length of a JSON header, the header
+        try:
+            with safe_open(path, "pt"):        # reads the header and compares it with the file's length
+                return "safetensors"
+        except SafetensorError as error:
+            raise Unusable(f"it is cut short or damaged ({error})") from None
+    if head[0] == 0x80 and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
+        return "pickle"
+    raise Unusable(f"it is neither a torch nor a safetensors file (it starts with {head[:8]!r})")
+
+
+# Objects that training scripts save beside the tensors: settings, and numbers of a log.
+SETTINGS = re.compile(r"(omegaconf|argparse|numpy|pathlib|collections|typing)\.")
+
+
+def stand_in(name: str) -> type:
+    """A class that takes the place of `name` while a pickle is read, so that nothing is imported and nothing runs.
+
+    Settings become empty objects. Other names may be mentioned (settings hold classes), but a file that wants
+    one of them called is refused: os.system is such a name.
+    """
+    def new(cls, *args):
+        if not SETTINGS.match(name):
+            raise Unusable(f"it holds more than tensors, reading it would run {name}: ask for a file with the state dict alone")
+        return object.__new__(cls)
+
+    return type("StandIn", (), {"__new__": new, "__init__": lambda self, *args: None, "__setstate__": lambda self, state: None})
+
+
+def read_torch(path: Path, zipped: bool):
+    """torch.load of tensors and plain values; whatever else the file names becomes a stand_in."""
+    try:
+        names = get_unsafe_globals_in_checkpoint(path) if zipped else []
+        with safe_globals([(stand_in(name), name) for name in names]):
+            # mapped, not read: of a training file with optimiser and average only what is used is ever loaded
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Unusable:
+        raise
+    except Exception as error:                 # a damaged file can fail anywhere in torch's reader
+        code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if code:
+            raise Unusable(f"it holds more than tensors, reading it would run {code[1]}: "
+                           "ask for a file with the state dict alone") from None
+        raise Unusable(f"it is cut short or damaged ({type(error).__name__})") from None
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a released file, on the CPU: its ema.module, else ema, model, state_dict, or the file itself.
+
+    A leading `module.` (DistributedDataParallel) is taken off. Raises UserError if the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        kind = file_kind(path)
+        saved = load_file(path) if kind == "safetensors" else read_torch(path, zipped=kind == "zip")
+        saved = saved if isinstance(saved, dict) else {}
+        ema = saved.get("ema")
+        for part in (ema.get("module") if isinstance(ema, dict) else None, ema, saved.get("model"), saved.get("state_dict"), saved):
+            tensors = {key: value for key, value in part.items() if isinstance(value, Tensor)} if isinstance(part, dict) else {}
+            if tensors:
+                return {key.removeprefix("module."): value for key, value in tensors.items()}
+        raise Unusable("it holds no tensors under ema, model or state_dict, nor by themselves")
+    except Unusable as reason:
+        raise UserError(f"cannot read weights from {path}: {reason}") from None
+
+
+# ---------------------------------------------------------------------- into a model
+def rename(state: dict[str, Tensor], table: list[tuple[str, str]]) -> dict[str, Tensor]:
+    """New names by a table of (pattern, replacement), re.sub's rules; the first pattern found in a name wins."""
+    renamed = {}
+    for key, value in state.items():
+        pattern, replacement = next((row for row in table if re.search(row[0], key)), ("^", ""))
+        new = re.sub(pattern, replacement, key, count=1)
+        if new in renamed:
+            raise UserError(f"two tensors of the weights would be called {new}, one of them is {key}")
+        renamed[new] = value
+    return renamed
+
+
+def load_strict(model: nn.Module, state: dict[str, Tensor], ignored: dict[str, str]) -> None:
+    """Fill the model from `state`: every tensor of either has its match in the other, with the same shape.
+
+    ignored: pattern -> why; names in which it is found are left alone, in the file and in the model.
+    Raises UserError with the first five offenders of each kind; the model is then unchanged.
+    """
+    def kept(tensors):
+        return {key: value for key, value in tensors.items() if not any(re.search(pattern, key) for pattern in ignored)}
+
+    theirs, ours = kept(state), kept(model.state_dict())
+    offenders = {
+        "not in the model": [f"{key} {tuple(theirs[key].shape)}" for key in theirs if key not in ours],
+        "not in the weights": [f"{key} {tuple(ours[key].shape)}" for key in ours if key not in theirs],
+        "of another shape": [f"{key} {tuple(theirs[key].shape)} for {tuple(ours[key].shape)}"
+                             for key in theirs if key in ours and theirs[key].shape != ours[key].shape]}
+    if any(offenders.values()):
+        raise UserError("the weights do not fit the model: " + "; ".join(
+            f"{len(keys)} {kind}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
+            for kind, keys in offenders.items() if keys))
+    model.load_state_dict(theirs, strict=False)            # not strict: the ignored names are absent
