@@ -1,11 +1,29 @@
-"""Readers that turn every dataset's files into one record, `Sample`."""
+"""Readers that turn every dataset's files into one record, `Sample`.
+
+Use      dataset = open_dataset("data/coco", "val"); print(dataset.report()); sample, message = dataset.load(0)
+Layouts  COCO, CrowdPose, Human-Art, COCO-OOD, COCO-WholeBody, the embedded puppets, and your own keypoints in COCO's
+         format: see `layouts` below and data/README.md.
+Checks   The annotation file is checked once, when it is opened. What cannot be used is skipped, what can be mended is
+         mended; both are counted and named in `report()`. Image files are opened only when they are loaded.
+Units    pixels, origin at the top left corner of the image. Boxes are x, y, w, h in files and x1, y1, x2, y2 in a `Sample`.
+"""
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
+
+from common.runtime import UserError
+from common.skeletons import SKELETONS, Skeleton, get_skeleton, skeleton_from_category
+
+PUPPETS = Path(__file__).resolve().parents[1] / "data" / "puppets"
+BOX_TO_AREA = 0.53          # a person's outline fills about half of the box: the area where a file has none
 
 
 @dataclass
@@ -30,3 +48,445 @@ class Prediction:
     keypoint_scores: np.ndarray             # (P, K)
     scores: np.ndarray                      # (P,)
     boxes: np.ndarray | None = None         # (P, 4): x1, y1, x2, y2
+
+
+# ---------------------------------------------------------------- pictures
+
+class BadImage(UserError):
+    """An image that cannot be read; says which and why."""
+
+    def __init__(self, path: Path | str, reason: str):
+        super().__init__(path, reason)      # both in `args`, so that it survives the way back from a loader worker
+
+    def __str__(self) -> str:
+        return f"cannot read image {self.args[0]}: {self.args[1]}"
+
+
+def load_image(image: Path | str | Image.Image, size: tuple[int, int] | None = None,
+               rotate: bool = False) -> Image.Image:
+    """A fully decoded 8-bit RGB picture, from whatever the file holds. Raises `BadImage`.
+
+    Gray, palette, CMYK and 16-bit pictures are converted, transparency is dropped, of an animation the first frame is
+    taken. Cameras store a rotation beside the pixels (EXIF). Annotation tools differ on whether they see it, so with
+    `size`, the (w, h) that the annotation file states, it is applied only if that leads to this size. A photo that
+    comes without annotation wants `rotate=True`.
+    """
+    name = getattr(image, "filename", "") or "picture" if isinstance(image, Image.Image) else image
+    try:
+        picture = image if isinstance(image, Image.Image) else Image.open(image)
+        picture.load()
+        upright = ImageOps.exif_transpose(picture)
+        wanted = rotate or (size is not None and upright.size == tuple(size) != picture.size)
+        return to_rgb(upright if wanted else picture)
+    except FileNotFoundError:
+        raise BadImage(name, "there is no such file") from None
+    except Image.UnidentifiedImageError:
+        raise BadImage(name, "this is not an image, or of a kind that Pillow does not know") from None
+    except Exception as error:              # decoders raise all kinds of errors on damaged files
+        raise BadImage(name, str(error) or type(error).__name__) from None
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Any PIL mode to 8-bit RGB. PIL would cut 16-bit gray off at 255; we scale it."""
+    if picture.mode == "I" or picture.mode.startswith("I;16"):
+        gray = np.asarray(picture).astype(np.float64)
+        scale = 257 if gray.max(initial=0) > 255 else 1
+        picture = Image.fromarray((gray / scale).round().clip(0, 255).astype(np.uint8))
+    if picture.mode == "P":
+        picture = picture.convert("RGBA")   # a palette may hold transparency, which RGB warns about
+    return picture.convert("RGB")
+
+
+# ---------------------------------------------------------------- one annotation file
+
+def read_json(path: Path) -> dict:
+    """The content of a COCO annotation file, or one line that says what is wrong with it."""
+    try:
+        content = json.loads(path.read_bytes(), object_pairs_hook=_without_outlines)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not complete JSON: {error.msg} at line {error.lineno}, character {error.pos} of "
+                        f"{len(error.doc)}; the file looks damaged or cut off, fetch it again") from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in ("images", "annotations")):
+        raise UserError(f"{path} is not a COCO annotation file: it needs the lists 'images' and 'annotations'")
+    return content
+
+
+def _without_outlines(pairs: list[tuple]) -> dict:
+    """Drop the polygons while reading: nothing here uses them, and they are most of COCO's 2 GB in memory."""
+    return {key: value for key, value in pairs if key != "segmentation"}
+
+
+def numbers(values, count: int | None = None) -> np.ndarray | None:
+    """A flat float64 array, or None if these are no numbers, or not `count` of them. Absent values become NaN."""
+    try:
+        row = np.array(values, np.float64).ravel()
+    except (TypeError, ValueError):
+        return None
+    return row if count in (None, len(row)) else None
+
+
+def keypoint_fields(skeleton: str | None) -> tuple[str, ...]:
+    """The fields of an annotation that hold the keypoints, one after the other."""
+    return {"humanart21": ("keypoints_21",),
+            "wholebody": ("keypoints", "foot_kpts", "face_kpts", "lefthand_kpts", "righthand_kpts"),
+            }.get(skeleton, ("keypoints",))
+
+
+def keypoints_of(annotation: dict, fields: Sequence[str]) -> np.ndarray | None:
+    """(K, 3) of one annotation; (0, 3) if it has none of the fields; None if they are no triplets of numbers."""
+    rows = [numbers(annotation.get(field) or []) for field in fields]
+    if any(row is None or len(row) % 3 for row in rows):
+        return None
+    return np.concatenate(rows).reshape(-1, 3)
+
+
+def ids_of(annotations: Sequence[dict], mask: np.ndarray) -> list:
+    """The ids of the annotations where the mask is True, for the notes."""
+    return [annotations[n].get("id", "without id") for n in np.flatnonzero(mask)]
+
+
+class PoseDataset:
+    """All images of one split. `dataset[i]` is a `Sample` that names its image file, `load(i)` one with the picture.
+
+    Everything lies in a few numpy arrays (the people of image n are rows offsets[n] to offsets[n + 1]): a list of dicts
+    would be copied, page by page, into every loader worker.
+
+    Takes    name ('coco', 'crowdpose', ...), split, the annotation files (their content is joined), the folders that
+             may hold the images, a skeleton or None for the file's own, OKS sigmas or None for the skeleton's
+    """
+
+    def __init__(self, name: str, split: str, files: Sequence[Path], folders: Sequence[Path],
+                 skeleton: str | dict | Skeleton | None = None, sigmas: Sequence[float] | None = None):
+        self.name, self.split, self.files = name, split, list(files)
+        self.notes: dict[str, list] = {}                    # what was skipped or mended -> ids
+        self.bad: Counter[str] = Counter()                  # messages of `load`, see `remember`
+        contents = [read_json(path) for path in files]
+        images = [image for content in contents for image in content["images"]]
+        people = [person for content in contents for person in content["annotations"]]
+        index = self._read_images(images, folders)
+        people, own = self._keypoint_people(people, contents[0].get("categories") or [])
+        self.skeleton = self._choose_skeleton(people, own, skeleton, sigmas)
+        self.metric = next((m for m in ("crowdpose", "wholebody") if m in (name, self.skeleton.name)), "coco")
+        self._read_people(people, index)
+        self.rows = np.arange(len(self.ids))                # the images of this view, see `training`
+        self.notes = {reason: (len(ids), ids[:3]) for reason, ids in self.notes.items()}
+
+    # ------------------------------------------------ reading
+
+    def _note(self, reason: str, ids: Iterable):
+        ids = list(ids)
+        if ids:
+            self.notes.setdefault(reason, []).extend(ids)
+
+    def _read_images(self, images: list, folders: Sequence[Path]) -> dict[str, int]:
+        """Fill ids, file_names, sizes and crowd_index, sorted by id. Returns the position of each id, as text.
+
+        Ids are compared as text, because some files have 17 in one place and "17" in another.
+        """
+        by_id = {}
+        for image in images:
+            if not isinstance(image, dict) or "id" not in image or not image.get("file_name"):
+                self._note("images skipped: no id or no file_name", [str(image)[:40]])
+            elif str(image["id"]) in by_id:
+                self._note("images skipped: their id appeared before", [image["id"]])
+            else:
+                by_id[str(image["id"])] = image
+        if not by_id:
+            raise UserError(f"{self.files[0]} lists no images")
+        whole = all(type(image["id"]) is int and abs(image["id"]) < 2**63 for image in by_id.values())
+        by_id = dict(sorted(by_id.items(), key=lambda item: item[1]["id"] if whole else item[0]))
+        images = list(by_id.values())
+        self.ids = np.array([image["id"] for image in images] if whole else list(by_id))
+        prefix = "HumanArt/" if self.name == "humanart" else ""             # its names begin at the parent folder
+        self.file_names = np.array([str(image["file_name"]).replace("\\", "/").removeprefix(prefix) for image in images])
+        self.image_folder = self._find_images(folders)
+        self.name = "ood" if self.image_folder.name == "val2017oil" else self.name
+        self.sizes = np.array([self._size_of(image, n) for n, image in enumerate(images)], np.int64)
+        crowding = [numbers(image.get("crowdIndex"), 1) for image in images]
+        self.crowd_index = np.array([np.nan if x is None else x[0] for x in crowding])
+        return {key: n for n, key in enumerate(by_id)}
+
+    def _find_images(self, folders: Sequence[Path]) -> Path:
+        """The folder that holds the first images; looking for all of 118 000 would take too long."""
+        first = self.file_names[:20]
+        present = {folder: [(folder / name).is_file() for name in first] for folder in folders}
+        best = max(folders, key=lambda folder: sum(present[folder]))
+        if not any(present[best]):
+            raise UserError(f"the images of {self.files[0]} are not there: looked for {first[0]} in "
+                            + ", ".join(map(str, folders)))
+        self._note(f"of the first {len(first)} images not in {best}; they will be skipped",
+                   [name for name, there in zip(first, present[best]) if not there])
+        return best
+
+    def _size_of(self, image: dict, n: int) -> tuple[int, int]:
+        """(w, h) as stated; from the file where nothing sensible is stated; (1, 1), and no people, without either."""
+        size = numbers([image.get("width"), image.get("height")], 2)
+        if size is not None and (size >= 1).all():
+            return int(size[0]), int(size[1])
+        self._note("images without width and height: taken from the picture", [image["id"]])
+        try:
+            with Image.open(self.image_folder / self.file_names[n]) as picture:
+                return picture.size
+        except Exception:                   # `load` will say what is wrong with it
+            return 1, 1
+
+    def _keypoint_people(self, people: list, categories: list) -> tuple[list[dict], dict | None]:
+        """The annotations of the category with keypoints, and this category; other kinds of objects may share a file."""
+        categories = [c for c in categories if isinstance(c, dict)]
+        own = next((c for c in categories if c.get("keypoints")), None)
+        others = {str(c.get("id")) for c in categories if own and c.get("keypoints") != own["keypoints"]}
+        use = np.array([isinstance(p, dict) and str(p.get("category_id")) not in others for p in people], bool)
+        self._note("annotations skipped: of a category without these keypoints",
+                   [p.get("id") if isinstance(p, dict) else str(p)[:40] for p, used in zip(people, use) if not used])
+        return [p for p, used in zip(people, use) if used], own
+
+    def _choose_skeleton(self, people: list[dict], own: dict | None, skeleton, sigmas) -> Skeleton:
+        """The one asked for, the file's own, or a built-in set of the right size; its size must be the file's."""
+        wanted = get_skeleton(skeleton) if skeleton is not None else None
+        fields = keypoint_fields(wanted and wanted.name)
+        counts = Counter(len(k) for k in (keypoints_of(p, fields) for p in people[:1000]) if k is not None and len(k))
+        if people and not counts:
+            raise UserError(f"{self.files[0]} is not a keypoint file: no annotation has usable '{fields[0]}'")
+        named = len(own["keypoints"]) if own else 0
+        count = counts.most_common(1)[0][0] if counts else named
+        if wanted is None and own:
+            wanted = skeleton_from_category(own, sigmas)
+        elif wanted is None:
+            wanted = next((s for s in SKELETONS.values() if s.num_keypoints == count), None)
+            if wanted is None:
+                raise UserError(f"{self.files[0]} does not name its {count} keypoints: add them to its 'categories'")
+        elif own and named == count == wanted.num_keypoints and list(own["keypoints"]) != list(wanted.keypoints):
+            self._note(f"categories name the keypoints otherwise than skeleton '{wanted.name}', which is used",
+                       [own.get("id")])
+        if count and count != wanted.num_keypoints:
+            raise UserError(f"{self.files[0]} has {count} keypoints per person, but skeleton '{wanted.name}' has "
+                            f"{wanted.num_keypoints}: choose another --skeleton or other data")
+        return wanted if sigmas is None else replace(wanted, sigmas=tuple(map(float, sigmas)))
+
+    def _read_people(self, people: list[dict], index: dict[str, int]):
+        """Fill offsets, keypoints, boxes (xywh, as in the file), areas, iscrowd and num_keypoints, image by image."""
+        count, fields = self.skeleton.num_keypoints, keypoint_fields(self.skeleton.name)
+        joints = [keypoints_of(p, fields) for p in people]
+        image = np.array([index.get(str(p.get("image_id")), -1) for p in people], np.int64)
+        fits = np.array([k is not None and len(k) in (0, count) for k in joints], bool)
+        self._note("annotations skipped: their image is not in the list", ids_of(people, image < 0))
+        self._note(f"annotations skipped: not {count} keypoints", ids_of(people, (image >= 0) & ~fits))
+        order = np.argsort(image, kind="stable")            # people of one image stay in the order of the file
+        order = order[(image >= 0)[order] & fits[order]]
+        people, image = [people[n] for n in order], image[order]
+        keypoints = np.zeros((len(people), count, 3))
+        for row, n in zip(keypoints, order):
+            row[:] = joints[n] if len(joints[n]) else 0
+
+        ids = Counter(str(p.get("id")) for p in people)
+        self._note("annotation ids that appear twice: numbered anew", [i for i, times in ids.items() if times > 1])
+        keypoints = self._mend_keypoints(keypoints, people, self.sizes[image])
+        boxes, usable = self._mend_boxes(people, keypoints, self.sizes[image])
+        people, keypoints, boxes = [p for p, used in zip(people, usable) if used], keypoints[usable], boxes[usable]
+        self.offsets = np.searchsorted(image[usable], np.arange(len(self.ids) + 1))
+        self.keypoints, self.boxes = keypoints.astype(np.float32), boxes
+        self._read_fields(people)
+
+    def _mend_keypoints(self, keypoints: np.ndarray, people: list[dict], sizes: np.ndarray) -> np.ndarray:
+        """v becomes 0, 1 or 2; coordinates that cannot be meant become unlabelled (P, K, 3)."""
+        v = np.ceil(np.nan_to_num(keypoints[..., 2]).clip(0, 2))        # fractions and True are labels, too
+        xy, limit = keypoints[..., :2], sizes[:, None]
+        wild = (v > 0) & ~(np.abs(xy) < 10 * limit).all(-1)             # NaN compares False
+        outside = (v > 0) & ~wild & ((xy < 0) | (xy > limit)).any(-1)
+        self._note("people with keypoints at no number or far away: these taken as unlabelled", ids_of(people, wild.any(1)))
+        self._note("people with labelled keypoints outside the image: kept as they are", ids_of(people, outside.any(1)))
+        v[wild] = 0
+        return np.concatenate([np.where(v[..., None] > 0, xy, 0), v[..., None]], -1)
+
+    def _mend_boxes(self, people: list[dict], keypoints: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(P, 4) xywh, and which people (P,) can be used.
+
+        A box without area in the image gives way to that of the labelled keypoints, widened by 15 % on each side and
+        at least 2 px; without such keypoints the annotation is useless. Boxes that only reach beyond the image stay:
+        CrowdPose's areas are made of them.
+        """
+        given = [numbers(p.get("bbox"), 4) for p in people]
+        boxes = np.array([np.full(4, np.nan) if box is None else box for box in given]).reshape(-1, 4)
+        with np.errstate(invalid="ignore"):
+            low, high = boxes[:, :2].clip(0), np.minimum(boxes[:, :2] + boxes[:, 2:], sizes)
+        usable = np.isfinite(boxes).all(1) & (high > low).all(1)
+        boxless = ~usable
+        for n in np.flatnonzero(boxless):
+            xy = keypoints[n, keypoints[n, :, 2] > 0, :2]
+            xy = xy[((xy >= 0) & (xy <= sizes[n])).all(1)]
+            if len(xy):
+                margin = np.maximum(0.15 * np.ptp(xy, axis=0), 2)
+                low, high = (xy.min(0) - margin).clip(0), np.minimum(xy.max(0) + margin, sizes[n])
+                boxes[n], usable[n] = [*low, *(high - low)], True
+        without = "a box of no area, or outside the image, or none"
+        self._note(f"annotations skipped: {without}, and no keypoints", ids_of(people, ~usable))
+        self._note(f"people with {without}: taken from their keypoints", ids_of(people, boxless & usable))
+        return boxes, usable
+
+    def _read_fields(self, people: list[dict]):
+        """areas, iscrowd and num_keypoints, with a value where the file has none."""
+        def column(name: str) -> np.ndarray:
+            rows = [numbers(p.get(name), 1) for p in people]
+            return np.array([np.nan if row is None else row[0] for row in rows])
+
+        crowdpose, area, crowd, stated = self.name == "crowdpose", column("area"), column("iscrowd"), column("num_keypoints")
+        self.areas = BOX_TO_AREA * self.boxes[:, 2] * self.boxes[:, 3]
+        if not crowdpose:                                   # its evaluation always uses the box
+            given = (area > 0) & (area < np.inf)
+            self.areas[given] = area[given]
+            self._note(f"people without area: {BOX_TO_AREA} of the box taken", ids_of(people, ~given))
+        self.iscrowd = np.nan_to_num(crowd) > 0
+        self._note("people without iscrowd: taken as single people", ids_of(people, np.isnan(crowd)))
+        labelled = self.keypoints[..., 2] > 0
+        counted = labelled[:, :12].sum(1) if crowdpose else labelled.sum(1)     # CrowdPose leaves out head and neck
+        self.num_keypoints = np.where(crowdpose & ~np.isnan(stated), np.nan_to_num(stated), counted).astype(np.int64)
+        if keypoint_fields(self.skeleton.name) == ("keypoints",) and not crowdpose:
+            self._note("people without, or with a wrong num_keypoints: counted", ids_of(people, stated != counted))
+
+    # ------------------------------------------------ use
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Sample:
+        """Image i with the path of its file and all its annotations, crowd regions and people without keypoints too."""
+        n = self.rows[i]
+        people = slice(self.offsets[n], self.offsets[n + 1])
+        boxes = self.boxes[people]
+        return Sample(
+            image=self.image_folder / str(self.file_names[n]), image_id=self.ids[n].item(),
+            size=tuple(self.sizes[n].tolist()), keypoints=self.keypoints[people].copy(),
+            boxes=np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1).astype(np.float32),
+            areas=self.areas[people].astype(np.float32), iscrowd=self.iscrowd[people].copy())
+
+    def load(self, i: int) -> tuple[Sample | None, str]:
+        """Image i with its picture, and a message that is empty if all is well; no sample if it cannot be read.
+
+        Runs in loader workers, whose memory is their own: the message travels back in the batch, to `remember`.
+        Sizes that differ: the file's counts for all that follows; annotations stay what they are, pixels.
+        """
+        sample = self[i]
+        try:
+            picture = load_image(sample.image, sample.size)
+        except BadImage as error:
+            return None, str(error)
+        message = "" if picture.size == sample.size else (
+            f"{sample.image} has {picture.size[0]}x{picture.size[1]} pixels, the annotation file says "
+            f"{sample.size[0]}x{sample.size[1]}: the picture is right")
+        return replace(sample, image=picture, size=picture.size), message
+
+    def remember(self, messages: Iterable[str]) -> list[str]:
+        """Count the messages of `load` in `bad`; return the new ones, so that each is printed once."""
+        new = [message for message in dict.fromkeys(messages) if message and message not in self.bad]
+        self.bad.update(message for message in messages if message)
+        return new
+
+    def training(self) -> PoseDataset:
+        """The same data without the images in which nobody has a labelled keypoint."""
+        learn = (self.keypoints[..., 2] > 0).any(1) & ~self.iscrowd
+        people = np.concatenate([[0], np.cumsum(learn)])[self.offsets]          # learnable people before each image
+        view = copy.copy(self)
+        view.rows = self.rows[np.diff(people)[self.rows] > 0]
+        if not len(view):
+            raise UserError(f"nothing to train on in {self.files[0]}: nobody has a labelled keypoint")
+        return view
+
+    def ground_truth(self) -> dict:
+        """A COCO-style dict of all images of this view; annotations numbered from 1, boxes and areas in float64."""
+        images, annotations = [], []
+        for n in self.rows:
+            image_id, (w, h) = self.ids[n].item(), self.sizes[n].tolist()
+            crowding = {} if np.isnan(self.crowd_index[n]) else {"crowdIndex": float(self.crowd_index[n])}
+            images.append({"id": image_id, "file_name": str(self.file_names[n]), "width": w, "height": h, **crowding})
+            for p in range(self.offsets[n], self.offsets[n + 1]):
+                annotations.append({
+                    "id": len(annotations) + 1, "image_id": image_id, "category_id": 1, "bbox": self.boxes[p].tolist(),
+                    "area": float(self.areas[p]), "iscrowd": int(self.iscrowd[p]),
+                    "num_keypoints": int(self.num_keypoints[p]), "keypoints": self.keypoints[p].ravel().tolist()})
+        category = {"id": 1, "name": "person", "keypoints": list(self.skeleton.keypoints),
+                    "skeleton": [[a + 1, b + 1] for a, b in self.skeleton.edges]}
+        return {"info": {}, "images": images, "annotations": annotations, "categories": [category]}
+
+    def report(self) -> str:
+        """What the annotation file holds, then one line per kind of thing that was skipped or mended."""
+        v, single = self.keypoints[..., 2] > 0, ~self.iscrowd
+        peopled = np.diff(np.concatenate([[0], np.cumsum(single)])[self.offsets]) > 0
+        lines = [f"{self.name} {self.split}: {len(self.ids)} images, {peopled.sum()} with people; {single.sum()} people, "
+                 f"{(v.any(1) & single).sum()} with keypoints; {v[single].sum()} labelled keypoints; "
+                 f"{self.iscrowd.sum()} crowd regions; {self.skeleton.num_keypoints} keypoints ({self.skeleton.name})"]
+        for reason, (count, first) in self.notes.items():
+            lines.append(f"  {count} {reason} ({', '.join(map(str, first))}{', ...' if count > len(first) else ''})")
+        return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- folders
+
+def layouts(split: str) -> list[tuple[str, list[str], list[str]]]:
+    """(name, annotation files, image folders) of every known layout; the first one whose annotation file exists counts."""
+    word = {"train": "training", "val": "validation"}.get(split, split)
+    coco = f"annotations/person_keypoints_{split}2017.json"
+    return [
+        ("coco", [coco], [f"{split}2017", f"images/{split}2017", "images", *["val2017oil"] * (split == "val")]),
+        ("ood", ["annotations/person_keypoints_val2017.json"] if split == "ood" else [], ["val2017oil"]),
+        ("crowdpose", [f"json/crowdpose_{split}.json", f"annotations/crowdpose_{split}.json"], ["images"]),
+        ("humanart", [f"annotations/{word}_humanart.json", f"HumanArt/annotations/{word}_humanart.json"],
+         [".", "HumanArt"]),
+        ("wholebody", [f"annotations/coco_wholebody_{split}_v1.0.json"], [f"{split}2017", f"images/{split}2017"]),
+        ("custom", [f"annotations/person_keypoints_{split}.json", f"annotations/{split}.json", f"{split}.json",
+                    f"{split}/_annotations.coco.json"], [f"images/{split}", split, "images", "."]),
+    ]
+
+
+def find_layout(folder: Path, split: str, first: str = "") -> tuple[str, list[Path], list[Path]] | None:
+    """(name, annotation files, image folders) found in a folder; where several fit, the layout called `first` does."""
+    for name, files, folders in sorted(layouts(split), key=lambda layout: layout[0] != first):
+        found = [folder / file for file in files if (folder / file).is_file()]
+        if found:
+            return name, found[:1], [folder / images for images in folders]
+    if split == "trainval":                                 # CrowdPose trains on both; some have them in one file
+        parts = [find_layout(folder, part, first) for part in ("train", "val")]
+        if all(part and part[0] == "crowdpose" for part in parts):
+            return "crowdpose", parts[0][1] + parts[1][1], parts[0][2]
+    return None
+
+
+def default_splits(data: str) -> tuple[str, str]:
+    """The splits that a dataset's papers train and evaluate on."""
+    found = data != "puppets" and (find_layout(Path(data), "trainval") or find_layout(Path(data), "test"))
+    return ("trainval", "test") if found and found[0] == "crowdpose" else ("train", "val")
+
+
+def open_dataset(data: str, split: str, skeleton: str | dict | Skeleton | None = None,
+                 sigmas: Sequence[float] | None = None) -> PoseDataset:
+    """A split of 'puppets', which are made on first use, or of a folder whose layout is known.
+
+    split: 'train', 'val', 'test', 'trainval' (CrowdPose), 'ood' (the val images in other styles), 'crowd' (puppets).
+    Raises `UserError` with one line if there is no such thing.
+    """
+    wanted = get_skeleton(skeleton).name if skeleton is not None else ""
+    if data == "puppets":
+        parts = {"train": "coco", "val": "coco", "crowd": "crowd", "ood": "ood"}
+        if split not in parts:
+            raise UserError(f"puppets have no split '{split}': choose one of {', '.join(parts)}")
+        from data.puppets import make       # here, because real data does not need it
+        folder = make(PUPPETS, parts[split])
+        file_split = split if split != "crowd" else "test" if wanted == "crowdpose" else "val"
+    else:
+        folder, file_split = Path(data), split
+        if not folder.is_dir():
+            raise UserError(f"{folder} is {'a file' if folder.exists() else 'missing'}, not a data folder: data/README.md "
+                            "says what goes where; --data puppets needs no download")
+        if not any(folder.iterdir()):
+            raise UserError(f"{folder} is empty: data/README.md says what goes where")
+    found = find_layout(folder, file_split, wanted)
+    if found is None:
+        looked = [file for _, files, _ in layouts(file_split) for file in files]
+        there = sorted(str(path.relative_to(folder)) for path in [*folder.glob("*.json"), *folder.glob("*/*.json")])
+        raise UserError(f"{folder} has no annotation file for split '{split}': looked for {', '.join(looked)}; "
+                        f"JSON files there: {', '.join(there[:5]) or 'none'}")
+    name, files, folders = found
+    dataset = PoseDataset(name, split, files, folders, skeleton, sigmas)
+    dataset.name = "puppets" if data == "puppets" else dataset.name
+    return dataset
