@@ -70,12 +70,15 @@ for size in "nsmlx":
         "detrpose", size, "crowdpose", "Apache-2.0", DETRPOSE, f"detrpose_hgnetv2_{size}_crowdpose.pth")
 for suffix, skeleton in ("", "coco"), ("-crowdpose", "crowdpose"):
     RELEASES[f"diffusionregpose-r50{suffix}"] = Release(
-        "diffusionregpose", "r50", skeleton, EDPOSE_TERMS, {f"diffusionregpose-r50{suffix}.pth": DIFFUSIONREGPOSE}, by_hand=True)
+        "diffusionregpose", "r50", skeleton, EDPOSE_TERMS,
+        {f"diffusionregpose-r50{suffix}.pth": DIFFUSIONREGPOSE}, by_hand=True)
 for net in "hrnet_w32", "hrnet_w48":
-    RELEASES[f"querypose-{net}"] = Release("querypose", net, "coco", "MIT", {f"querypose-{net}.pth": QUERYPOSE}, by_hand=True)
+    RELEASES[f"querypose-{net}"] = Release(
+        "querypose", net, "coco", "MIT", {f"querypose-{net}.pth": QUERYPOSE}, by_hand=True)
 for part, skeleton in ("Body", "coco"), ("Wholebody", "wholebody"):
     name, folder = f"sdpose-{part.lower()}", HUGGING_FACE.format(f"teemosliang/SDPose-{part}")
-    RELEASES[name] = Release("sdpose", part.lower(), skeleton, SDPOSE_TERMS, {f"{name}/{file}": folder + file for file in SDPOSE_FILES})
+    RELEASES[name] = Release(
+        "sdpose", part.lower(), skeleton, SDPOSE_TERMS, {f"{name}/{file}": folder + file for file in SDPOSE_FILES})
 
 # Weights to start from. DETRPose's backbones are B0 (n, s), B2 (m), B4 (l), B5 (x).
 for net in "B0", "B2", "B4", "B5":
@@ -138,12 +141,12 @@ def fetch(name: str, cache: Path | None = None, timeout: float = 30.0) -> Path:
             return place / local
     if not writable(folder):
         if not writable(spare):
-            raise UserError(f"cannot write to {folder} nor {spare.resolve()}: set POSE_CACHE to a folder that you may write to")
-        print(f"cannot write to {folder}: keeping {name} in {spare.resolve()} (POSE_CACHE chooses another folder)")
+            raise UserError(f"cannot write to {folder} nor {spare.resolve()}: set POSE_CACHE to a folder where you can")
+        print(f"cannot write to {folder}: {name} goes to {spare.resolve()} (POSE_CACHE chooses another folder)")
         folder = spare
     if release.by_hand and not mirror:
         file, page = next(iter(release.files.items()))
-        raise UserError(f"{name} has to be fetched by hand, with a browser: save {page} as {(folder / file).resolve()}")
+        raise UserError(f"{name} has to be fetched with a browser: save {page} as {(folder / file).resolve()}")
     print(f"{name}: {len(release.files)} file{'s' * (len(release.files) > 1)}, licence: {release.licence}")
     for file, address in release.files.items():
         if not (folder / file).is_file():
@@ -184,7 +187,7 @@ def receive(url: str, file, timeout: float) -> None:
         try:
             with connect(url, file.tell(), version, timeout) as response:
                 version = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
-                if response.status != 206:     # not the rest but all of it: the server cannot resume, or the file changed
+                if response.status != 206:     # all of it, not the rest: cannot resume, or the file has changed
                     file.seek(0)
                     file.truncate()
                 copy(response, file, url)
@@ -226,8 +229,9 @@ def copy(response, file, url: str) -> None:
     free = shutil.disk_usage(Path(file.name).parent).free
     print(f"fetching {url}: {f'{total / 1e6:.1f} MB' if total else 'size not announced'}")
     if total and free < total - have:
-        raise Unusable(f"it has {total / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free (POSE_CACHE chooses another folder)")
-    with tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1], dynamic_ncols=True) as bar:
+        raise Unusable(f"of {total / 1e6:.1f} MB only {free / 1e6:.1f} fit on the disk (POSE_CACHE chooses another)")
+    name = url.rsplit("/", 1)[-1]
+    with tqdm(total=total, initial=have, desc=name, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
         while chunk := read(response):
             file.write(chunk)
             bar.update(len(chunk))
@@ -284,7 +288,8 @@ def file_kind(path: Path) -> str:
     raise Unusable(f"it is neither a torch nor a safetensors file (it starts with {head[:8]!r})")
 
 
-# Objects that training scripts save beside the tensors: settings, and numbers of a log.
+RUNS_CODE = "it holds more than tensors, reading it would run {}: ask for a file with the state dict alone"
+# What training scripts save beside the tensors: settings, and numbers of a log.
 SETTINGS = re.compile(r"(omegaconf|argparse|numpy|pathlib|collections|typing)\.")
 
 
@@ -296,10 +301,13 @@ def stand_in(name: str) -> type:
     """
     def new(cls, *args):
         if not SETTINGS.match(name):
-            raise Unusable(f"it holds more than tensors, reading it would run {name}: ask for a file with the state dict alone")
+            raise Unusable(RUNS_CODE.format(name))
         return object.__new__(cls)
 
-    return type("StandIn", (), {"__new__": new, "__init__": lambda self, *args: None, "__setstate__": lambda self, state: None})
+    def forget(self, *args):
+        pass
+
+    return type("StandIn", (), {"__new__": new, "__init__": forget, "__setstate__": forget})
 
 
 def read_torch(path: Path, zipped: bool):
@@ -314,8 +322,7 @@ def read_torch(path: Path, zipped: bool):
     except Exception as error:                 # a damaged file can fail anywhere in torch's reader
         code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if code:
-            raise Unusable(f"it holds more than tensors, reading it would run {code[1]}: "
-                           "ask for a file with the state dict alone") from None
+            raise Unusable(RUNS_CODE.format(code[1])) from None
         raise Unusable(f"it is cut short or damaged ({type(error).__name__})") from None
 
 
@@ -328,12 +335,14 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
     try:
         kind = file_kind(path)
         saved = load_file(path) if kind == "safetensors" else read_torch(path, zipped=kind == "zip")
-        saved = saved if isinstance(saved, dict) else {}
-        ema = saved.get("ema")
-        for part in (ema.get("module") if isinstance(ema, dict) else None, ema, saved.get("model"), saved.get("state_dict"), saved):
-            tensors = {key: value for key, value in part.items() if isinstance(value, Tensor)} if isinstance(part, dict) else {}
+        for place in (("ema", "module"), ("ema",), ("model",), ("state_dict",), ()):
+            part = saved
+            for key in place:
+                part = part.get(key) if isinstance(part, dict) else None
+            items = part.items() if isinstance(part, dict) else ()
+            tensors = {key.removeprefix("module."): value for key, value in items if isinstance(value, Tensor)}
             if tensors:
-                return {key.removeprefix("module."): value for key, value in tensors.items()}
+                return tensors
         raise Unusable("it holds no tensors under ema, model or state_dict, nor by themselves")
     except Unusable as reason:
         raise UserError(f"cannot read weights from {path}: {reason}") from None
@@ -359,7 +368,7 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], ignored: dict[str, s
     Raises UserError with the first five offenders of each kind; the model is then unchanged.
     """
     def kept(tensors):
-        return {key: value for key, value in tensors.items() if not any(re.search(pattern, key) for pattern in ignored)}
+        return {key: tensors[key] for key in tensors if not any(re.search(pattern, key) for pattern in ignored)}
 
     theirs, ours = kept(state), kept(model.state_dict())
     offenders = {

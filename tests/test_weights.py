@@ -1,0 +1,345 @@
+"""Fetching from a server that misbehaves in every way we know of, reading files that are not what they seem, strict loading."""
+import argparse
+import hashlib
+import io
+import os
+import sys
+import threading
+import types
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from common import weights
+from common.runtime import UserError
+from common.weights import RELEASES, fetch, load_strict, load_tensors, rename
+
+NAME, FILE = "detrpose-n", "detrpose_hgnetv2_n.pth"
+
+
+def torch_bytes(**content) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers every path with `server.body`, in the manner of `server.manners`: one word per request, the last for the rest."""
+
+    def do_GET(self):
+        server = self.server
+        server.seen.append((self.path, self.headers.get("Range")))
+        manner = server.manners.pop(0) if len(server.manners) > 1 else server.manners[0]
+        if manner.isdigit():
+            return self.send_error(int(manner))
+        first = 0
+        if server.resumes and self.headers.get("If-Range") == server.version and self.headers.get("Range"):
+            first = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        body = server.body[first:]
+        self.send_response(206 if first else 200)
+        self.send_header("Content-Type", "text/html" if manner == "webpage" else "application/octet-stream")
+        self.send_header("ETag", server.version)
+        if first:
+            self.send_header("Content-Range", f"bytes {first}-{len(server.body) - 1}/{len(server.body)}")
+        if manner != "silent":
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[:len(body) // 2] if manner in ("breaks", "stalls") else body)
+        if manner == "stalls":
+            self.wfile.flush()
+            server.closing.wait(10)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """The mirror on the loopback address; its cache and the current folder are below tmp_path."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.body, server.manners, server.seen = torch_bytes(model={"a": torch.arange(50_000)}), ["fine"], []
+    server.resumes, server.version, server.closing = True, '"1"', threading.Event()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    monkeypatch.setenv("POSE_WEIGHTS_URL", server.url + "/mirror/")
+    monkeypatch.setenv("POSE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(weights, "PAUSE", 0.0)
+    monkeypatch.chdir(tmp_path)
+    yield server
+    server.closing.set()
+    server.shutdown()
+    server.server_close()
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder).as_posix()) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_release_is_fetched_once_and_says_size_and_licence(server, tmp_path, capsys):
+    path = fetch(NAME)
+    assert path == tmp_path / "cache" / FILE and path.read_bytes() == server.body
+    printed = capsys.readouterr()
+    assert printed.out.count("Apache-2.0") == 1 and f"{len(server.body) / 1e6:.1f} MB" in printed.out
+    assert "100%" in printed.err
+    assert fetch(NAME) == path and server.seen == [("/mirror/" + FILE, None)]
+    assert capsys.readouterr().out == ""
+    assert torch.equal(load_tensors(path)["a"], torch.arange(50_000))
+
+
+def test_a_release_of_several_files_is_a_folder_and_is_completed_if_one_is_missing(server, tmp_path):
+    folder = fetch("sdpose-body")
+    assert folder == tmp_path / "cache" / "sdpose-body" and len(server.seen) == 4
+    assert files_below(folder) == sorted(weights.SDPOSE_FILES)
+    (folder / "decoder/decoder.safetensors").unlink()
+    assert fetch("sdpose-body") == folder
+    assert server.seen[4:] == [("/mirror/sdpose-body/decoder/decoder.safetensors", None)]
+
+
+def test_a_broken_connection_is_taken_up_where_it_broke(server):
+    server.manners = ["breaks", "503", "fine"]
+    assert fetch(NAME).read_bytes() == server.body
+    assert [start for _, start in server.seen] == [None] + [f"bytes={len(server.body) // 2}-"] * 2
+
+
+def test_a_server_that_cannot_resume_is_read_from_the_start(server):
+    server.manners, server.resumes = ["breaks", "fine"], False
+    assert fetch(NAME).read_bytes() == server.body
+
+
+def test_halves_of_two_versions_are_never_joined(server, monkeypatch):
+    server.manners, old = ["breaks", "fine"], weights.copy
+
+    def replaced_meanwhile(*args):
+        try:
+            old(*args)
+        finally:
+            server.version, server.body = '"2"', torch_bytes(model={"a": torch.zeros(50_000)})
+    monkeypatch.setattr(weights, "copy", replaced_meanwhile)
+    assert fetch(NAME).read_bytes() == server.body
+
+
+def test_a_length_that_is_not_announced_is_no_obstacle(server):
+    server.manners = ["silent"]
+    assert fetch(NAME).read_bytes() == server.body
+
+
+@pytest.mark.parametrize("manner, reason, requests", [
+    ("breaks", "the connection broke after", 3), ("stalls", "timed out", 3), ("503", "the server answers 503", 3),
+    ("404", "the server answers 404", 1), ("webpage", "web page", 1)])
+def test_a_failed_download_is_one_line_and_leaves_nothing(server, tmp_path, manner, reason, requests):
+    server.manners, server.resumes = [manner], False
+    with pytest.raises(UserError, match=reason) as error:
+        fetch(NAME, timeout=0.2)
+    line = str(error.value)
+    assert "\n" not in line and f"{server.url}/mirror/{FILE}" in line and str(tmp_path / "cache" / FILE) in line
+    assert len(server.seen) == requests and files_below(tmp_path) == []
+
+
+@pytest.mark.parametrize("body, reason", [
+    (b"<!DOCTYPE html><p>quota exceeded", "web page"), (b"", "empty"), (b"version https://git-lfs", "neither"),
+    (torch_bytes(a=torch.ones(999))[:-100], "cut short")])
+def test_a_complete_download_that_is_no_weights_is_refused(server, tmp_path, body, reason):
+    server.body = body
+    with pytest.raises(UserError, match=reason):
+        fetch(NAME)
+    assert files_below(tmp_path) == []
+
+
+def test_without_a_network_one_line_says_the_address_and_the_place(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("POSE_WEIGHTS_URL", "http://127.0.0.1:1")           # nobody listens there
+    with pytest.raises(UserError) as error:
+        fetch(NAME)
+    assert f"could not fetch http://127.0.0.1:1/{FILE}: " in str(error.value) and "\n" not in str(error.value)
+    assert f"save it as {tmp_path / 'cache' / FILE}" in str(error.value) and files_below(tmp_path) == []
+
+
+def test_a_proxy_of_the_environment_is_used(server, monkeypatch):
+    monkeypatch.setenv("POSE_WEIGHTS_URL", "http://weights.invalid")
+    monkeypatch.setenv("http_proxy", server.url)
+    fetch(NAME)
+    assert server.seen == [(f"http://weights.invalid/{FILE}", None)]
+
+
+def test_a_name_that_holds_a_hash_is_compared_with_it(server, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="not with the 0676ba61"):
+        fetch("resnet50")
+    assert files_below(tmp_path) == []
+    right = f"net-{hashlib.sha256(server.body).hexdigest()[:8]}.pth"
+    monkeypatch.setitem(RELEASES, "net", weights.one("", "", "", "MIT", "", right))
+    assert fetch("net").read_bytes() == server.body
+
+
+def test_many_fetching_at_once_all_end_well(server, tmp_path):
+    paths, start = [], threading.Barrier(4)
+    threads = [threading.Thread(target=lambda: (start.wait(), paths.append(fetch(NAME)))) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert paths == [tmp_path / "cache" / FILE] * 4 and paths[0].read_bytes() == server.body
+    assert files_below(tmp_path) == [f"cache/{FILE}"]
+
+
+def test_ctrl_c_and_a_full_disk_leave_nothing_behind(server, tmp_path, monkeypatch):
+    def stop(response):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(weights, "read", stop)
+        fetch(NAME)
+    monkeypatch.setattr(weights.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match="fit on the disk"):
+        fetch(NAME)
+    assert files_below(tmp_path) == []
+
+
+def test_a_read_only_cache_gives_way_to_the_current_folder_but_is_still_read(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(weights, "writable", lambda folder: "cache" not in str(folder))
+    assert fetch(NAME) == Path("weights") / FILE and (tmp_path / "weights" / FILE).read_bytes() == server.body
+    assert capsys.readouterr().out.count("cannot write to") == 1
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / FILE).write_bytes(server.body)
+    assert fetch(NAME) == tmp_path / "cache" / FILE and len(server.seen) == 1
+
+
+def test_a_folder_that_cannot_be_made_or_written_is_not_writable(tmp_path):
+    (tmp_path / "file").touch()
+    assert not weights.writable(tmp_path / "file" / "cache")
+    assert weights.writable(tmp_path / "new" / "cache") and files_below(tmp_path) == ["file"]
+    if hasattr(os, "geteuid") and os.geteuid():                             # root may write everywhere
+        (tmp_path / "locked").mkdir(mode=0o555)
+        assert not weights.writable(tmp_path / "locked")
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("POSE_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert weights.cache_folder() == tmp_path / "pose"
+    monkeypatch.setenv("POSE_CACHE", str(tmp_path / "mine"))
+    assert weights.cache_folder() == tmp_path / "mine"
+
+
+def test_what_must_be_fetched_by_hand_names_page_and_place_and_is_found_there(tmp_path, monkeypatch):
+    monkeypatch.delenv("POSE_WEIGHTS_URL", raising=False)
+    place = tmp_path / "querypose-hrnet_w32.pth"
+    with pytest.raises(UserError, match="drive.google.com") as error:
+        fetch("querypose-hrnet_w32", cache=tmp_path)
+    assert str(place) in str(error.value)
+    place.write_bytes(b"anything")
+    assert fetch("querypose-hrnet_w32", cache=tmp_path) == place
+
+
+def test_an_unknown_name_is_answered_with_near_ones():
+    with pytest.raises(UserError, match="did you mean detrpose-l"):
+        fetch("detrpose-ll")
+
+
+def test_the_table_covers_the_papers_and_no_two_releases_share_a_file():
+    files = [file for release in RELEASES.values() for file in release.files]
+    assert len(files) == len(set(files))
+    assert {release.method for release in RELEASES.values()} == {"", "detrpose", "diffusionregpose", "querypose", "sdpose"}
+    assert all(address.startswith("https://") for release in RELEASES.values() for address in release.files.values())
+    assert list(RELEASES["detrpose-x-crowdpose"].files.values())[0].endswith("model_weights/detrpose_hgnetv2_x_crowdpose.pth")
+
+
+# ---------------------------------------------------------------------- reading
+ONE, TWO = {"w": torch.ones(2)}, {"w": torch.full((2,), 2.0)}
+
+
+@pytest.mark.parametrize("saved", [
+    {"ema": {"module": TWO, "updates": 7}, "model": ONE}, {"ema": TWO, "model": ONE}, {"model": TWO, "epoch": 3},
+    {"model": {"module.w": TWO["w"]}, "ema_model": ONE}, {"state_dict": TWO}, TWO, {"module.w": TWO["w"], "epoch": 1}])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_the_best_tensors_of_a_file_are_chosen_and_module_is_taken_off(tmp_path, saved, zipped):
+    torch.save(saved, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    tensors = load_tensors(tmp_path / "a.pth")
+    assert list(tensors) == ["w"] and torch.equal(tensors["w"], TWO["w"])
+
+
+def test_safetensors_are_read_and_known_by_content(tmp_path):
+    for name in ("a.safetensors", "a.pth"):
+        save_file({"w": torch.ones(3, dtype=torch.bfloat16), "module.b": torch.zeros(())}, tmp_path / name)
+        tensors = load_tensors(tmp_path / name)
+        assert tensors["w"].dtype == torch.bfloat16 and tensors["b"].shape == ()
+
+
+def test_tensors_beside_settings_objects_are_read_without_importing_the_classes(tmp_path, monkeypatch):
+    """As DETRPose's training files: an OmegaConf object, which itself holds a class of the authors' code."""
+    modules = {name: types.ModuleType(name) for name in ("omegaconf", "authors")}
+    for name, module in modules.items():
+        module.Config = type("Config", (), {"__module__": name})
+    with monkeypatch.context() as patch:
+        for name, module in modules.items():
+            patch.setitem(sys.modules, name, module)
+        settings = modules["omegaconf"].Config()
+        settings.target, settings.more = modules["authors"].Config, argparse.Namespace(lr=0.1)
+        torch.save({"model": TWO, "args": settings}, tmp_path / "a.pth")
+    assert torch.equal(load_tensors(tmp_path / "a.pth")["w"], TWO["w"])
+    assert "authors" not in sys.modules
+
+
+class Hostile:
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("call, name", [
+    ((os.mkdir, "ran"), "mkdir"), ((exec, "open('ran', 'w')"), "exec"), ((nn.Linear, 1, 1), "Linear")])
+def test_a_file_that_wants_to_run_code_is_refused_and_nothing_runs(tmp_path, monkeypatch, call, name, zipped):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": TWO, "args": Hostile(*call)}, "evil.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=f"more than tensors.*{name}") as error:
+        load_tensors("evil.pth")
+    assert "\n" not in str(error.value) and files_below(tmp_path) == ["evil.pth"] and not Path("ran").exists()
+
+
+def test_every_kind_of_bad_file_is_one_clear_line(tmp_path):
+    torch.save(TWO, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    save_file(TWO, tmp_path / "new.safetensors")
+    cases = {"cut.pth": (torch_bytes(model=TWO)[:-40], "cut short"), "empty.pth": (b"", "it is empty"),
+             "page.pth": (b"\n <html>", "web page"), "photo.pth": (b"\xff\xd8\xff\xe0" * 9, "neither"),
+             "cut_old.pth": ((tmp_path / "old.pth").read_bytes()[:-7], "cut short"),
+             "cut.safetensors": ((tmp_path / "new.safetensors").read_bytes()[:-1], "cut short"),
+             "numbers.pth": (torch_bytes(epoch=3, model={"lr": 0.1}), "holds no tensors")}
+    for name, (content, reason) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}: .*{reason}") as error:
+            load_tensors(tmp_path / name)
+        assert "\n" not in str(error.value)
+    for path, reason in ((tmp_path, "it is a folder"), (tmp_path / "absent.pth", "No such file")):
+        with pytest.raises(UserError, match=reason):
+            load_tensors(path)
+
+
+# ---------------------------------------------------------------------- into a model
+def test_rename_lets_the_first_pattern_win_and_refuses_collisions():
+    table = [(r"^head\.(\d)\.", r"heads.\1."), (r"^head\.", "other."), ("old", "new")]
+    assert list(rename({"head.0.w": 1, "head.w": 2, "x.old.old": 3, "y": 4}, table)) == ["heads.0.w", "other.w", "x.new.old", "y"]
+    with pytest.raises(UserError, match="two tensors .* called new"):
+        rename({"new": 1, "old": 2}, table)
+
+
+def test_strict_loading_fills_every_parameter_and_leaves_ignored_names_alone():
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    state = {key: torch.full_like(value, 5) for key, value in model.state_dict().items()}
+    load_strict(model, state | {"anchors": torch.ones(4)}, {r"\.num_batches_tracked$": "not used", "^anchors$": "made anew"})
+    assert (model[0].weight == 5).all() and (model[1].running_var == 5).all() and model[1].num_batches_tracked == 0
+
+
+def test_strict_loading_names_five_offenders_of_each_kind_and_changes_nothing():
+    model = nn.Linear(3, 2)
+    before = model.weight.clone()
+    state = {"weight": torch.zeros(2, 4), **{f"extra{i}": torch.zeros(i) for i in range(7)}}
+    with pytest.raises(UserError) as error:
+        load_strict(model, state, {})
+    line = str(error.value)
+    assert "7 not in the model: extra0 (0,), extra1 (1,)" in line and "extra4" in line and "extra5" not in line
+    assert "1 not in the weights: bias (2,)" in line and "1 of another shape: weight (2, 4) for (2, 3)" in line
+    assert "\n" not in line and torch.equal(model.weight, before)
