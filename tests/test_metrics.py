@@ -1,0 +1,275 @@
+"""Metrics equal the official tools on every golden file, and bad input never gives a wrong number in silence."""
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from common import metrics
+from common.metrics import (box_ap, coco_eval, evaluate, format_table, keypoint_ap, keypoint_errors, oks, oks_matrix, oks_nms,
+                            rescore, sanitize_ground_truth, soft_oks_nms, to_results, wholebody_ap, with_crowdpose_areas)
+from common.runtime import UserError
+from common.skeletons import SKELETONS, get_skeleton
+from tests.conftest import REFERENCE
+
+COCO, SIGMAS = get_skeleton("coco"), np.array(get_skeleton("coco").sigmas)
+GOLDEN = REFERENCE / "metrics"
+CASES = sorted(path.stem.removeprefix("golden_") for path in GOLDEN.glob("golden_*_*.npz")
+               if not path.stem.startswith("golden_topdown"))
+
+
+def cases_or_skip(names: list) -> list:
+    return names or [pytest.param("", marks=pytest.mark.skip(f"no golden files in {GOLDEN}: set POSE_REFERENCE"))]
+
+
+def read(name: str):
+    return json.loads((GOLDEN / name).read_text())
+
+
+# ---------------------------------------------------------------- golden files
+
+@pytest.mark.parametrize("case", cases_or_skip(CASES))
+def test_average_precision_equals_the_official_tools(case):
+    golden, (name, kind) = np.load(GOLDEN / f"golden_{case}.npz"), case.removesuffix("_dtbbox").rsplit("_", 1)
+    truth, found, crowdpose = read(f"{name}_gt.json"), read(f"{name}_dt.json"), name.startswith("crowdpose")
+    if kind == "keypoints" and not case.endswith("_dtbbox"):
+        found = [{k: v for k, v in d.items() if k != "bbox"} for d in found]
+    sigmas = SKELETONS["crowdpose" if crowdpose else "coco"].sigmas
+    run = coco_eval(with_crowdpose_areas(truth) if crowdpose else truth, found, kind, sigmas)
+    for array in ("precision", "recall", "scores"):
+        np.testing.assert_array_equal(run.eval[array], golden[array])
+    np.testing.assert_array_equal(matches(run), golden["matches"])
+    if kind == "bbox":
+        stats = list(box_ap(truth, found, crowdpose).values())
+    else:
+        stats = list(keypoint_ap(truth, found, sigmas, crowdpose).values())
+        stats = stats[:3] + [0, 0] + stats[3:] if crowdpose else stats      # the official tool's two empty slots
+    np.testing.assert_allclose(stats, golden["stats"], rtol=0, atol=1e-12)
+
+
+def matches(run) -> np.ndarray:
+    """One row per detection of area "all": image, detection, ten matched annotations, ten ignore flags."""
+    everything = [e for e in run.evalImgs if e and list(e["aRng"]) == run.params.areaRng[0]]
+    rows = [[e["image_id"], d, *e["dtMatches"][:, i], *e["dtIgnore"][:, i]] for e in everything
+            for i, d in enumerate(e["dtIds"])]
+    return np.array(rows, dtype=np.int64)
+
+
+@pytest.mark.parametrize("case", cases_or_skip([c for c in CASES if c.endswith("_keypoints")]))
+def test_our_oks_equals_the_official_one(case):
+    golden, name = np.load(GOLDEN / f"golden_{case}.npz"), case.removesuffix("_keypoints")
+    truth, found = read(f"{name}_gt.json"), read(f"{name}_dt.json")
+    skeleton = SKELETONS["crowdpose" if name.startswith("crowdpose") else "coco"]
+    truth = with_crowdpose_areas(truth) if skeleton.name == "crowdpose" else truth
+    people = {a["id"]: a for a in truth["annotations"]}
+    pairs = [(np.reshape(found[d - 1]["keypoints"], (-1, 3)), people[g]) for _, d, g in golden["oks_image_dt_gt"]]
+    boxes = np.array([a["bbox"] for _, a in pairs])
+    value = oks(np.stack([k[:, :2] for k, _ in pairs]), np.stack([np.reshape(a["keypoints"], (-1, 3)) for _, a in pairs]),
+                np.array([a["area"] for _, a in pairs]), skeleton.sigmas, np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]))
+    np.testing.assert_allclose(value, golden["oks"], rtol=0, atol=1e-12)
+
+
+RULES = {rule["name"]: rule for rule in read("rules.json")} if (GOLDEN / "rules.json").exists() else {}
+
+
+@pytest.mark.parametrize("name", cases_or_skip(list(RULES)))
+def test_every_rule_of_the_official_tool_holds(name):
+    rule = RULES[name]
+    run = coco_eval(rule["gt"], rule["dt"], rule["iouType"], SIGMAS)
+    stats = box_ap(rule["gt"], rule["dt"]) if rule["iouType"] == "bbox" else keypoint_ap(rule["gt"], rule["dt"], SIGMAS)
+    assert stats == pytest.approx(rule["stats"], abs=1e-12)
+    assert sorted(matches(run)[:, [0, 1, 2, 12]].tolist()) == sorted(rule["match_thr0.50"])
+    similarities = {(image, d["id"], g["id"]): value for (image, _), rows in run.ious.items() if len(rows)
+                    for d, row in zip(sorted(run.cocoDt.imgToAnns[image], key=lambda d: -d["score"]), rows)
+                    for g, value in zip(run.cocoGt.imgToAnns[image], row)}
+    for image, d, g, value in rule["iou"]:
+        assert similarities[image, d, g] == pytest.approx(value, abs=1e-12)
+
+
+def test_sanitizing_mends_the_traps_and_changes_no_sound_file():
+    if not RULES:
+        pytest.skip(f"no golden files in {GOLDEN}: set POSE_REFERENCE")
+    mended = dict(ann_id_zero=1, stale_num_keypoints=-1,            # the latter: nobody to find
+                  regular_before_ignored=0.8 + 0.2 * 51 / 101)      # two people now, at 2 of 10 thresholds one is missed
+    for name, rule in RULES.items():
+        if rule["iouType"] == "keypoints":
+            ap = keypoint_ap(sanitize_ground_truth(rule["gt"]), rule["dt"], SIGMAS)["AP"]
+            assert ap == pytest.approx(mended.get(name, rule["stats"]["AP"]), abs=1e-12), name
+
+
+@pytest.mark.parametrize("file", cases_or_skip([path.name for path in GOLDEN.glob("golden_wholebody*.npz")]))
+def test_wholebody_equals_xtcocotools(file):
+    golden, name = np.load(GOLDEN / file), file.removeprefix("golden_").removesuffix(".npz")
+    truth, found = read(f"{name}_gt.json"), read(f"{name}_dt.json")
+    for part, stats in wholebody_ap(truth, found).items():
+        np.testing.assert_allclose(list(stats.values()), golden[f"keypoints_{part}_stats"], rtol=0, atol=1e-12, err_msg=part)
+    joined = [dict(image_id=d["image_id"], score=d["score"], keypoints=metrics.wholebody_keypoints(d)) for d in found]
+    assert wholebody_ap(sanitize_ground_truth(truth), joined) == wholebody_ap(truth, found)
+
+
+@pytest.mark.parametrize("file", cases_or_skip([path.name for path in GOLDEN.glob("golden_topdown_nms*.npz")]))
+def test_rescoring_and_oks_nms_equal_mmpose(file):
+    golden = np.load(GOLDEN / file)
+    scores = rescore(golden["bbox_scores"], golden["keypoint_scores"])
+    np.testing.assert_allclose(scores, golden["instance_scores"], rtol=1e-12)
+    areas = golden["bbox_scales"].prod(-1)
+    np.testing.assert_allclose(areas, golden["areas"], rtol=1e-12)
+    np.testing.assert_allclose(metrics.pose_similarity(golden["keypoints"], areas, SIGMAS), golden["oks_matrix"], atol=1e-6)
+    for key in [key for key in golden.files if key.startswith("keep_")]:
+        nms = soft_oks_nms if "soft" in key else oks_nms
+        kept = nms(golden["keypoints"], scores, areas, SIGMAS, float(key.rsplit("_", 1)[1]))
+        assert kept == golden[key].tolist(), key
+
+
+# ---------------------------------------------------------------- without the golden files
+
+def scene(rng, images=12, people=3, noise=0.03) -> tuple[dict, list[dict]]:
+    """People as random points in a 100 px box; each is predicted with noise, and every image gets one stray pose."""
+    truth = {"images": [{"id": i} for i in range(images)], "annotations": [], "categories": [{"id": 1}]}
+    found = []
+    for i in range(images):
+        for _ in range(people):
+            keypoints = np.c_[rng.uniform(0, 100, (17, 2)) + rng.uniform(0, 400, 2), rng.integers(0, 3, 17)]
+            truth["annotations"].append(dict(image_id=i, keypoints=keypoints.reshape(-1).tolist(), area=9000.0))
+            moved = keypoints + rng.normal(0, 100 * noise * np.exp(rng.normal(0, .7)), (17, 3))
+            found.append(dict(image_id=i, keypoints=moved.reshape(-1).tolist(), score=rng.random()))
+        found.append(dict(image_id=i, keypoints=rng.uniform(0, 500, 51).tolist(), score=rng.random()))
+    return truth, found
+
+
+def brute_force_ap(truth: dict, found: list[dict], threshold: float) -> float:
+    """AP at one threshold by the definition, for people that all count: greedy by score, then 101 recalls."""
+    hits, taken, people = [], set(), truth["annotations"]
+    for d in sorted(found, key=lambda d: -d["score"]):
+        best, similarity = None, threshold
+        for j, a in enumerate(people):
+            p, t = np.reshape(d["keypoints"], (17, 3)), np.reshape(a["keypoints"], (17, 3))
+            terms = [np.exp(-((p[k, :2] - t[k, :2]) ** 2).sum() / (8 * SIGMAS[k] ** 2 * a["area"])) for k in range(17) if t[k, 2]]
+            if a["image_id"] == d["image_id"] and j not in taken and np.mean(terms) >= similarity:
+                best, similarity = j, np.mean(terms)
+        taken.add(best)
+        hits.append(best is not None)
+    recall = np.cumsum(hits) / len(people)
+    precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
+    return float(np.mean([precision[recall >= r].max(initial=0) for r in np.linspace(0, 1, 101)]))
+
+
+def test_ap_equals_a_brute_force_reading_of_the_definition():
+    truth, found = scene(np.random.default_rng(1), images=5)
+    ap = keypoint_ap(sanitize_ground_truth(truth), found, SIGMAS)
+    expected = [brute_force_ap(truth, found, t) for t in np.linspace(0.5, 0.95, 10)]
+    assert ap["AP50"] == pytest.approx(expected[0]) and ap["AP75"] == pytest.approx(expected[5])
+    assert ap["AP"] == pytest.approx(np.mean(expected)) and 0.2 < ap["AP"] < 0.8
+
+
+def test_oks_of_itself_is_1_and_falls_with_distance_by_the_formula():
+    target = np.c_[np.random.default_rng(0).uniform(0, 99, (17, 2)), np.full(17, 2)]
+    assert oks(target, target, np.array(400.0), SIGMAS) == pytest.approx(1)
+    moved = target[:, :2] + 20 * 2 * SIGMAS[:, None] * [np.sqrt(2), 0]      # every joint off by √2 · 2σ√area: e = 1
+    assert oks(moved, target, np.array(400.0), SIGMAS) == pytest.approx(np.exp(-1))
+    unlabelled = target * [1, 1, 0]
+    assert oks(target, unlabelled, np.array(400.0), SIGMAS) == 0
+    assert oks_matrix(np.zeros((2, 17, 2)), np.zeros((3, 17, 3)), np.ones(3), SIGMAS).shape == (2, 3)
+
+
+def test_crowdpose_splits_are_the_ap_of_their_images_alone():
+    truth, found = scene(np.random.default_rng(2))
+    for i, image in enumerate(truth["images"]):
+        image["crowdIndex"] = [0.0, 0.2, 0.8][i % 3]
+    for a in truth["annotations"]:
+        a["bbox"] = [0, 0, 100, 90 / 0.53]
+    truth = sanitize_ground_truth(truth)
+    ap = keypoint_ap(truth, found, SIGMAS, crowdpose=True)
+    for k, name in enumerate(("AP_E", "AP_M", "AP_H")):
+        def part(items, key, k=k):
+            return [x for x in items if x[key] % 3 == k]
+        alone = dict(truth, images=part(truth["images"], "id"), annotations=part(truth["annotations"], "image_id"))
+        assert ap[name] == pytest.approx(keypoint_ap(alone, part(found, "image_id"), SIGMAS)["AP"], abs=5e-5)
+    assert len({ap[name] for name in ("AP", "AP_E", "AP_M", "AP_H")}) == 4
+
+
+def dataset_of(truth: dict, metric="coco"):
+    return SimpleNamespace(ground_truth=lambda: truth, skeleton=COCO, metric=metric)
+
+
+def predictions_of(found: list[dict]) -> list:
+    """One prediction record per detection: the evaluation must not care how they are grouped."""
+    return [SimpleNamespace(image_id=d["image_id"], keypoints=np.reshape(d["keypoints"], (1, 17, 3))[..., :2],
+                            keypoint_scores=np.ones((1, 17)), scores=np.array([d["score"]]), boxes=None) for d in found]
+
+
+def test_evaluate_takes_predictions_and_string_ids_and_forgives_incomplete_annotations(capsys):
+    truth, found = scene(np.random.default_rng(3))
+    expected = keypoint_ap(sanitize_ground_truth(truth), found, SIGMAS)
+    assert evaluate(predictions_of(found), dataset_of(truth)) == expected
+    name = {i: f"image_{31 * i % 12:02d}" for i in range(12)}
+    renamed = {"images": [{"id": name[i]} for i in range(12)], "annotations": [
+        dict(a, image_id=name[a["image_id"]], id=0, keypoints=np.reshape(a["keypoints"], (17, 3)).tolist()) for a in truth["annotations"]]}
+    found_by_name = [dict(d, image_id=name[d["image_id"]]) for d in found]
+    assert evaluate(predictions_of(found_by_name), dataset_of(renamed)) == expected
+    keyed = dict(truth, images=[{"id": i, "image_key": name[i]} for i in range(12)])
+    assert evaluate(predictions_of(found_by_name), dataset_of(keyed)) == expected
+    assert capsys.readouterr().out == ""
+    bare = dict(truth, annotations=[{k: a[k] for k in ("image_id", "keypoints")} for a in truth["annotations"]])
+    assert evaluate(predictions_of(found), dataset_of(bare))["AP"] > 0.1
+    assert "36 annotations without an area" in capsys.readouterr().out
+
+
+def test_nan_predictions_are_dropped_counted_and_never_match(capsys):
+    truth, found = scene(np.random.default_rng(4))
+    poisoned = [dict(d, keypoints=[float("nan")] * 51) for d in found]
+    assert evaluate(predictions_of(poisoned), dataset_of(truth))["AP"] == 0
+    assert "dropped 48 of 48 predictions" in capsys.readouterr().out
+    assert keypoint_ap(sanitize_ground_truth(truth), poisoned, SIGMAS)["AP"] == 0
+    half = poisoned[:1] + [dict(found[1], score=float("inf"))] + found[2:]
+    assert len(json.loads(json.dumps(to_results(predictions_of(half)), allow_nan=False))) == 46
+
+
+def test_no_predictions_give_0_and_no_people_give_minus_1():
+    truth, found = scene(np.random.default_rng(5))
+    ap = evaluate([], dataset_of(truth), boxes=True)
+    assert ap["AP"] == ap["AR"] == ap["box_AP"] == 0
+    assert evaluate(predictions_of(found), dataset_of(dict(truth, annotations=[])))["AP"] == -1
+    assert evaluate([], dataset_of(dict(truth, annotations=[])))["AP"] == -1
+
+
+def test_user_errors_name_what_does_not_fit():
+    truth, found = scene(np.random.default_rng(6))
+    clean = sanitize_ground_truth(truth)
+    with pytest.raises(UserError, match=r"2 predicted image ids are not in the ground truth \(77, x.jpg\)"):
+        keypoint_ap(clean, found + [dict(found[0], image_id="x.jpg"), dict(found[0], image_id=77)], SIGMAS)
+    with pytest.raises(UserError, match="has 42 numbers for its keypoints, expected 51"):
+        keypoint_ap(clean, [dict(found[0], keypoints=[0] * 42)], SIGMAS)
+    with pytest.raises(UserError, match="an annotation in image 0 has 51 numbers"):
+        keypoint_ap(clean, [], SIGMAS[:14])
+    with pytest.raises(UserError, match="box AP needs a box"):
+        box_ap(clean, found)
+
+
+def test_keypoint_errors_find_the_keypoint_that_is_off():
+    truth, _ = scene(np.random.default_rng(7))
+    for a in truth["annotations"]:
+        a["keypoints"][9 * 3 + 2] = 2                                       # the left wrist is visible everywhere
+    found = [dict(a, score=0.5, keypoints=(np.reshape(a["keypoints"], (17, 3)) + np.eye(17)[9][:, None] * [30, 0, 0]).ravel())
+             for a in truth["annotations"]]
+    table = keypoint_errors(predictions_of(found), dataset_of(truth))
+    off = table["left_wrist"]
+    assert off["visible"] == 36 and off["hidden"] == 0 and off["visible close"] == 0
+    assert off["visible error"] == pytest.approx(30 / np.sqrt(9000)) and np.isnan(off["hidden error"])
+    assert table["nose"]["visible error"] == 0 and table["nose"]["hidden close"] == 1
+    assert table["all"]["visible"] + table["all"]["hidden"] == sum(np.count_nonzero(a["keypoints"][2::3]) for a in truth["annotations"])
+    assert keypoint_errors([], dataset_of(truth))["all"]["visible"] == 0
+    assert "left_wrist" in format_table(table) and len(format_table(table).splitlines()) == 19
+
+
+def test_table_aligns_names_with_values():
+    assert format_table({"AP": 0.51234, "APM": -1.0, "people": 12}) == "   AP  APM  people\n0.512  n/a      12"
+    assert format_table({"body": {"AP": 0.5}, "foot": {"AP": float("nan")}}).splitlines()[2] == "foot    n/a"
+
+
+def test_nms_keeps_the_best_of_equal_poses_and_takes_nobody_from_nobody():
+    pose = np.random.default_rng(8).uniform(0, 99, (17, 2))
+    poses, scores, areas = np.stack([pose, pose + 1, pose + 500]), np.array([.5, .9, .1]), np.full(3, 9000.0)
+    assert oks_nms(poses, scores, areas, SIGMAS) == [1, 2] and soft_oks_nms(poses, scores, areas, SIGMAS) == [1, 0, 2]
+    assert oks_nms(poses[:0], scores[:0], areas[:0], SIGMAS) == [] == soft_oks_nms(poses[:0], scores[:0], areas[:0], SIGMAS)
+    assert rescore(np.array([.8]), np.full((1, 17), .1)) == 0
