@@ -1,9 +1,10 @@
 """Keypoint sets: names, edges, mirrored keypoints and OKS sigmas.
 
-A `Skeleton` is what a model and a metric must know about the keypoints they handle. Five sets are built in; any other
-comes from the `categories` of a dataset's own file, see `skeleton_from_category`. Left and right are the person's own.
+A `Skeleton` is what a model and a metric must know about the keypoints they handle. Five sets are built in;
+any other comes from the `categories` of a dataset's own file, see `skeleton_from_category`. Left and right are
+the person's own.
 
-sigma    A person's keypoint may lie d pixels off and still count as similar: OKS = mean exp(-d² / (2 (2σ)² area)).
+sigma    How loosely a keypoint is placed: one that is d pixels off counts exp(-d² / (2 (2σ)² area)), see OKS.
 flip     flip[k] is where keypoint k goes when the image is mirrored: left wrist <-> right wrist, nose -> nose.
 """
 import difflib
@@ -16,7 +17,7 @@ from common.runtime import UserError
 
 @dataclass(frozen=True)
 class Skeleton:
-    """One keypoint set. K names, edges as 0-based pairs, K mirrored indices (None: cannot be mirrored), K sigmas."""
+    """One keypoint set: K names, 0-based edges, K mirrored indices (None: cannot be mirrored), K sigmas."""
 
     name: str
     keypoints: tuple[str, ...]
@@ -27,11 +28,13 @@ class Skeleton:
     def __post_init__(self):
         count = len(self.keypoints)
         if len(self.sigmas) != count:
-            raise UserError(f"{len(self.sigmas)} sigmas for the {count} keypoints of '{self.name}': give one per keypoint")
+            raise UserError(f"{len(self.sigmas)} sigmas for the {count} keypoints of '{self.name}': give {count}")
         if any(not 0 <= k < count for edge in self.edges for k in edge):
-            raise UserError(f"an edge of '{self.name}' names a keypoint outside 1..{count}: mend its 'skeleton'")
-        if self.flip is not None and any(not 0 <= m < count or self.flip[m] != k for k, m in enumerate(self.flip)):
-            raise UserError(f"the flip table of '{self.name}' is not its own inverse: {list(self.flip)}")
+            raise UserError(f"an edge of '{self.name}' is outside keypoints 1..{count}: mend its 'skeleton'")
+        flip = self.flip
+        if flip is not None and (len(flip) != count or sorted(flip) != list(range(count))
+                                 or any(flip[m] != k for k, m in enumerate(flip))):
+            raise UserError(f"the flip table of '{self.name}' is not its own inverse: {list(flip)}")
 
     @property
     def num_keypoints(self) -> int:
@@ -62,10 +65,10 @@ def words(name: str) -> tuple[str, ...]:
 
 
 def flip_from_names(names: Sequence[str]) -> tuple[int, ...] | None:
-    """Index of the mirrored keypoint of each name, found by its side: left_x <-> right_x, x_l <-> x_r, lx <-> rx.
+    """Index of the mirrored keypoint of each name, by its side: left_x <-> right_x, x_l <-> x_r, lx <-> rx.
 
-    Without any side in the names every keypoint mirrors to itself. None where a side has no clear partner: a wrong
-    table silently trains a model that mixes left and right, so the caller must not mirror then.
+    Without any side in the names every keypoint mirrors to itself. None where a side has no clear partner: a
+    wrong table silently trains a model that mixes left and right, so the caller must not mirror then.
     """
     parts = [words(name) for name in names]
     index = {part: k for k, part in enumerate(parts)}
@@ -117,7 +120,8 @@ CROWDPOSE = build(
 # PoseTrack itself is scored by head size, not by OKS; the sigmas are mmpose's choice.
 POSETRACK = build(
     "posetrack", ("nose", "head_bottom", "head_top", *BODY),
-    "13-11 11-9 14-12 12-10 9-10 3-9 4-10 3-4 3-5 4-6 5-7 6-8 0-1 0-2 1-3 1-4", (.026, .025, .025, *BODY_SIGMAS))
+    "13-11 11-9 14-12 12-10 9-10 3-9 4-10 3-4 3-5 4-6 5-7 6-8 0-1 0-2 1-3 1-4",
+    (.026, .025, .025, *BODY_SIGMAS))
 
 HUMANART21 = Skeleton(
     "humanart21", COCO.keypoints + pairs("finger", "toe"), COCO.edges + edges("15-19 16-20 9-17 10-18"),
@@ -128,29 +132,32 @@ def wholebody() -> Skeleton:
     """COCO-WholeBody: 17 body, 6 feet, 68 face (the iBUG order), 21 + 21 hand keypoints."""
     feet = tuple(f"{side}_{part}" for side in ("left", "right") for part in ("big_toe", "small_toe", "heel"))
     face = tuple(f"face-{k}" for k in range(68))
-    fingers = [f"{finger}{k}" for finger in ("thumb", "forefinger", "middle_finger", "ring_finger", "pinky_finger")
-               for k in range(1, 5)]
-    hands = tuple(f"{side}_{part}" for side in ("left", "right") for part in ["hand_root", *fingers])
+    fingers = ("thumb", "forefinger", "middle_finger", "ring_finger", "pinky_finger")
+    joints = ["hand_root", *(f"{finger}{k}" for finger in fingers for k in range(1, 5))]
+    hands = tuple(f"{side}_{part}" for side in ("left", "right") for part in joints)
 
-    # Face keypoints carry no side in their names. Each run of the mirrored order: jaw, brows, nose ridge, nostrils,
-    # right eye's upper and lower lid, the left eye's, outer lips above and below, inner lips above and below.
-    runs = [range(16, -1, -1), range(26, 16, -1), range(27, 31), range(35, 30, -1), range(45, 41, -1), (47, 46),
-            range(39, 35, -1), (41, 40), range(54, 47, -1), range(59, 54, -1), range(64, 59, -1), range(67, 64, -1)]
+    # Face keypoints carry no side in their names. Runs of the mirrored order: jaw, brows, nose ridge, nostrils,
+    # upper and lower lid of either eye, outer lips above and below, inner lips above and below.
+    runs = [range(16, -1, -1), range(26, 16, -1), range(27, 31), range(35, 30, -1),
+            range(45, 41, -1), (47, 46), range(39, 35, -1), (41, 40),
+            range(54, 47, -1), range(59, 54, -1), range(64, 59, -1), range(67, 64, -1)]
     face_flip = tuple(23 + k for run in runs for k in run)
     flip = (*COCO.flip, 20, 21, 22, 17, 18, 19, *face_flip, *range(112, 133), *range(91, 112))
 
-    face_sigmas = (.042, .043, .044, .043, .040, .035, .031, .025, .020, .023, .029, .032, .037, .038, .043, .041, .045,
-                   .013, .012, .011, .011, .012, .012, .011, .011, .013, .015, .009, .007, .007, .007, .012, .009, .008,
-                   .016, .010, .017, .011, .009, .011, .009, .007, .013, .008, .011, .012, .010, .034, .008, .008, .009,
-                   .008, .008, .007, .010, .008, .009, .009, .009, .007, .007, .008, .011, .008, .008, .008, .010, .008)
-    hand_sigmas = (.029, .022, .035, .037, .047, .026, .025, .024, .035, .018, .024, .022, .026, .017, .021, .021,
-                   .032, .020, .019, .022, .031)
+    face_sigmas = (.042, .043, .044, .043, .040, .035, .031, .025, .020, .023, .029, .032, .037, .038,
+                   .043, .041, .045, .013, .012, .011, .011, .012, .012, .011, .011, .013, .015, .009,
+                   .007, .007, .007, .012, .009, .008, .016, .010, .017, .011, .009, .011, .009, .007,
+                   .013, .008, .011, .012, .010, .034, .008, .008, .009, .008, .008, .007, .010, .008,
+                   .009, .009, .009, .007, .007, .008, .011, .008, .008, .008, .010, .008)
+    hand_sigmas = (.029, .022, .035, .037, .047, .026, .025, .024, .035, .018, .024, .022, .026, .017,
+                   .021, .021, .032, .020, .019, .022, .031)
     sigmas = (*COCO.sigmas, .068, .066, .066, .092, .094, .094, *face_sigmas, *hand_sigmas, *hand_sigmas)
 
     hand_edges = tuple((root if k == 1 else root + finger + k - 1, root + finger + k)
                        for root in (91, 112) for finger in range(0, 20, 4) for k in range(1, 5))
     foot_edges = edges("15-17 15-18 15-19 16-20 16-21 16-22")
-    return Skeleton("wholebody", (*COCO.keypoints, *feet, *face, *hands), COCO.edges + foot_edges + hand_edges, flip, sigmas)
+    names = (*COCO.keypoints, *feet, *face, *hands)
+    return Skeleton("wholebody", names, COCO.edges + foot_edges + hand_edges, flip, sigmas)
 
 
 # Where COCO-WholeBody's evaluations begin and end among the 133 keypoints.
@@ -179,14 +186,14 @@ DEFAULT_SIGMA = 0.067                                       # the mean of COCO's
 
 
 def skeleton_from_category(category: dict, sigmas: Sequence[float] | None = None) -> Skeleton:
-    """The keypoint set of one entry of a COCO file's `categories`: its `keypoints` (names) and `skeleton` (1-based).
+    """The keypoint set of an entry of a COCO file's `categories`: `keypoints` (names), `skeleton` (1-based).
 
-    A built-in set is recognised by its names and returned with our edges and sigmas. Otherwise mirrored keypoints are
-    read from the names, and sigmas without a value from you are guessed by name, with a printed notice.
+    A built-in set is recognised by its names and returned with our edges and sigmas. Otherwise left/right pairs
+    are read from the names, and sigmas that you do not give are guessed by name, with a printed notice.
     """
     names = tuple(str(name) for name in category.get("keypoints") or ())
     if not names:
-        raise UserError("the annotation file's category has no 'keypoints' names: add them or pass a skeleton by name")
+        raise UserError("the annotation file's category has no 'keypoints' names: add them, or name a skeleton")
     for known in SKELETONS.values():
         if [words(name) for name in names] == [words(name) for name in known.keypoints]:
             return known if sigmas is None else replace(known, sigmas=tuple(map(float, sigmas)))
@@ -196,10 +203,12 @@ def skeleton_from_category(category: dict, sigmas: Sequence[float] | None = None
         "left and right are not clear from the names: images will not be mirrored" if flip is None
         else f"{sum(m != k for k, m in enumerate(flip)) // 2} left/right pairs found in the names"))
     if sigmas is None:
-        known_sigmas = {words(name): sigma for s in reversed(SKELETONS.values()) for name, sigma in zip(s.keypoints, s.sigmas)}
-        sigmas = [known_sigmas.get(words(name), DEFAULT_SIGMA) for name in names]
-        print(f"keypoint set '{label}': no OKS sigmas given; taking {DEFAULT_SIGMA}, or COCO's where a name is known. "
-              "AP depends on them: compare only with runs that use the same.")
+        known = {words(keypoint): sigma for s in reversed(SKELETONS.values())
+                 for keypoint, sigma in zip(s.keypoints, s.sigmas)}
+        sigmas = [known.get(words(name), DEFAULT_SIGMA) for name in names]
+        print(f"keypoint set '{label}': no OKS sigmas given; taking {DEFAULT_SIGMA}, or COCO's where a name is "
+              "known. AP depends on them: compare only with runs that use the same.")
     bones = [(int(a), int(b)) for a, b in category.get("skeleton") or ()]
-    first = 0 if any(0 in bone for bone in bones) else 1     # COCO counts from 1; some tools write 0-based edges
-    return Skeleton(label, names, tuple((a - first, b - first) for a, b in bones), flip, tuple(map(float, sigmas)))
+    first = 0 if any(0 in bone for bone in bones) else 1     # COCO counts from 1; some tools from 0
+    bones = tuple((a - first, b - first) for a, b in bones)
+    return Skeleton(label, names, bones, flip, tuple(map(float, sigmas)))

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from common import metrics
-from common.metrics import (box_ap, coco_eval, evaluate, format_table, keypoint_ap, keypoint_errors, oks, oks_matrix, oks_nms,
-                            rescore, sanitize_ground_truth, soft_oks_nms, to_results, wholebody_ap, with_crowdpose_areas)
+from common.metrics import (box_ap, coco_eval, evaluate, format_table, keypoint_ap, keypoint_errors, oks, oks_matrix,
+                            oks_nms, rescore, sanitize_ground_truth, soft_oks_nms, to_results, wholebody_ap,
+                            with_crowdpose_areas)
 from common.runtime import UserError
 from common.skeletons import SKELETONS, get_skeleton
 from tests.conftest import REFERENCE
@@ -43,7 +44,7 @@ def test_average_precision_equals_the_official_tools(case):
         stats = list(box_ap(truth, found, crowdpose).values())
     else:
         stats = list(keypoint_ap(truth, found, sigmas, crowdpose).values())
-        stats = stats[:3] + [0, 0] + stats[3:] if crowdpose else stats      # the official tool's two empty slots
+        stats = stats[:3] + [0, 0] + stats[3:] if crowdpose else stats      # two slots stay empty
     np.testing.assert_allclose(stats, golden["stats"], rtol=0, atol=1e-12)
 
 
@@ -62,10 +63,12 @@ def test_our_oks_equals_the_official_one(case):
     skeleton = SKELETONS["crowdpose" if name.startswith("crowdpose") else "coco"]
     truth = with_crowdpose_areas(truth) if skeleton.name == "crowdpose" else truth
     people = {a["id"]: a for a in truth["annotations"]}
-    pairs = [(np.reshape(found[d - 1]["keypoints"], (-1, 3)), people[g]) for _, d, g in golden["oks_image_dt_gt"]]
-    boxes = np.array([a["bbox"] for _, a in pairs])
-    value = oks(np.stack([k[:, :2] for k, _ in pairs]), np.stack([np.reshape(a["keypoints"], (-1, 3)) for _, a in pairs]),
-                np.array([a["area"] for _, a in pairs]), skeleton.sigmas, np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]))
+    _, d, g = golden["oks_image_dt_gt"].T
+    pred = np.array([found[i - 1]["keypoints"] for i in d]).reshape(len(d), -1, 3)[..., :2]
+    target = np.array([people[i]["keypoints"] for i in g]).reshape(len(g), -1, 3)
+    areas, boxes = np.array([people[i]["area"] for i in g]), np.array([people[i]["bbox"] for i in g])
+    boxes[:, 2:] += boxes[:, :2]
+    value = oks(pred, target, areas, skeleton.sigmas, boxes)
     np.testing.assert_allclose(value, golden["oks"], rtol=0, atol=1e-12)
 
 
@@ -76,7 +79,8 @@ RULES = {rule["name"]: rule for rule in read("rules.json")} if (GOLDEN / "rules.
 def test_every_rule_of_the_official_tool_holds(name):
     rule = RULES[name]
     run = coco_eval(rule["gt"], rule["dt"], rule["iouType"], SIGMAS)
-    stats = box_ap(rule["gt"], rule["dt"]) if rule["iouType"] == "bbox" else keypoint_ap(rule["gt"], rule["dt"], SIGMAS)
+    boxes = rule["iouType"] == "bbox"
+    stats = box_ap(rule["gt"], rule["dt"]) if boxes else keypoint_ap(rule["gt"], rule["dt"], SIGMAS)
     assert stats == pytest.approx(rule["stats"], abs=1e-12)
     assert sorted(matches(run)[:, [0, 1, 2, 12]].tolist()) == sorted(rule["match_thr0.50"])
     similarities = {(image, d["id"], g["id"]): value for (image, _), rows in run.ious.items() if len(rows)
@@ -90,7 +94,7 @@ def test_sanitizing_mends_the_traps_and_changes_no_sound_file():
     if not RULES:
         pytest.skip(f"no golden files in {GOLDEN}: set POSE_REFERENCE")
     mended = dict(ann_id_zero=1, stale_num_keypoints=-1,            # the latter: nobody to find
-                  regular_before_ignored=0.8 + 0.2 * 51 / 101)      # two people now, at 2 of 10 thresholds one is missed
+                  regular_before_ignored=0.8 + 0.2 * 51 / 101)      # two people, one missed at 2 of 10 thresholds
     for name, rule in RULES.items():
         if rule["iouType"] == "keypoints":
             ap = keypoint_ap(sanitize_ground_truth(rule["gt"]), rule["dt"], SIGMAS)["AP"]
@@ -102,8 +106,9 @@ def test_wholebody_equals_xtcocotools(file):
     golden, name = np.load(GOLDEN / file), file.removeprefix("golden_").removesuffix(".npz")
     truth, found = read(f"{name}_gt.json"), read(f"{name}_dt.json")
     for part, stats in wholebody_ap(truth, found).items():
-        np.testing.assert_allclose(list(stats.values()), golden[f"keypoints_{part}_stats"], rtol=0, atol=1e-12, err_msg=part)
-    joined = [dict(image_id=d["image_id"], score=d["score"], keypoints=metrics.wholebody_keypoints(d)) for d in found]
+        np.testing.assert_allclose(list(stats.values()), golden[f"keypoints_{part}_stats"], rtol=0, atol=1e-12)
+    joined = [dict(image_id=d["image_id"], score=d["score"], keypoints=metrics.wholebody_keypoints(d))
+              for d in found]
     assert wholebody_ap(sanitize_ground_truth(truth), joined) == wholebody_ap(truth, found)
 
 
@@ -114,7 +119,8 @@ def test_rescoring_and_oks_nms_equal_mmpose(file):
     np.testing.assert_allclose(scores, golden["instance_scores"], rtol=1e-12)
     areas = golden["bbox_scales"].prod(-1)
     np.testing.assert_allclose(areas, golden["areas"], rtol=1e-12)
-    np.testing.assert_allclose(metrics.pose_similarity(golden["keypoints"], areas, SIGMAS), golden["oks_matrix"], atol=1e-6)
+    similarity = metrics.pose_similarity(golden["keypoints"], areas, SIGMAS)
+    np.testing.assert_allclose(similarity, golden["oks_matrix"], atol=1e-6)                 # a float32 golden
     for key in [key for key in golden.files if key.startswith("keep_")]:
         nms = soft_oks_nms if "soft" in key else oks_nms
         kept = nms(golden["keypoints"], scores, areas, SIGMAS, float(key.rsplit("_", 1)[1]))
@@ -124,7 +130,7 @@ def test_rescoring_and_oks_nms_equal_mmpose(file):
 # ---------------------------------------------------------------- without the golden files
 
 def scene(rng, images=12, people=3, noise=0.03) -> tuple[dict, list[dict]]:
-    """People as random points in a 100 px box; each is predicted with noise, and every image gets one stray pose."""
+    """People as random points in a 100 px box; each is predicted with noise; every image gets one stray pose."""
     truth = {"images": [{"id": i} for i in range(images)], "annotations": [], "categories": [{"id": 1}]}
     found = []
     for i in range(images):
@@ -144,7 +150,8 @@ def brute_force_ap(truth: dict, found: list[dict], threshold: float) -> float:
         best, similarity = None, threshold
         for j, a in enumerate(people):
             p, t = np.reshape(d["keypoints"], (17, 3)), np.reshape(a["keypoints"], (17, 3))
-            terms = [np.exp(-((p[k, :2] - t[k, :2]) ** 2).sum() / (8 * SIGMAS[k] ** 2 * a["area"])) for k in range(17) if t[k, 2]]
+            terms = [np.exp(-((p[k, :2] - t[k, :2]) ** 2).sum() / (8 * SIGMAS[k] ** 2 * a["area"]))
+                     for k in range(17) if t[k, 2]]
             if a["image_id"] == d["image_id"] and j not in taken and np.mean(terms) >= similarity:
                 best, similarity = j, np.mean(terms)
         taken.add(best)
@@ -165,7 +172,7 @@ def test_ap_equals_a_brute_force_reading_of_the_definition():
 def test_oks_of_itself_is_1_and_falls_with_distance_by_the_formula():
     target = np.c_[np.random.default_rng(0).uniform(0, 99, (17, 2)), np.full(17, 2)]
     assert oks(target, target, np.array(400.0), SIGMAS) == pytest.approx(1)
-    moved = target[:, :2] + 20 * 2 * SIGMAS[:, None] * [np.sqrt(2), 0]      # every joint off by √2 · 2σ√area: e = 1
+    moved = target[:, :2] + 20 * 2 * SIGMAS[:, None] * [np.sqrt(2), 0]      # all off by √2 · 2σ√area: e = 1
     assert oks(moved, target, np.array(400.0), SIGMAS) == pytest.approx(np.exp(-1))
     unlabelled = target * [1, 1, 0]
     assert oks(target, unlabelled, np.array(400.0), SIGMAS) == 0
@@ -183,7 +190,8 @@ def test_crowdpose_splits_are_the_ap_of_their_images_alone():
     for k, name in enumerate(("AP_E", "AP_M", "AP_H")):
         def part(items, key, k=k):
             return [x for x in items if x[key] % 3 == k]
-        alone = dict(truth, images=part(truth["images"], "id"), annotations=part(truth["annotations"], "image_id"))
+        alone = dict(truth, images=part(truth["images"], "id"),
+                     annotations=part(truth["annotations"], "image_id"))
         assert ap[name] == pytest.approx(keypoint_ap(alone, part(found, "image_id"), SIGMAS)["AP"], abs=5e-5)
     assert len({ap[name] for name in ("AP", "AP_E", "AP_M", "AP_H")}) == 4
 
@@ -195,7 +203,8 @@ def dataset_of(truth: dict, metric="coco"):
 def predictions_of(found: list[dict]) -> list:
     """One prediction record per detection: the evaluation must not care how they are grouped."""
     return [SimpleNamespace(image_id=d["image_id"], keypoints=np.reshape(d["keypoints"], (1, 17, 3))[..., :2],
-                            keypoint_scores=np.ones((1, 17)), scores=np.array([d["score"]]), boxes=None) for d in found]
+                            keypoint_scores=np.ones((1, 17)), scores=np.array([d["score"]]), boxes=None)
+            for d in found]
 
 
 def test_evaluate_takes_predictions_and_string_ids_and_forgives_incomplete_annotations(capsys):
@@ -204,7 +213,8 @@ def test_evaluate_takes_predictions_and_string_ids_and_forgives_incomplete_annot
     assert evaluate(predictions_of(found), dataset_of(truth)) == expected
     name = {i: f"image_{31 * i % 12:02d}" for i in range(12)}
     renamed = {"images": [{"id": name[i]} for i in range(12)], "annotations": [
-        dict(a, image_id=name[a["image_id"]], id=0, keypoints=np.reshape(a["keypoints"], (17, 3)).tolist()) for a in truth["annotations"]]}
+        dict(a, image_id=name[a["image_id"]], id=0, keypoints=np.reshape(a["keypoints"], (17, 3)).tolist())
+        for a in truth["annotations"]]}
     found_by_name = [dict(d, image_id=name[d["image_id"]]) for d in found]
     assert evaluate(predictions_of(found_by_name), dataset_of(renamed)) == expected
     keyed = dict(truth, images=[{"id": i, "image_key": name[i]} for i in range(12)])
@@ -238,7 +248,7 @@ def test_user_errors_name_what_does_not_fit():
     clean = sanitize_ground_truth(truth)
     with pytest.raises(UserError, match=r"2 predicted image ids are not in the ground truth \(77, x.jpg\)"):
         keypoint_ap(clean, found + [dict(found[0], image_id="x.jpg"), dict(found[0], image_id=77)], SIGMAS)
-    with pytest.raises(UserError, match="has 42 numbers for its keypoints, expected 51"):
+    with pytest.raises(UserError, match="has 42 numbers as keypoints, expected 51"):
         keypoint_ap(clean, [dict(found[0], keypoints=[0] * 42)], SIGMAS)
     with pytest.raises(UserError, match="an annotation in image 0 has 51 numbers"):
         keypoint_ap(clean, [], SIGMAS[:14])
@@ -249,15 +259,16 @@ def test_user_errors_name_what_does_not_fit():
 def test_keypoint_errors_find_the_keypoint_that_is_off():
     truth, _ = scene(np.random.default_rng(7))
     for a in truth["annotations"]:
-        a["keypoints"][9 * 3 + 2] = 2                                       # the left wrist is visible everywhere
-    found = [dict(a, score=0.5, keypoints=(np.reshape(a["keypoints"], (17, 3)) + np.eye(17)[9][:, None] * [30, 0, 0]).ravel())
+        a["keypoints"][9 * 3 + 2] = 2                                   # the left wrist is visible everywhere
+    found = [dict(a, score=0.5, keypoints=np.array(a["keypoints"]) + 30 * np.eye(51)[9 * 3])
              for a in truth["annotations"]]
     table = keypoint_errors(predictions_of(found), dataset_of(truth))
     off = table["left_wrist"]
     assert off["visible"] == 36 and off["hidden"] == 0 and off["visible close"] == 0
     assert off["visible error"] == pytest.approx(30 / np.sqrt(9000)) and np.isnan(off["hidden error"])
     assert table["nose"]["visible error"] == 0 and table["nose"]["hidden close"] == 1
-    assert table["all"]["visible"] + table["all"]["hidden"] == sum(np.count_nonzero(a["keypoints"][2::3]) for a in truth["annotations"])
+    labels = sum(np.count_nonzero(a["keypoints"][2::3]) for a in truth["annotations"])
+    assert table["all"]["visible"] + table["all"]["hidden"] == labels
     assert keypoint_errors([], dataset_of(truth))["all"]["visible"] == 0
     assert "left_wrist" in format_table(table) and len(format_table(table).splitlines()) == 19
 
@@ -270,6 +281,8 @@ def test_table_aligns_names_with_values():
 def test_nms_keeps_the_best_of_equal_poses_and_takes_nobody_from_nobody():
     pose = np.random.default_rng(8).uniform(0, 99, (17, 2))
     poses, scores, areas = np.stack([pose, pose + 1, pose + 500]), np.array([.5, .9, .1]), np.full(3, 9000.0)
-    assert oks_nms(poses, scores, areas, SIGMAS) == [1, 2] and soft_oks_nms(poses, scores, areas, SIGMAS) == [1, 0, 2]
-    assert oks_nms(poses[:0], scores[:0], areas[:0], SIGMAS) == [] == soft_oks_nms(poses[:0], scores[:0], areas[:0], SIGMAS)
+    assert oks_nms(poses, scores, areas, SIGMAS) == [1, 2]
+    assert soft_oks_nms(poses, scores, areas, SIGMAS) == [1, 0, 2]
+    for nms in (oks_nms, soft_oks_nms):
+        assert nms(poses[:0], scores[:0], areas[:0], SIGMAS) == []
     assert rescore(np.array([.8]), np.full((1, 17), .1)) == 0

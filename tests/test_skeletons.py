@@ -1,10 +1,11 @@
-"""Keypoint tables agree with themselves and with the reference; custom sets find left and right or say that they cannot."""
+"""Keypoint tables agree with themselves and the reference; custom sets find left and right or say they cannot."""
 import json
 
 import pytest
 
 from common.runtime import UserError
-from common.skeletons import DEFAULT_SIGMA, SKELETONS, Skeleton, flip_from_names, get_skeleton, skeleton_from_category
+from common.skeletons import (DEFAULT_SIGMA, SKELETONS, Skeleton, flip_from_names, get_skeleton,
+                              skeleton_from_category)
 
 
 @pytest.mark.parametrize("name", SKELETONS)
@@ -14,7 +15,7 @@ def test_flip_is_its_own_inverse_and_pairs_left_with_right(name):
         assert s.flip[m] == k
         swapped = s.keypoints[k].replace("left", "?").replace("right", "left").replace("?", "right")
         assert s.keypoints[m] == swapped or s.keypoints[k].startswith("face-")
-        assert s.sigmas[m] == s.sigmas[k] or name == "wholebody"        # its feet and face have a sigma per side
+        assert s.sigmas[m] == s.sigmas[k] or name == "wholebody"        # its feet and face differ by side
     mirrored = {tuple(sorted((s.flip[a], s.flip[b]))) for a, b in s.edges}
     assert mirrored == {tuple(sorted(edge)) for edge in s.edges} and len(mirrored) == len(s.edges)
 
@@ -29,8 +30,8 @@ def test_tables_equal_the_reference(reference):
     if not (reference / "formats.json").exists():
         pytest.skip("formats.json is not in the reference folder: set POSE_REFERENCE")
     formats = json.loads((reference / "formats.json").read_text())
-    for name, key in dict(coco="coco", crowdpose="crowdpose", humanart21="humanart21", wholebody="coco_wholebody").items():
-        s, table = SKELETONS[name], formats[key]
+    for name in ("coco", "crowdpose", "humanart21", "wholebody"):
+        s, table = SKELETONS[name], formats["coco_wholebody" if name == "wholebody" else name]
         assert list(s.keypoints) == table["keypoints"] and list(s.flip) == table["flip"]
         assert [list(e) for e in s.edges] == table["skeleton"] and list(s.sigmas) == table["sigmas"]
     full, s = formats["posetrack18"], SKELETONS["posetrack"]
@@ -41,12 +42,14 @@ def test_tables_equal_the_reference(reference):
 
 
 @pytest.mark.parametrize("names, flip", [
-    (["left_eye", "right_eye", "nose"], (1, 0, 2)), (["l_eye", "r_eye"], (1, 0)), (["eye_right", "eye_left"], (1, 0)),
-    (["Left Eye", "Right Eye", "Tail"], (1, 0, 2)), (["LEye", "REye"], (1, 0)), (["lefteye", "righteye"], (1, 0)),
-    (["eyeL", "eyeR", "lip"], (1, 0, 2)), (["lwrist", "rwrist", "root"], (1, 0, 2)), (["ear.L", "ear.R"], (1, 0)),
+    (["left_eye", "right_eye", "nose"], (1, 0, 2)), (["l_eye", "r_eye"], (1, 0)),
+    (["eye_right", "eye_left"], (1, 0)), (["Left Eye", "Right Eye", "Tail"], (1, 0, 2)),
+    (["LEye", "REye"], (1, 0)), (["lefteye", "righteye"], (1, 0)), (["ear.L", "ear.R"], (1, 0)),
+    (["eyeL", "eyeR", "lip"], (1, 0, 2)), (["lwrist", "rwrist", "root"], (1, 0, 2)),
     (["front_left_paw", "front_right_paw", "chin"], (1, 0, 2)), (["R1", "L1"], (1, 0)),
     (["nose", "tail", "1"], (0, 1, 2)),                                 # no sides at all: every point stays
-    (["left_eye", "nose"], None), (["left_eye", "Left Eye", "right_eye"], None), (["left_eye", "eye_right"], None)])
+    (["left_eye", "nose"], None), (["left_eye", "eye_right"], None),
+    (["left_eye", "Left Eye", "right_eye"], None)])
 def test_flip_is_found_in_the_names_or_refused(names, flip):
     assert flip_from_names(names) == flip
 
@@ -70,8 +73,9 @@ def test_known_names_give_the_known_set_whatever_edges_the_file_has(capsys):
 
 
 @pytest.mark.parametrize("category, sigmas, message", [
-    ({"name": "person"}, None, "no 'keypoints' names"), ({"keypoints": ["a", "b"]}, [.1], "1 sigmas for the 2 keypoints"),
-    ({"keypoints": ["a", "b"], "skeleton": [[1, 3]]}, None, "outside 1..2")])
+    ({"name": "person"}, None, "no 'keypoints' names"),
+    ({"keypoints": ["a", "b"]}, [.1], "1 sigmas for the 2 keypoints"),
+    ({"keypoints": ["a", "b"], "skeleton": [[1, 3]]}, None, "outside keypoints 1..2")])
 def test_a_category_that_cannot_be_used_is_explained(category, sigmas, message):
     with pytest.raises(UserError, match=message):
         skeleton_from_category(category, sigmas)
@@ -79,7 +83,8 @@ def test_a_category_that_cannot_be_used_is_explained(category, sigmas, message):
 
 def test_skeletons_survive_json_and_names_are_corrected():
     for s in SKELETONS.values():
-        assert get_skeleton(json.loads(json.dumps(s.to_dict()))) == s and get_skeleton(s.name) is s and get_skeleton(s) is s
+        assert get_skeleton(json.loads(json.dumps(s.to_dict()))) == s
+        assert get_skeleton(s.name) is s and get_skeleton(s) is s
     with pytest.raises(UserError, match="did you mean crowdpose"):
         get_skeleton("crowd_pose")
     assert Skeleton.from_dict(SKELETONS["coco"].to_dict() | {"flip": None}).flip is None
