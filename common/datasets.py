@@ -1,11 +1,11 @@
 """Readers that turn every dataset's files into one record, `Sample`.
 
 Use      dataset = open_dataset("data/coco", "val"); print(dataset.report()); sample, message = dataset.load(0)
-Layouts  COCO, CrowdPose, Human-Art, COCO-OOD, COCO-WholeBody, the embedded puppets, and your own keypoints in COCO's
-         format: see `layouts` below and data/README.md.
-Checks   The annotation file is checked once, when it is opened. What cannot be used is skipped, what can be mended is
-         mended; both are counted and named in `report()`. Image files are opened only when they are loaded.
-Units    pixels, origin at the top left corner of the image. Boxes are x, y, w, h in files and x1, y1, x2, y2 in a `Sample`.
+Layouts  COCO, CrowdPose, Human-Art, COCO-OOD, COCO-WholeBody, the embedded puppets, and your own keypoints in
+         COCO's format: see `layouts` below and data/README.md.
+Checks   The annotation file is checked once, when it is opened. What cannot be used is skipped, what can be mended
+         is mended; both are counted and named in `report()`. Image files are opened only when they are loaded.
+Units    pixels, origin at the top left corner. Boxes are x, y, w, h in files, x1, y1, x2, y2 in a `Sample`.
 """
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from PIL import Image, ImageOps
 from common.runtime import UserError
 from common.skeletons import SKELETONS, Skeleton, get_skeleton, skeleton_from_category
 
-PUPPETS = Path(__file__).resolve().parents[1] / "data" / "puppets"
 BOX_TO_AREA = 0.53          # a person's outline fills about half of the box: the area where a file has none
 
 
@@ -66,10 +65,10 @@ def load_image(image: Path | str | Image.Image, size: tuple[int, int] | None = N
                rotate: bool = False) -> Image.Image:
     """A fully decoded 8-bit RGB picture, from whatever the file holds. Raises `BadImage`.
 
-    Gray, palette, CMYK and 16-bit pictures are converted, transparency is dropped, of an animation the first frame is
-    taken. Cameras store a rotation beside the pixels (EXIF). Annotation tools differ on whether they see it, so with
-    `size`, the (w, h) that the annotation file states, it is applied only if that leads to this size. A photo that
-    comes without annotation wants `rotate=True`.
+    Gray, palette, CMYK and 16-bit pictures are converted, transparency is dropped, of an animation the first frame
+    counts. Cameras store a rotation beside the pixels (EXIF), which some annotation tools see and others do not: with
+    `size`, the (w, h) of the annotation file, it is applied only if that leads to this size. A photo without
+    annotation wants `rotate=True`.
     """
     name = getattr(image, "filename", "") or "picture" if isinstance(image, Image.Image) else image
     try:
@@ -148,13 +147,13 @@ def ids_of(annotations: Sequence[dict], mask: np.ndarray) -> list:
 
 
 class PoseDataset:
-    """All images of one split. `dataset[i]` is a `Sample` that names its image file, `load(i)` one with the picture.
+    """All images of one split. `dataset[i]` is a `Sample` that names its image, `load(i)` one with the picture.
 
-    Everything lies in a few numpy arrays (the people of image n are rows offsets[n] to offsets[n + 1]): a list of dicts
-    would be copied, page by page, into every loader worker.
+    Everything lies in a few numpy arrays (the people of image n are rows offsets[n] to offsets[n + 1]): a list of
+    dicts would be copied, page by page, into every loader worker.
 
-    Takes    name ('coco', 'crowdpose', ...), split, the annotation files (their content is joined), the folders that
-             may hold the images, a skeleton or None for the file's own, OKS sigmas or None for the skeleton's
+    Takes    name ('coco', 'crowdpose', ...), split, the annotation files (their content is joined), the folders
+             that may hold the images, a skeleton or None for the file's own, sigmas or None for the skeleton's
     """
 
     def __init__(self, name: str, split: str, files: Sequence[Path], folders: Sequence[Path],
@@ -168,7 +167,7 @@ class PoseDataset:
         index = self._read_images(images, folders)
         people, own = self._keypoint_people(people, contents[0].get("categories") or [])
         self.skeleton = self._choose_skeleton(people, own, skeleton, sigmas)
-        self.metric = next((m for m in ("crowdpose", "wholebody") if m in (name, self.skeleton.name)), "coco")
+        self.metric = name if name == "crowdpose" else "wholebody" if self.skeleton.name == "wholebody" else "coco"
         self._read_people(people, index)
         self.rows = np.arange(len(self.ids))                # the images of this view, see `training`
         self.notes = {reason: (len(ids), ids[:3]) for reason, ids in self.notes.items()}
@@ -200,7 +199,8 @@ class PoseDataset:
         images = list(by_id.values())
         self.ids = np.array([image["id"] for image in images] if whole else list(by_id))
         prefix = "HumanArt/" if self.name == "humanart" else ""             # its names begin at the parent folder
-        self.file_names = np.array([str(image["file_name"]).replace("\\", "/").removeprefix(prefix) for image in images])
+        names = [str(image["file_name"]).replace("\\", "/").removeprefix(prefix) for image in images]
+        self.file_names = np.array(names)
         self.image_folder = self._find_images(folders)
         self.name = "ood" if self.image_folder.name == "val2017oil" else self.name
         self.sizes = np.array([self._size_of(image, n) for n, image in enumerate(images)], np.int64)
@@ -221,7 +221,7 @@ class PoseDataset:
         return best
 
     def _size_of(self, image: dict, n: int) -> tuple[int, int]:
-        """(w, h) as stated; from the file where nothing sensible is stated; (1, 1), and no people, without either."""
+        """(w, h) as stated, or of the picture where nothing sensible is stated; (1, 1), and no people, without it."""
         size = numbers([image.get("width"), image.get("height")], 2)
         if size is not None and (size >= 1).all():
             return int(size[0]), int(size[1])
@@ -233,7 +233,7 @@ class PoseDataset:
             return 1, 1
 
     def _keypoint_people(self, people: list, categories: list) -> tuple[list[dict], dict | None]:
-        """The annotations of the category with keypoints, and this category; other kinds of objects may share a file."""
+        """The annotations of the category with keypoints, and that category; others may share the file."""
         categories = [c for c in categories if isinstance(c, dict)]
         own = next((c for c in categories if c.get("keypoints")), None)
         others = {str(c.get("id")) for c in categories if own and c.get("keypoints") != own["keypoints"]}
@@ -246,7 +246,8 @@ class PoseDataset:
         """The one asked for, the file's own, or a built-in set of the right size; its size must be the file's."""
         wanted = get_skeleton(skeleton) if skeleton is not None else None
         fields = keypoint_fields(wanted and wanted.name)
-        counts = Counter(len(k) for k in (keypoints_of(p, fields) for p in people[:1000]) if k is not None and len(k))
+        joints = [keypoints_of(p, fields) for p in people[:1000]]
+        counts = Counter(len(k) for k in joints if k is not None and len(k))
         if people and not counts:
             raise UserError(f"{self.files[0]} is not a keypoint file: no annotation has usable '{fields[0]}'")
         named = len(own["keypoints"]) if own else 0
@@ -266,7 +267,7 @@ class PoseDataset:
         return wanted if sigmas is None else replace(wanted, sigmas=tuple(map(float, sigmas)))
 
     def _read_people(self, people: list[dict], index: dict[str, int]):
-        """Fill offsets, keypoints, boxes (xywh, as in the file), areas, iscrowd and num_keypoints, image by image."""
+        """Fill offsets, keypoints, boxes (xywh), areas, iscrowd and num_keypoints, image by image."""
         count, fields = self.skeleton.num_keypoints, keypoint_fields(self.skeleton.name)
         joints = [keypoints_of(p, fields) for p in people]
         image = np.array([index.get(str(p.get("image_id")), -1) for p in people], np.int64)
@@ -295,17 +296,19 @@ class PoseDataset:
         xy, limit = keypoints[..., :2], sizes[:, None]
         wild = (v > 0) & ~(np.abs(xy) < 10 * limit).all(-1)             # NaN compares False
         outside = (v > 0) & ~wild & ((xy < 0) | (xy > limit)).any(-1)
-        self._note("people with keypoints at no number or far away: these taken as unlabelled", ids_of(people, wild.any(1)))
-        self._note("people with labelled keypoints outside the image: kept as they are", ids_of(people, outside.any(1)))
+        self._note("people with keypoints that are no numbers, or far off: taken as unlabelled",
+                   ids_of(people, wild.any(1)))
+        self._note("people with labelled keypoints outside the image: kept", ids_of(people, outside.any(1)))
         v[wild] = 0
         return np.concatenate([np.where(v[..., None] > 0, xy, 0), v[..., None]], -1)
 
-    def _mend_boxes(self, people: list[dict], keypoints: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _mend_boxes(self, people: list[dict], keypoints: np.ndarray,
+                    sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(P, 4) xywh, and which people (P,) can be used.
 
-        A box without area in the image gives way to that of the labelled keypoints, widened by 15 % on each side and
-        at least 2 px; without such keypoints the annotation is useless. Boxes that only reach beyond the image stay:
-        CrowdPose's areas are made of them.
+        A box without area in the image gives way to that of the labelled keypoints, widened by 15 % on each side
+        and at least 2 px; without such keypoints the annotation is useless. Boxes that only reach beyond the image
+        stay: CrowdPose's areas are made of them.
         """
         given = [numbers(p.get("bbox"), 4) for p in people]
         boxes = np.array([np.full(4, np.nan) if box is None else box for box in given]).reshape(-1, 4)
@@ -331,7 +334,8 @@ class PoseDataset:
             rows = [numbers(p.get(name), 1) for p in people]
             return np.array([np.nan if row is None else row[0] for row in rows])
 
-        crowdpose, area, crowd, stated = self.name == "crowdpose", column("area"), column("iscrowd"), column("num_keypoints")
+        crowdpose = self.name == "crowdpose"
+        area, crowd, stated = column("area"), column("iscrowd"), column("num_keypoints")
         self.areas = BOX_TO_AREA * self.boxes[:, 2] * self.boxes[:, 3]
         if not crowdpose:                                   # its evaluation always uses the box
             given = (area > 0) & (area < np.inf)
@@ -340,10 +344,12 @@ class PoseDataset:
         self.iscrowd = np.nan_to_num(crowd) > 0
         self._note("people without iscrowd: taken as single people", ids_of(people, np.isnan(crowd)))
         labelled = self.keypoints[..., 2] > 0
-        counted = labelled[:, :12].sum(1) if crowdpose else labelled.sum(1)     # CrowdPose leaves out head and neck
-        self.num_keypoints = np.where(crowdpose & ~np.isnan(stated), np.nan_to_num(stated), counted).astype(np.int64)
-        if keypoint_fields(self.skeleton.name) == ("keypoints",) and not crowdpose:
-            self._note("people without, or with a wrong num_keypoints: counted", ids_of(people, stated != counted))
+        self.num_keypoints = labelled.sum(1)
+        if crowdpose:                                       # its own count leaves out head and neck
+            self.num_keypoints = np.where(np.isnan(stated), labelled[:, :12].sum(1), np.nan_to_num(stated)).astype(int)
+        elif keypoint_fields(self.skeleton.name) == ("keypoints",):
+            self._note("people without, or with a wrong num_keypoints: counted",
+                       ids_of(people, stated != self.num_keypoints))
 
     # ------------------------------------------------ use
 
@@ -351,7 +357,7 @@ class PoseDataset:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> Sample:
-        """Image i with the path of its file and all its annotations, crowd regions and people without keypoints too."""
+        """Image i as a path, with all its annotations, crowd regions and people without keypoints too."""
         n = self.rows[i]
         people = slice(self.offsets[n], self.offsets[n + 1])
         boxes = self.boxes[people]
@@ -377,6 +383,16 @@ class PoseDataset:
             f"{sample.size[0]}x{sample.size[1]}: the picture is right")
         return replace(sample, image=picture, size=picture.size), message
 
+    def load_readable(self, i: int) -> tuple[Sample, list[str]]:
+        """Image i, or the next one that can be read, with the messages of `load` on the way there."""
+        messages = []
+        for j in range(i, i + len(self)):
+            sample, message = self.load(j % len(self))
+            messages += [message] if message else []
+            if sample is not None:
+                return sample, messages
+        raise UserError(f"none of the {len(self)} images can be read, e.g. {messages[0]}")
+
     def remember(self, messages: Iterable[str]) -> list[str]:
         """Count the messages of `load` in `bad`; return the new ones, so that each is printed once."""
         new = [message for message in dict.fromkeys(messages) if message and message not in self.bad]
@@ -386,7 +402,7 @@ class PoseDataset:
     def training(self) -> PoseDataset:
         """The same data without the images in which nobody has a labelled keypoint."""
         learn = (self.keypoints[..., 2] > 0).any(1) & ~self.iscrowd
-        people = np.concatenate([[0], np.cumsum(learn)])[self.offsets]          # learnable people before each image
+        people = np.concatenate([[0], np.cumsum(learn)])[self.offsets]      # learnable people before each image
         view = copy.copy(self)
         view.rows = self.rows[np.diff(people)[self.rows] > 0]
         if not len(view):
@@ -394,7 +410,7 @@ class PoseDataset:
         return view
 
     def ground_truth(self) -> dict:
-        """A COCO-style dict of all images of this view; annotations numbered from 1, boxes and areas in float64."""
+        """A COCO-style dict of all images of this view; annotations are numbered from 1, image ids stay."""
         images, annotations = [], []
         for n in self.rows:
             image_id, (w, h) = self.ids[n].item(), self.sizes[n].tolist()
@@ -413,9 +429,9 @@ class PoseDataset:
         """What the annotation file holds, then one line per kind of thing that was skipped or mended."""
         v, single = self.keypoints[..., 2] > 0, ~self.iscrowd
         peopled = np.diff(np.concatenate([[0], np.cumsum(single)])[self.offsets]) > 0
-        lines = [f"{self.name} {self.split}: {len(self.ids)} images, {peopled.sum()} with people; {single.sum()} people, "
-                 f"{(v.any(1) & single).sum()} with keypoints; {v[single].sum()} labelled keypoints; "
-                 f"{self.iscrowd.sum()} crowd regions; {self.skeleton.num_keypoints} keypoints ({self.skeleton.name})"]
+        lines = [f"{self.name} {self.split}: {len(self.ids)} images, {peopled.sum()} with people; "
+                 f"{single.sum()} people, {(v.any(1) & single).sum()} with keypoints; {v[single].sum()} labelled "
+                 f"keypoints; {self.iscrowd.sum()} crowd regions; skeleton {self.skeleton.name}"]
         for reason, (count, first) in self.notes.items():
             lines.append(f"  {count} {reason} ({', '.join(map(str, first))}{', ...' if count > len(first) else ''})")
         return "\n".join(lines)
@@ -424,7 +440,7 @@ class PoseDataset:
 # ---------------------------------------------------------------- folders
 
 def layouts(split: str) -> list[tuple[str, list[str], list[str]]]:
-    """(name, annotation files, image folders) of every known layout; the first one whose annotation file exists counts."""
+    """(name, annotation files, image folders) of the known layouts; the first whose annotation file exists counts."""
     word = {"train": "training", "val": "validation"}.get(split, split)
     coco = f"annotations/person_keypoints_{split}2017.json"
     return [
@@ -440,7 +456,7 @@ def layouts(split: str) -> list[tuple[str, list[str], list[str]]]:
 
 
 def find_layout(folder: Path, split: str, first: str = "") -> tuple[str, list[Path], list[Path]] | None:
-    """(name, annotation files, image folders) found in a folder; where several fit, the layout called `first` does."""
+    """(name, annotation files, image folders) found in a folder; where several fit, the layout named `first` does."""
     for name, files, folders in sorted(layouts(split), key=lambda layout: layout[0] != first):
         found = [folder / file for file in files if (folder / file).is_file()]
         if found:
@@ -470,14 +486,14 @@ def open_dataset(data: str, split: str, skeleton: str | dict | Skeleton | None =
         parts = {"train": "coco", "val": "coco", "crowd": "crowd", "ood": "ood"}
         if split not in parts:
             raise UserError(f"puppets have no split '{split}': choose one of {', '.join(parts)}")
-        from data.puppets import make       # here, because real data does not need it
-        folder = make(PUPPETS, parts[split])
+        from data import puppets            # here, because real data does not need it
+        folder = puppets.make(puppets.ROOT, parts[split])
         file_split = split if split != "crowd" else "test" if wanted == "crowdpose" else "val"
     else:
         folder, file_split = Path(data), split
         if not folder.is_dir():
-            raise UserError(f"{folder} is {'a file' if folder.exists() else 'missing'}, not a data folder: data/README.md "
-                            "says what goes where; --data puppets needs no download")
+            raise UserError(f"there is no data folder {folder}: data/README.md says what goes where; "
+                            "--data puppets needs no download")
         if not any(folder.iterdir()):
             raise UserError(f"{folder} is empty: data/README.md says what goes where")
     found = find_layout(folder, file_split, wanted)

@@ -1,0 +1,427 @@
+"""Readers on real samples, on made-up folders of every layout, and on everything that can be wrong with them."""
+import json
+import pickle
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from common.datasets import BadImage, default_splits, load_image, open_dataset
+from common.runtime import UserError
+from common.skeletons import SKELETONS
+from tests.conftest import REFERENCE
+
+COCO = {"id": 1, "name": "person", "keypoints": list(SKELETONS["coco"].keypoints), "skeleton": [[16, 14]]}
+CROWDPOSE = {"id": 1, "name": "person", "keypoints": list(SKELETONS["crowdpose"].keypoints)}
+
+
+def picture(w: int = 60, h: int = 40) -> Image.Image:
+    """Smooth colours, dark on the left and bright on the right."""
+    x, y = np.meshgrid(np.linspace(0, 255, w), np.linspace(0, 255, h))
+    return Image.fromarray(np.stack([x, x, (x + y) / 2], 2).astype(np.uint8))
+
+
+def image(image_id, name=None, **fields) -> dict:
+    return {"id": image_id, "file_name": name or f"{image_id}.jpg", "width": 60, "height": 40} | fields
+
+
+def person(annotation_id, image_id, count: int = 17, **fields) -> dict:
+    """A good annotation: two labelled keypoints, at (20, 15) and (30, 25)."""
+    keypoints = [20, 15, 2, 30, 25, 1] + [0] * 3 * (count - 2)
+    return {"id": annotation_id, "image_id": image_id, "category_id": 1, "bbox": [10, 10, 30, 20], "area": 400.0,
+            "iscrowd": 0, "num_keypoints": 2, "keypoints": keypoints} | fields
+
+
+def write(root: Path, images: list, people: list, categories=(COCO,), split: str = "val",
+          file: str = "annotations/person_keypoints_{}2017.json", folder: str = "{}2017") -> Path:
+    """A dataset folder, COCO's layout if nothing else is said; every image gets a picture."""
+    (root / file.format(split)).parent.mkdir(parents=True, exist_ok=True)
+    content = {"images": images, "annotations": people, "categories": list(categories)}
+    (root / file.format(split)).write_text(json.dumps(content))
+    for entry in images:
+        path = root / folder.format(split) / entry["file_name"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture().save(path)
+    return root
+
+
+def opened(root: Path, images: list, people: list, **options):
+    return open_dataset(str(write(root, images, people, **options)), "val")
+
+
+def notes(dataset) -> str:
+    return "\n".join(dataset.report().splitlines()[1:])
+
+
+# ---------------------------------------------------------------- real samples
+
+@pytest.mark.parametrize("folder, split, images, peopled, people, posed, labelled, crowds", [
+    ("coco", "train", 80, 36, 167, 86, 800, 5), ("coco", "val", 39, 19, 58, 34, 310, 0),
+    ("coco4", "val", 4, 4, 14, 12, 181, 0), ("crowdpose", "test", 2, 2, 5, 4, 47, 0)])
+def test_real_samples_have_the_published_counts(pose_data, folder, split, images, peopled, people, posed, labelled, crowds):
+    dataset = open_dataset(str(pose_data / folder), split)
+    assert f"{images} images, {peopled} with people; {people} people, {posed} with keypoints; " \
+           f"{labelled} labelled keypoints; {crowds} crowd regions" in dataset.report()
+    assert notes(dataset) == "" and len(dataset) == images
+    assert dataset.skeleton.name == dataset.metric == ("crowdpose" if folder == "crowdpose" else "coco")
+
+
+def test_real_pictures_have_the_stated_size_and_hold_their_people(pose_data):
+    dataset = open_dataset(str(pose_data / "coco"), "train").training()
+    assert len(dataset) == 28 and np.all(np.diff(dataset.ids[dataset.rows]) > 0)
+    for i in range(0, len(dataset), 4):
+        sample, message = dataset.load(i)
+        assert message == "" and sample.image.size == sample.size and sample.image.mode == "RGB"
+        labelled = sample.keypoints[sample.keypoints[..., 2] > 0]
+        assert len(labelled) and (labelled[:, :2] >= 0).all() and (labelled[:, :2] <= sample.size).all()
+
+
+def test_wholebody_joins_its_five_fields(pose_data):
+    dataset = open_dataset(str(pose_data / "coco4"), "val", "wholebody")
+    body = open_dataset(str(pose_data / "coco4"), "val")
+    assert dataset.keypoints.shape[1:] == (133, 3) and dataset.metric == "wholebody"
+    np.testing.assert_array_equal(dataset.keypoints[:, :17], body.keypoints)
+    assert set(np.unique(dataset.keypoints[..., 2])) == {0, 1, 2}       # the file has fractions
+
+
+@pytest.mark.parametrize("path", sorted((REFERENCE / "metrics").glob("co*_gt.json"))
+                         + sorted((REFERENCE / "metrics").glob("crowdpose*_gt.json")), ids=lambda path: path.stem)
+def test_ground_truth_is_the_file_where_nothing_is_wrong(path, tmp_path):
+    content = json.loads(path.read_text())
+    crowdpose = dict(file="json/crowdpose_{}.json", folder="images") if path.name.startswith("crowdpose") else {}
+    write(tmp_path, [min(content["images"], key=lambda i: i["id"])], [], **crowdpose)
+    next(tmp_path.rglob("*.json")).write_text(path.read_text())
+    dataset = open_dataset(str(tmp_path), "val")
+    ours = dataset.ground_truth()
+    assert [i["id"] for i in ours["images"]] == sorted(i["id"] for i in content["images"])
+    assert [a["id"] for a in ours["annotations"]] == list(range(1, len(content["annotations"]) + 1))
+    theirs = sorted(content["annotations"], key=lambda a: a["image_id"])
+    for a, b in zip(ours["annotations"], theirs, strict=True):
+        area = b.get("area") if dataset.metric == "coco" else 0.53 * b["bbox"][2] * b["bbox"][3]
+        assert (a["image_id"], a["bbox"], a["num_keypoints"]) == (b["image_id"], b["bbox"], b["num_keypoints"])
+        assert a["area"] == pytest.approx(area, rel=1e-12) and a["iscrowd"] == b["iscrowd"]
+        joints, given = np.reshape(a["keypoints"], (-1, 3)), np.reshape(b["keypoints"], (-1, 3))
+        np.testing.assert_array_equal(joints[given[:, 2] > 0], given[given[:, 2] > 0])
+
+
+# ---------------------------------------------------------------- layouts
+
+def test_crowdpose_areas_counts_and_crowd_index(tmp_path):
+    people = [person(7, 3, 14, num_keypoints=0), person(8, 3, 14)]
+    del people[0]["area"], people[1]["num_keypoints"]
+    people[1]["keypoints"][36:] = [1, 1, 2, 2, 2, 2]                    # head and neck do not count
+    dataset = opened(tmp_path, [image(3, crowdIndex=0.4)], people, categories=[CROWDPOSE],
+                     file="annotations/crowdpose_{}.json", folder="images")
+    truth = dataset.ground_truth()
+    assert truth["images"][0]["crowdIndex"] == 0.4 and dataset.metric == "crowdpose"
+    assert [a["num_keypoints"] for a in truth["annotations"]] == [0, 2]
+    np.testing.assert_allclose(dataset[0].areas, 0.53 * 30 * 20)
+
+
+def test_crowdpose_trainval_joins_train_and_val(tmp_path):
+    layout = dict(categories=[CROWDPOSE], file="json/crowdpose_{}.json", folder="images")
+    write(tmp_path, [image(2)], [person(1, 2, 14)], split="train", **layout)
+    write(tmp_path, [image(1)], [person(1, 1, 14)] * 2, split="val", **layout)
+    dataset = open_dataset(str(tmp_path), "trainval")
+    assert dataset.ids.tolist() == [1, 2] and [len(dataset[i].boxes) for i in (0, 1)] == [2, 1]
+    assert default_splits(str(tmp_path)) == ("trainval", "test")
+    assert default_splits("puppets") == ("train", "val")
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_humanart_has_17_or_21_keypoints_and_64_bit_ids(tmp_path, above):
+    big = 15_000_000_092_348
+    people = [person(1, big, keypoints_21=[5, 5, 2] * 21)]
+    write(tmp_path / "HumanArt", [image(big, "images/a/1.jpg")], people, file="annotations/validation_humanart.json",
+          folder=".")
+    content = tmp_path / "HumanArt/annotations/validation_humanart.json"
+    content.write_text(content.read_text().replace("images/a", "HumanArt/images/a"))
+    folder = str(tmp_path if above else tmp_path / "HumanArt")
+    body, more = open_dataset(folder, "val"), open_dataset(folder, "val", "humanart21")
+    assert body[0].keypoints.shape == (1, 17, 3) and more[0].keypoints.shape == (1, 21, 3)
+    assert body[0].image_id == big and body.load(0)[1] == "" and (body.name, body.skeleton.name) == ("humanart", "coco")
+
+
+def test_ood_takes_the_oil_paintings_with_the_annotations_of_val(tmp_path):
+    write(tmp_path, [image(1)], [person(1, 1)], folder="val2017oil")
+    assert {open_dataset(str(tmp_path), split).name for split in ("val", "ood")} == {"ood"}
+    write(tmp_path, [image(1)], [person(1, 1)])                         # now both kinds of pictures are there
+    assert open_dataset(str(tmp_path), "val").name == "coco"
+    assert open_dataset(str(tmp_path), "ood")[0].image.parent.name == "val2017oil"
+
+
+@pytest.mark.parametrize("file, folder", [
+    ("annotations/{}.json", "images/{}"), ("{}.json", "images"), ("{}/_annotations.coco.json", "{}"),
+    ("annotations/person_keypoints_{}.json", "{}"), ("{}.json", ".")])
+def test_own_keypoints_come_with_names_edges_and_pairs(tmp_path, file, folder):
+    hand = {"id": 3, "name": "crab", "keypoints": ["left_claw", "right_claw", "tail"], "skeleton": [[1, 3], [2, 3]]}
+    others = [{"id": 1, "name": "stone"}]
+    people = [person(1, 1, 3, category_id=3), person(2, 1, category_id=1, keypoints=[])]
+    write(tmp_path, [image(1)], people, categories=others + [hand], file=file, folder=folder)
+    dataset = open_dataset(str(tmp_path), "val", sigmas=[.1, .1, .05])
+    assert dataset.skeleton.flip == (1, 0, 2) and dataset.skeleton.edges == ((0, 2), (1, 2))
+    assert dataset.skeleton.sigmas == (.1, .1, .05) and len(dataset[0].boxes) == 1
+    assert "of a category without these keypoints (2)" in notes(dataset)
+
+
+def test_puppets_are_made_in_the_part_that_a_split_needs(tmp_path, monkeypatch):
+    made = []
+    fake = types.SimpleNamespace(ROOT=tmp_path, make=lambda root, part: made.append(part) or root / part)
+    monkeypatch.setitem(sys.modules, "data.puppets", fake)
+    monkeypatch.setattr(data, "puppets", fake, raising=False)
+    write(tmp_path / "coco", [image(1)], [person(1, 1)], split="train")
+    write(tmp_path / "crowd", [image(1)], [person(1, 1)], folder="images")
+    write(tmp_path / "crowd", [image(1)], [person(1, 1, 14)], categories=[CROWDPOSE], split="test",
+          file="json/crowdpose_{}.json", folder="images")
+    write(tmp_path / "ood", [image(1)], [person(1, 1)], folder="val2017oil")
+    found = [open_dataset("puppets", *want) for want in [("train",), ("crowd",), ("crowd", "crowdpose"), ("ood",)]]
+    assert made == ["coco", "crowd", "crowd", "ood"] and {d.name for d in found} == {"puppets"}
+    assert [d.metric for d in found] == ["coco", "coco", "crowdpose", "coco"]
+    with pytest.raises(UserError, match="no split 'valid'"):
+        open_dataset("puppets", "valid")
+
+
+# ---------------------------------------------------------------- what ends in one line
+
+def one_line(folder, split="val", skeleton=None) -> str:
+    with pytest.raises(UserError) as caught:
+        open_dataset(str(folder), split, skeleton)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_missing_and_empty_folders_are_told_apart(tmp_path):
+    assert "no data folder" in one_line(tmp_path / "cocoa") and "data/README.md" in one_line(tmp_path / "cocoa")
+    assert "is empty" in one_line(tmp_path)
+
+
+def test_no_annotation_file_names_what_was_looked_for_and_what_is_there(tmp_path):
+    write(tmp_path, [image(1)], [], split="train")
+    message = one_line(tmp_path)
+    assert "person_keypoints_val2017.json" in message and "crowdpose_val.json" in message
+    assert "person_keypoints_train2017.json" in message.split("JSON files there")[1]
+
+
+def test_json_cut_in_half_names_file_and_position(tmp_path):
+    path = write(tmp_path, [image(1)], [person(1, 1)]) / "annotations/person_keypoints_val2017.json"
+    path.write_text(path.read_text()[:200])
+    message = one_line(tmp_path)
+    assert "person_keypoints_val2017.json" in message and "of 200" in message
+
+
+@pytest.mark.parametrize("text, reason", [
+    ("[]", "'images' and 'annotations'"), ('{"images": []}', "'images' and 'annotations'"),
+    ('{"images": [], "annotations": []}', "no images"), ("\x00\xff", "cannot read|not complete JSON")])
+def test_files_of_another_kind_are_recognised(tmp_path, text, reason):
+    write(tmp_path, [], [])
+    (tmp_path / "annotations/person_keypoints_val2017.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=reason):
+        open_dataset(str(tmp_path), "val")
+
+
+def test_boxes_without_keypoints_are_no_keypoint_file(tmp_path):
+    boxes = person(1, 1)
+    del boxes["keypoints"]
+    write(tmp_path, [image(1)], [boxes], categories=[{"id": 1, "name": "person"}])
+    assert "not a keypoint file" in one_line(tmp_path)
+
+
+def test_another_number_of_keypoints_is_named_with_both_numbers(tmp_path):
+    write(tmp_path, [image(1)], [person(1, 1)])
+    message = one_line(tmp_path, skeleton="crowdpose")
+    assert "17 keypoints" in message and "has 14" in message
+    write(tmp_path, [image(1)], [person(1, 1, 5)], categories=[COCO])   # the category says 17, the people have 5
+    assert "5 keypoints" in one_line(tmp_path)
+
+
+def test_missing_images_are_noticed_at_once(tmp_path):
+    write(tmp_path, [image(1), image(2)], [person(1, 1), person(2, 2)])
+    (tmp_path / "val2017/2.jpg").unlink()
+    assert "(2.jpg)" in notes(open_dataset(str(tmp_path), "val"))
+    (tmp_path / "val2017/1.jpg").unlink()
+    assert "1.jpg" in one_line(tmp_path) and "val2017" in one_line(tmp_path)
+
+
+def test_nothing_to_train_on_is_said(tmp_path):
+    dataset = opened(tmp_path, [image(1)], [person(1, 1, keypoints=[0] * 51, num_keypoints=0)])
+    with pytest.raises(UserError, match="nothing to train on"):
+        dataset.training()
+
+
+# ---------------------------------------------------------------- bad annotations among good ones
+
+@pytest.mark.parametrize("broken, reason", [
+    (dict(image_id=99), "their image is not in the list (5)"),
+    (dict(image_id=None), "their image is not in the list (5)"),
+    (dict(keypoints=[1, 2, 2] * 16), "not 17 keypoints (5)"),
+    (dict(keypoints=["x"] * 51), "not 17 keypoints (5)"),
+    (dict(bbox=[10, 10, 0, 20], keypoints=[0] * 51, num_keypoints=0), "and no keypoints (5)"),
+    (dict(bbox=[10, 10, 5, -2], keypoints=[0] * 51, num_keypoints=0), "and no keypoints (5)"),
+    (dict(bbox=[70, 10, 5, 5], keypoints=[0] * 51, num_keypoints=0), "and no keypoints (5)"),
+    (dict(bbox=[1, 2], keypoints=[0] * 51, num_keypoints=0), "and no keypoints (5)"),
+    (dict(bbox=None, keypoints=None, num_keypoints=0), "and no keypoints (5)")])
+def test_useless_annotations_are_skipped_counted_and_named(tmp_path, broken, reason):
+    dataset = opened(tmp_path, [image(1)], [person(4, 1), person(5, 1) | broken, person(6, 1)])
+    assert len(dataset[0].boxes) == 2 and len(dataset.ground_truth()["annotations"]) == 2
+    assert "1 annotations skipped: " in notes(dataset) and reason in notes(dataset)
+
+
+@pytest.mark.parametrize("bbox", [[10, 10, 0, 20], [30, 30, -20, -20], [70, 10, 5, 5], None, [float("nan")] * 4])
+def test_people_with_a_bad_box_get_that_of_their_keypoints(tmp_path, bbox):
+    dataset = opened(tmp_path, [image(1)], [person(5, 1, bbox=bbox, area=0)])
+    np.testing.assert_allclose(dataset[0].boxes, [[18, 13, 32, 27]])    # (20, 15) to (30, 25) and 2 px
+    np.testing.assert_allclose(dataset[0].areas, 0.53 * 14 * 14, rtol=1e-6)
+    assert "taken from their keypoints (5)" in notes(dataset)
+
+
+@pytest.mark.parametrize("field, note", [
+    ("area", "without area: 0.53"), ("iscrowd", "without iscrowd"), ("num_keypoints", "wrong num_keypoints")])
+def test_missing_fields_get_a_value(tmp_path, field, note):
+    incomplete = person(5, 1)
+    del incomplete[field]
+    truth = (dataset := opened(tmp_path, [image(1)], [incomplete])).ground_truth()["annotations"][0]
+    assert (truth["area"], truth["iscrowd"], truth["num_keypoints"]) == (318.0 if field == "area" else 400.0, 0, 2)
+    assert note in notes(dataset) and notes(dataset).count("\n") == 0
+
+
+def test_keypoints_outside_stay_and_impossible_ones_are_unlabelled(tmp_path):
+    wild = person(5, 1, num_keypoints=2)
+    wild["keypoints"][:15] = [-5, 20, 2, 60, 40, 1, float("nan"), 3, 2, 1e30, 3, 2, 7, 8, 0]
+    dataset = opened(tmp_path, [image(1)], [wild])
+    np.testing.assert_array_equal(dataset[0].keypoints[0, :5], [[-5, 20, 2], [60, 40, 1]] + [[0, 0, 0]] * 3)
+    assert "outside the image: kept (5)" in notes(dataset) and "taken as unlabelled (5)" in notes(dataset)
+
+
+def test_labels_of_any_kind_become_0_1_2(tmp_path):
+    odd = person(5, 1, num_keypoints=4)
+    odd["keypoints"][:18] = [1, 1, 0.09, 2, 2, True, 3, 3, 7, 4, 4, -1, 0, 0, 2, 5, 5, None]
+    sample = opened(tmp_path, [image(1)], [odd])[0]
+    assert sample.keypoints[0, :6, 2].tolist() == [1, 1, 2, 0, 2, 0]    # (0, 0) is a place like any other
+
+
+def test_ids_as_text_survive_and_match_numbers(tmp_path):
+    dataset = opened(tmp_path, [image("b7"), image("10"), image(9)], [person("p", "b7"), person("q", 10), person(3, "9")])
+    assert [dataset[i].image_id for i in range(3)] == ["10", "9", "b7"]
+    assert [len(dataset[i].boxes) for i in range(3)] == [1, 1, 1]
+    truth = dataset.ground_truth()
+    assert [i["id"] for i in truth["images"]] == ["10", "9", "b7"]
+    assert [a["image_id"] for a in truth["annotations"]] == ["10", "9", "b7"]
+
+
+def test_duplicate_ids_are_named_and_annotations_numbered_from_1(tmp_path):
+    images = [image(2), image(1), image(2, "other.jpg")]
+    dataset = opened(tmp_path, images, [person(0, 2), person(0, 1), person(5, 2)])
+    assert len(dataset) == 2 and dataset[1].image.name == "2.jpg"
+    assert "images skipped: their id appeared before (2)" in notes(dataset) and "appear twice" in notes(dataset)
+    assert [(a["id"], a["image_id"]) for a in dataset.ground_truth()["annotations"]] == [(1, 1), (2, 2), (3, 2)]
+
+
+def test_images_without_size_or_name_or_people(tmp_path):
+    images = [image(1, width=None), image(2)]
+    write(tmp_path, images, [person(1, 1)])
+    path = tmp_path / "annotations/person_keypoints_val2017.json"
+    content = json.loads(path.read_text())
+    content["images"] += [{"id": 3, "width": 5, "height": 5}]
+    path.write_text(json.dumps(content))
+    dataset = open_dataset(str(tmp_path), "val")
+    assert dataset[0].size == (60, 40) and len(dataset) == 2 and len(dataset.training()) == 1
+    nobody, message = dataset.load(1)
+    assert nobody.keypoints.shape == (0, 17, 3) and nobody.boxes.shape == (0, 4) and message == ""
+    assert "no file_name" in notes(dataset) and "without width and height" in notes(dataset)
+
+
+def test_crowds_and_people_without_keypoints_are_kept_but_not_trained_on(tmp_path):
+    silent = dict(keypoints=[0] * 51, num_keypoints=0)
+    people = [person(1, 1, iscrowd=1, **silent), person(2, 2, **silent), person(3, 3), person(4, 3, iscrowd=True)]
+    dataset = opened(tmp_path, [image(i) for i in (3, 1, 2)], people)
+    assert [sample.iscrowd.tolist() for sample in dataset] == [[True], [False], [False, True]]
+    assert [sample.image_id for sample in dataset.training()] == [3]
+    assert len(dataset.training().ground_truth()["images"]) == 1 and len(dataset.ground_truth()["images"]) == 3
+
+
+# ---------------------------------------------------------------- pictures
+
+def bad_pictures(folder: Path) -> dict[str, Path]:
+    good = folder / "good.jpg"
+    picture().save(good)
+    content = good.read_bytes()
+    files = {"truncated": content[:len(content) // 2], "corrupt": b"\xff\xd8" + bytes(range(256)), "empty": b"",
+             "text": b"404 not found"}
+    for name, damaged in files.items():
+        (folder / f"{name}.jpg").write_bytes(damaged)
+    picture().save(folder / "cut.png")
+    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:150])
+    return {path.stem: path for path in [*(folder / f"{name}.jpg" for name in files), folder / "cut.png"]}
+
+
+def test_unreadable_pictures_say_which_and_why(tmp_path):
+    for path in [*bad_pictures(tmp_path).values(), tmp_path / "absent.jpg", tmp_path]:
+        with pytest.raises(BadImage, match=path.name) as caught:
+            load_image(path)
+        copied = pickle.loads(pickle.dumps(caught.value))               # as from a loader worker
+        assert str(copied) == str(caught.value) and "\n" not in str(copied) and len(copied.args[1]) > 3
+
+
+def test_a_bad_picture_among_good_ones_is_skipped_and_named_once(tmp_path):
+    dataset = opened(tmp_path, [image(1), image(2), image(3)], [person(i, i) for i in (1, 2, 3)])
+    bad_pictures(tmp_path)["truncated"].replace(tmp_path / "val2017/2.jpg")
+    for epoch in range(2):
+        samples, messages = zip(*(dataset.load(i) for i in range(3)))
+        new = dataset.remember(messages)
+        assert [s is None for s in samples] == [False, True, False]
+        assert len(new) == (epoch == 0) and all("2.jpg" in message for message in new)
+    assert list(dataset.bad.values()) == [2]
+
+
+@pytest.mark.parametrize("mode, name", [
+    ("L", "a.jpg"), ("CMYK", "a.jpg"), ("P", "a.png"), ("LA", "a.png"), ("RGBA", "a.png"), ("1", "a.png"),
+    ("P", "a.gif"), ("I;16", "a.png"), ("I;16", "a.tif")])
+def test_every_kind_of_picture_becomes_rgb_that_looks_the_same(tmp_path, mode, name):
+    gray = picture().convert("L")
+    if mode == "I;16":
+        stored = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+    else:
+        stored = picture().convert(mode)
+    stored.save(tmp_path / name)
+    loaded = load_image(tmp_path / name)
+    assert loaded.mode == "RGB" and loaded.size == (60, 40)
+    if mode != "1":                                                     # dots have the right mean only
+        assert np.abs(np.asarray(loaded.convert("L"), float) - np.asarray(gray, float)).mean() < 15
+    assert np.asarray(loaded)[:, :10].mean() < 60 and np.asarray(loaded)[:, -10:].mean() > 190
+
+
+def test_rotation_beside_the_pixels_counts_only_if_the_annotation_saw_it(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                    # to be turned by a quarter
+    picture().save(tmp_path / "a.jpg", exif=exif)
+    assert load_image(tmp_path / "a.jpg").size == load_image(tmp_path / "a.jpg", (60, 40)).size == (60, 40)
+    upright = load_image(tmp_path / "a.jpg", (40, 60))
+    assert upright.size == load_image(tmp_path / "a.jpg", rotate=True).size == (40, 60)
+    assert np.asarray(upright)[:10].mean() < 60                         # its dark left side is the top now
+    dataset = opened(tmp_path, [image(1, "a.jpg", width=40, height=60)], [person(1, 1)])
+    picture().save(tmp_path / "val2017/a.jpg", exif=exif)
+    sample, message = dataset.load(0)
+    assert sample.size == sample.image.size == (40, 60) and message == ""
+
+
+def test_another_size_than_stated_is_said_and_the_picture_counts(tmp_path):
+    dataset = opened(tmp_path, [image(1, width=90, height=50)], [person(1, 1)])
+    sample, message = dataset.load(0)
+    assert sample.size == (60, 40) and "60x40" in message and "90x50" in message
+    np.testing.assert_array_equal(sample.boxes, [[10, 10, 40, 30]])
+
+
+def test_pictures_in_memory_pass_through(tmp_path):
+    assert load_image(picture().convert("L")).mode == "RGB"
+    assert np.array_equal(np.asarray(load_image(picture())), np.asarray(picture()))
+
+
+def test_samples_are_copies_and_datasets_travel_to_workers(tmp_path):
+    dataset = opened(tmp_path, [image(1)], [person(1, 1)])
+    dataset[0].keypoints[:] = 0
+    travelled = pickle.loads(pickle.dumps(dataset))
+    np.testing.assert_array_equal(travelled[0].keypoints[0, :2], [[20, 15, 2], [30, 25, 1]])
