@@ -1,12 +1,12 @@
 """Released weights: found by name, fetched once, read without running code, loaded strictly both ways.
 
-    path = fetch("detrpose-l")                                  a file; a folder where a release has several files
+    path = fetch("detrpose-l")                  a file; a folder where a release has several files
     load_strict(model, rename(load_tensors(path), RENAME), IGNORED)
 
-Environment  POSE_CACHE                folder that keeps what was fetched; default: `pose` in the system's cache folder,
-                                       and where that is read-only, `weights` in the current folder
-             POSE_WEIGHTS_URL          a mirror to use instead of the authors' addresses, laid out like the cache folder
-             https_proxy, no_proxy     as in every other program
+Environment  POSE_CACHE             folder that keeps what was fetched; default: `pose` in the system's caches,
+                                    and where that is read-only, `weights` in the current folder
+             POSE_WEIGHTS_URL       a mirror to use for the authors' addresses, laid out like the cache folder
+             https_proxy, no_proxy  as in every other program
 """
 import difflib
 import hashlib
@@ -55,8 +55,8 @@ DFINE = "https://github.com/Peterande/storage/releases/download/dfinev1.0/"
 HUGGING_FACE = "https://huggingface.co/{}/resolve/main/"
 DRIVE = "https://drive.google.com/"
 DIFFUSIONREGPOSE = DRIVE + "drive/folders/1vSr1MAdp33g_L8HeWyzbHRXR-hRdrzLm"
-QUERYPOSE = (DRIVE + "file/d/1NWdntVoKFz7KjcDjTGwmAHyEEcS2PWC5 or " + DRIVE + "file/d/1SFECnDV97D_W9Ij4WjcX3BfbiNbGue67"
-             " (one is W32, the other W48; their tensors tell which)")
+QUERYPOSE = (DRIVE + "file/d/1NWdntVoKFz7KjcDjTGwmAHyEEcS2PWC5 or " +
+             DRIVE + "file/d/1SFECnDV97D_W9Ij4WjcX3BfbiNbGue67 (one is W32, one W48: the tensors tell)")
 EDPOSE_TERMS = "none stated; its parent ED-Pose is for non-commercial research"
 SDPOSE_TERMS = "code MIT; the weights derive from Stable Diffusion 2 (CreativeML Open RAIL++-M)"
 SDPOSE_FILES = ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
@@ -77,8 +77,8 @@ for net in "hrnet_w32", "hrnet_w48":
         "querypose", net, "coco", "MIT", {f"querypose-{net}.pth": QUERYPOSE}, by_hand=True)
 for part, skeleton in ("Body", "coco"), ("Wholebody", "wholebody"):
     name, folder = f"sdpose-{part.lower()}", HUGGING_FACE.format(f"teemosliang/SDPose-{part}")
-    RELEASES[name] = Release(
-        "sdpose", part.lower(), skeleton, SDPOSE_TERMS, {f"{name}/{file}": folder + file for file in SDPOSE_FILES})
+    files = {f"{name}/{file}": folder + file for file in SDPOSE_FILES}
+    RELEASES[name] = Release("sdpose", part.lower(), skeleton, SDPOSE_TERMS, files)
 
 # Weights to start from. DETRPose's backbones are B0 (n, s), B2 (m), B4 (l), B5 (x).
 for net in "B0", "B2", "B4", "B5":
@@ -86,7 +86,8 @@ for net in "B0", "B2", "B4", "B5":
 for task, sizes in ("coco", "nsmlx"), ("obj365", "smlx"), ("obj2coco", "smlx"):
     for size in sizes:
         RELEASES[f"dfine-{size}-{task}"] = one("", "", "", "Apache-2.0", DFINE, f"dfine_{size}_{task}.pth")
-RELEASES["resnet50"] = one("", "", "", "BSD-3-Clause", "https://download.pytorch.org/models/", "resnet50-0676ba61.pth")
+RELEASES["resnet50"] = one(
+    "", "", "", "BSD-3-Clause", "https://download.pytorch.org/models/", "resnet50-0676ba61.pth")
 for name in "vitpose-base", "vitpose-base-simple":
     file = HUGGING_FACE.format(f"usyd-community/{name}") + "model.safetensors"
     RELEASES[name] = Release("", "", "", "Apache-2.0", {f"{name}/model.safetensors": file})
@@ -141,7 +142,7 @@ def fetch(name: str, cache: Path | None = None, timeout: float = 30.0) -> Path:
             return place / local
     if not writable(folder):
         if not writable(spare):
-            raise UserError(f"cannot write to {folder} nor {spare.resolve()}: set POSE_CACHE to a folder where you can")
+            raise UserError(f"cannot write to {folder} nor {spare.resolve()}: set POSE_CACHE to another folder")
         print(f"cannot write to {folder}: {name} goes to {spare.resolve()} (POSE_CACHE chooses another folder)")
         folder = spare
     if release.by_hand and not mirror:
@@ -161,7 +162,7 @@ PAUSE = 1.0        # seconds before the second attempt, twice that before the th
 
 def download(url: str, target: Path, timeout: float) -> None:
     """Put what `url` serves at `target`, complete and checked, or raise UserError and leave nothing."""
-    part = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")     # unique: others may fetch the same file now
+    part = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")     # others may fetch the same file now
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "xb") as file:
@@ -205,7 +206,7 @@ def connect(url: str, have: int, version: str, timeout: float):
     if have and version:
         headers |= {"Range": f"bytes={have}-", "If-Range": version}
     try:
-        response = build_opener().open(Request(url, headers=headers), timeout=timeout)    # heeds the proxy variables
+        response = build_opener().open(Request(url, headers=headers), timeout=timeout)    # heeds https_proxy
     except HTTPError as error:
         kind = Interrupted if error.code >= 500 or error.code in (408, 429) else Unusable
         raise kind(f"the server answers {error.code} {error.reason}") from None
@@ -223,13 +224,13 @@ def connect(url: str, have: int, version: str, timeout: float):
 
 
 def copy(response, file, url: str) -> None:
-    """Append the response to the file, under a progress bar; Interrupted if it ends before the announced length."""
+    """Append the response to the file, under a progress bar; Interrupted if it ends too early."""
     have, length = file.tell(), response.headers.get("Content-Length")
     total = have + int(length) if length else None
     free = shutil.disk_usage(Path(file.name).parent).free
     print(f"fetching {url}: {f'{total / 1e6:.1f} MB' if total else 'size not announced'}")
     if total and free < total - have:
-        raise Unusable(f"of {total / 1e6:.1f} MB only {free / 1e6:.1f} fit on the disk (POSE_CACHE chooses another)")
+        raise Unusable(f"only {free / 1e6:.1f} MB fit on the disk (POSE_CACHE chooses another)")
     name = url.rsplit("/", 1)[-1]
     with tqdm(total=total, initial=have, desc=name, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
         while chunk := read(response):
@@ -261,7 +262,7 @@ def check_hash(path: Path, name: str) -> None:
 
 # ---------------------------------------------------------------------- reading
 def file_kind(path: Path) -> str:
-    """'zip' or 'pickle' (torch's formats since and before 1.6) or 'safetensors', by content; else raises Unusable."""
+    """'zip' or 'pickle' (torch since and before 1.6) or 'safetensors', by content; else raises Unusable."""
     if path.is_dir():
         raise Unusable("it is a folder, name a file in it")
     try:
@@ -277,7 +278,7 @@ def file_kind(path: Path) -> str:
         if not zipfile.is_zipfile(path):       # looks for the table of contents, which is the last thing written
             raise Unusable("it is cut short (the end is missing)")
         return "zip"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1e8:    # length of a JSON header, the header
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1e8:    # length of the JSON header
         try:
             with safe_open(path, "pt"):        # reads the header and compares it with the file's length
                 return "safetensors"
@@ -340,7 +341,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
             for key in place:
                 part = part.get(key) if isinstance(part, dict) else None
             items = part.items() if isinstance(part, dict) else ()
-            tensors = {key.removeprefix("module."): value for key, value in items if isinstance(value, Tensor)}
+            tensors = {str(key).removeprefix("module."): value for key, value in items if isinstance(value, Tensor)}
             if tensors:
                 return tensors
         raise Unusable("it holds no tensors under ema, model or state_dict, nor by themselves")
