@@ -191,8 +191,7 @@ def joints_of(person: Person) -> Body:
     at = dict(zip(at, points))
     axes = [flip_rows * (world @ frame) for frame in (chest, np.eye(3), skull)]
     body = Body(at, *axes, head * person.height, None)
-    for name, direction in FACE.items():
-        at[name] = on_head(body, direction)
+    at.update(zip(FACE, on_head(body, np.stack(list(FACE.values())))))
     body.joints = np.stack([at[name] for name in JOINTS])
     return body
 
@@ -214,12 +213,12 @@ def head_axes(body: Body) -> tuple[np.ndarray, np.ndarray]:
     return np.array([-up[1], up[0]]), up
 
 
-def on_head(body: Body, direction: np.ndarray) -> np.ndarray:
-    """Image position (3,) of a direction of FACE, squeezed to the head's width as the drawing is."""
+def on_head(body: Body, directions: np.ndarray) -> np.ndarray:
+    """Image positions (N, 3) of directions of FACE (N, 3), squeezed to the head's width as the drawing is."""
     across, up = head_axes(body)
-    d = body.skull @ direction
-    xy = across * (d[:2] @ across) * HEAD_WIDTH + up * (d[:2] @ up)
-    return body.at["head"] + body.head_radius * np.array([*xy, d[2]])
+    d = directions @ body.skull.T
+    xy = HEAD_WIDTH * np.outer(d[:, :2] @ across, across) + np.outer(d[:, :2] @ up, up)
+    return body.at["head"] + body.head_radius * np.column_stack([xy, d[:, 2]])
 
 
 # --------------------------------------------------------------------------------------------------------------- shapes
@@ -340,10 +339,17 @@ def shapes_of(person: Person, body: Body, sun) -> list[Shape]:
     chin = head - .5 * r * np.array([*body.skull[:2, 1], 0])
     shapes.append(limb(min(z_head, spine_z) - .002, HEAD, c["skin"], at["neck"], chin, .04 * w, .04 * w, sun))
     shapes.append(Shape(z_head, HEAD, c["skin"], [], head=(body, person)))
+    z_ear = z_head + .002
+    if person.long_hair:                                             # behind the face; seen from behind, over the back
+        back = head - r * .35 * np.array([*body.skull[:2, 2], 0])
+        end = back - 1.35 * r * np.array([*body.skull[:2, 1], 0])
+        z = min(z_head - .002, spine_z - .003) if body.skull[2, 2] > 0 else max(z_head, spine_z) + .001
+        z_ear = max(z_ear, z + .001)
+        shapes.append(Shape(z, HEAD, c["hair"], capsule(back, end, .86 * r, .7 * r)))
     for ear in ("left_ear", "right_ear"):
         facing = body.skull[2] @ FACE[ear]
         up = .22 * r * np.array([*body.skull[:2, 1], 0])
-        z = z_head + (.002 if facing > -.2 else -.002)
+        z = z_ear if facing > SHOWS[ear] else z_head - .001
         dark = tuple(int(.86 * value) for value in c["skin"])
         shapes.append(Shape(z, HEAD, dark, capsule(at[ear] - .5 * up, at[ear] + .5 * up, .17 * r, .2 * r)))
     if body.skull[2] @ FACE["nose"] > -.3:
@@ -352,11 +358,6 @@ def shapes_of(person: Person, body: Body, sun) -> list[Shape]:
         warm = tuple(int(scale * value) for scale, value in zip((.97, .8, .76), c["skin"]))
         behind = body.skull[2] @ FACE["nose"] < 0
         shapes.append(Shape(z_head + (-.001 if behind else .003), HEAD, warm, capsule(bridge, tip, .09 * r, .15 * r)))
-    if person.long_hair:
-        back = head - r * .35 * np.array([*body.skull[:2, 2], 0])
-        end = back - 1.35 * r * np.array([*body.skull[:2, 1], 0])
-        z = z_head - .0015 if body.skull[2, 2] > 0 else max(z_head + .004, spine_z + .001 * h)
-        shapes.append(Shape(z if body.skull[2, 2] <= 0 else min(z, spine_z - .003), HEAD, c["hair"], capsule(back, end, .86 * r, .7 * r)))
     return sorted(shapes, key=lambda shape: shape.z)
 
 
@@ -431,22 +432,25 @@ class Canvas:
         self.ids = Image.new("L", (self.side, self.side))
         self.backdrop()
         self.pen, self.id_pen = ImageDraw.Draw(self.picture), ImageDraw.Draw(self.ids)
-        people = 0
+        self.bodies = []                                             # of the people, in order of the layers
         for layer in scene.layers:
             if isinstance(layer, Thing):
-                self.thing(layer)
+                self.polygon(thing_outline(layer, 1.), layer.colour, OBJECT)
+                self.light(thing_outline(layer, .6), layer.colour)
             elif isinstance(layer, Group):
                 self.group(layer)
             else:
-                self.person(layer, FIRST * (people + 1))
-                people += 1
+                self.bodies.append(joints_of(layer))
+                self.person(layer, self.bodies[-1], FIRST * len(self.bodies))
 
     def backdrop(self):
-        horizon = int(2 * self.scene.horizon)
-        for (texture, x, y, dark, bright), top in zip(self.scene.walls, (0, horizon)):
-            crop = textures()[texture].resize((self.side, self.side), Image.BILINEAR, (x, y, x + 180, y + 180))
+        """Wall and floor: a crop of a texture from dark to bright colour; half size will do, for it ends at that."""
+        size, small = self.scene.size, Image.new("RGB", (self.scene.size,) * 2)
+        for (texture, x, y, dark, bright), top in zip(self.scene.walls, (0, int(self.scene.horizon))):
+            crop = textures()[texture].resize((size, size), Image.BILINEAR, (x, y, x + 180, y + 180))
             channels = [crop.point([int(a + (b - a) * t / 255) for t in range(256)]) for a, b in zip(dark, bright)]
-            self.picture.paste(Image.merge("RGB", channels), (0, top))
+            small.paste(Image.merge("RGB", channels), (0, top))
+        self.picture.paste(small.resize((self.side, self.side), Image.NEAREST))
 
     def polygon(self, points: list, colour: tuple, ident: int):
         points = [(2 * x + .5, 2 * y + .5) for x, y in points]
@@ -457,15 +461,9 @@ class Canvas:
         lit = tuple(min(255, value * 9 // 8 + 14) for value in colour)
         self.pen.polygon([(2 * x + .5, 2 * y + .5) for x, y in points], fill=lit)
 
-    def thing(self, t: Thing):
-        points, inner = thing_outline(t, 1.), thing_outline(t, .6)
-        self.polygon(points, t.colour, OBJECT)
-        self.light(inner, t.colour)
-
-    def person(self, person: Person, base: int, body: Body | None = None):
-        body = body or joints_of(person)
+    def person(self, person: Person, body: Body, base: int):
         for shape in shapes_of(person, body, self.scene.sun):
-            ident = base + shape.part if base >= FIRST else base
+            ident = base + shape.part if base != GROUP else GROUP
             if shape.head:
                 self.head(*shape.head, ident)
                 continue
@@ -488,11 +486,11 @@ class Canvas:
 
         colour = np.empty((n, n, 3), np.float32)
         colour[:] = person.colours["skin"]
-        colour[.80 * high - .6 * front > (.9 if person.bald else .04)] = person.colours["hair"]
+        colour[.80 * high - .6 * front > (2 if person.bald else .04)] = person.colours["hair"]
         for eye in ("left_eye", "right_eye"):
             near = left * FACE[eye][0] + high * FACE[eye][1] + front * FACE[eye][2]
-            colour[near > math.cos(.30)] = (245, 245, 245)
-            colour[near > math.cos(.20)] = (25, 20, 30)
+            colour[near > math.cos(.28)] = (245, 245, 245)
+            colour[near > math.cos(.19)] = (25, 20, 30)
         colour[(abs(high + .52) < .075) & (abs(left) < .30) & (front > 0)] = (140, 45, 45)
         sun = self.scene.sun
         shade = .84 + .18 * (x * sun[0] + y * sun[1]) + .12 * z
@@ -503,7 +501,7 @@ class Canvas:
 
     def group(self, group: Group):
         for person in group.people:
-            self.person(person, GROUP)
+            self.person(person, joints_of(person), GROUP)
         box = self.ids.point([255 * (i == GROUP) for i in range(256)]).getbbox()
         if box:
             self.picture.paste(self.picture.crop(box).filter(ImageFilter.GaussianBlur(2.5)), box)
@@ -512,16 +510,15 @@ class Canvas:
         """(size, size) uint8: 0 background, OBJECT, GROUP, or 16 * (person + 1) + part."""
         return np.asarray(self.ids)[::2, ::2]
 
-    def photo(self) -> Image.Image:
-        """Half size, with grain, blur and brightness."""
-        grain, blur, brightness = self.scene.finish
-        picture = self.picture.reduce(2)
-        if blur > .3:
-            picture = picture.filter(ImageFilter.GaussianBlur(blur))
-        rng = np.random.default_rng(self.scene.seed)
-        size = self.scene.size
-        noise = rng.standard_normal((size, size, 1), np.float32) * grain
-        return Image.fromarray(np.uint8(np.clip(np.asarray(picture, np.float32) * brightness + noise, 0, 255)))
+
+def develop(picture: Image.Image, scene: Scene) -> Image.Image:
+    """A canvas's picture at half size, with blur, brightness and grain."""
+    grain, blur, brightness = scene.finish
+    picture = picture.reduce(2)
+    if blur > .3:
+        picture = picture.filter(ImageFilter.GaussianBlur(blur))
+    noise = np.random.default_rng(scene.seed).standard_normal((scene.size, scene.size, 1), np.float32) * grain
+    return Image.fromarray(np.uint8(np.clip(np.asarray(picture, np.float32) * brightness + noise, 0, 255)))
 
 
 def thing_outline(t: Thing, scale: float) -> list:
@@ -539,48 +536,50 @@ def thing_outline(t: Thing, scale: float) -> list:
 
 # ----------------------------------------------------------------------------------------------------------- annotation
 SHOWS = {"nose": -.15, "left_eye": .1, "right_eye": .1, "left_ear": -.25, "right_ear": -.25}     # least z of FACE
+AROUND = np.array([(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)])                              # nine pixels
+CARRIES = np.zeros((len(JOINTS), FIRST), bool)                                                   # joint, part
+for _name, _parts in SEEN_ON.items():
+    CARRIES[INDEX[_name], list(_parts)] = True
 
 
-def joint_is_turned_away(body: Body, name: str) -> bool:
-    """True where the joint is on the far side of its own head, chest or hips, which the id map cannot tell."""
-    if name in SHOWS:
-        return body.skull[2] @ FACE[name] < SHOWS[name]
-    side = 1 if name.startswith("left") else -1
-    if name.endswith("shoulder"):
-        return side * body.chest[2, 0] < -.65
-    if name.endswith("hip"):
-        return side * body.pelvis[2, 0] < -.6
-    return False
+def turned_away(body: Body) -> np.ndarray:
+    """(19,) bool: joints on the far side of their own head, chest or hips, which the id map cannot tell."""
+    away = np.zeros(len(JOINTS), bool)
+    for name, least in SHOWS.items():
+        away[INDEX[name]] = body.skull[2] @ FACE[name] < least
+    for side, sign in (("left", 1), ("right", -1)):
+        away[INDEX[f"{side}_shoulder"]] = sign * body.chest[2, 0] < -.65
+        away[INDEX[f"{side}_hip"]] = sign * body.pelvis[2, 0] < -.6
+    return away
 
 
-def annotate(scene: Scene, ids: np.ndarray) -> list[dict]:
-    """One dict per person, in order of the layers: joints (19, 3) pixels with v, bbox xywh, area in pixels.
+def annotate(canvas: Canvas) -> list[dict]:
+    """One dict per person, in order of the layers: joints (19, 3) pixels with v, bbox xywh, area in pixels, body.
 
-    A joint is seen when a third of the pixels around it belong to a part of its own person that carries it.
+    A joint is seen when a third of the nine points around it show a part of its own person that carries it.
     """
-    size, found = scene.size, []
-    people = [layer for layer in scene.layers if isinstance(layer, Person)]
-    for p, person in enumerate(people):
-        body = joints_of(person)
-        base = FIRST * (p + 1)
-        joints = body.joints.copy()
-        r = max(1., .012 * person.height)
-        around = np.array([(0, 0), (r, 0), (-r, 0), (0, r), (0, -r), (r, r), (-r, r), (r, -r), (-r, -r)])
-        for j, name in enumerate(JOINTS):
-            xy = np.round(joints[j, :2] + around).astype(int)
-            if not (-.5 <= joints[j, 0] < size - .5 and -.5 <= joints[j, 1] < size - .5):
-                joints[j] = 0
-                continue
-            x, y = xy.clip(0, size - 1).T
-            carried = np.isin(ids[y, x], [base + part for part in SEEN_ON[name]])
-            joints[j, 2] = 2 if carried.mean() > .33 and not joint_is_turned_away(body, name) else 1
-        rows, columns = np.nonzero(ids // FIRST == p + 1)
-        box = [0, 0, 0, 0]
-        if len(rows):
-            box = [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1]
+    size, ids, found = canvas.scene.size, canvas.id_map(), []
+    people = [layer for layer in canvas.scene.layers if isinstance(layer, Person)]
+    for number, (person, body) in enumerate(zip(people, canvas.bodies), 1):
+        joints = body.joints.round(1)
+        spots = np.round(joints[:, None, :2] + AROUND * max(1., .012 * person.height)).astype(int).clip(0, size - 1)
+        there = ids[spots[..., 1], spots[..., 0]]                                                # (19, 9)
+        carried = (there // FIRST == number) & CARRIES[np.arange(len(JOINTS))[:, None], there % FIRST]
+        joints[:, 2] = np.where((carried.mean(1) > .33) & ~turned_away(body), 2, 1)
+        outside = ((joints[:, :2] < -.5) | (joints[:, :2] >= size - .5)).any(1)
         joints[:, :2] = joints[:, :2].clip(0, size - 1)
-        found.append(dict(joints=joints.round(1), bbox=[int(value) for value in box], area=len(rows), body=body))
+        joints[outside] = 0
+        mask = ids // FIRST == number
+        found.append(dict(joints=joints, bbox=box_of(mask), area=int(mask.sum()), body=body))
     return found
+
+
+def box_of(mask: np.ndarray) -> list[int]:
+    """x, y, w, h of the True pixels; zeros if there are none."""
+    columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+    if not len(rows):
+        return [0, 0, 0, 0]
+    return [int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)]
 
 
 # --------------------------------------------------------------------------------------------------------------- scenes
@@ -664,7 +663,7 @@ def sample_scene(rng: np.random.Generator, size: int, people: int, crowd: bool =
             x, y = person.x + rng.normal(0, .12) * person.height, person.ground - rng.uniform(.0, .6) * person.height
             layers.append(sample_thing(rng, size, x, y, person.height * rng.uniform(.2, .42)))
     angle = rng.uniform(-2.6, -.5)
-    finish = (rng.uniform(1, 7), max(0., rng.uniform(-.9, .8)), rng.uniform(.8, 1.12))
+    finish = (rng.uniform(0, 5), max(0., rng.uniform(-.9, .8)), rng.uniform(.8, 1.12))
     return Scene(size, int(rng.integers(2 ** 31)), (math.cos(angle), math.sin(angle)), horizon, walls, layers, finish)
 
 
@@ -675,89 +674,270 @@ def seat(rng, person: Person) -> Thing:
     return Thing("box", hips[0], person.ground - h / 2, person.height * rng.uniform(.26, .4), h, 0., any_colour(rng, (.1, .6)))
 
 
-def split_scene(size: int, seed: int, split: str, index: int) -> tuple[Scene, np.ndarray, list[dict]]:
-    """Scene `index` of a split, its id map and its people. Depends on nothing else, so any worker may make it.
+def split_scene(size: int, seed: int, split: str, index: int) -> tuple[Canvas, list[dict]]:
+    """Scene `index` of a split, drawn, and its people. Depends on nothing else, so any worker may make it.
 
-    People of whom too little is left to be told are taken out of the scene, and it is looked at again.
+    People of whom too little is left to be told are taken out of the scene, and it is drawn again.
     """
     rng = np.random.default_rng([seed, ["train", "val", "crowd"].index(split), index])
     if split == "crowd":
         scene = sample_scene(rng, size, int(rng.integers(4, 11)), crowd=True)
     else:
-        people = int(rng.choice(5, p=[.04, .40, .30, .17, .09]))
-        scene = sample_scene(rng, size, people, group=rng.random() < .05)
+        scene = sample_scene(rng, size, int(rng.choice(5, p=[.04, .40, .30, .17, .09])), group=rng.random() < .05)
     while True:
         canvas = Canvas(scene)
-        found = annotate(scene, canvas.id_map())
-        lost = [p for p, person in enumerate(found) if (person["joints"][:17, 2] == 2).sum() < (2 if split == "crowd" else 4)]
-        if not lost:
+        found = annotate(canvas)
+        kept = iter([(person["joints"][:17, 2] == 2).sum() >= (3 if split == "crowd" else 4) for person in found])
+        layers = [layer for layer in scene.layers if not isinstance(layer, Person) or next(kept)]
+        if len(layers) == len(scene.layers):
             break
-        people = [layer for layer in scene.layers if isinstance(layer, Person)]
-        gone = [id(people[p]) for p in lost]
-        scene = replace(scene, layers=[layer for layer in scene.layers if id(layer) not in gone])
+        scene = replace(scene, layers=layers)
     for person in found:                                             # annotators forget some
         person["joints"][rng.random(len(JOINTS)) < .03] = 0
-    return scene, canvas, found
+    return canvas, found
+
+
+# --------------------------------------------------------------------------------------------------------------- motion
+def sample_motion(rng: np.random.Generator, person: Person) -> dict:
+    """How one person moves: a second pose it swings to and back, steps and turns per frame."""
+    a, b = person.pose, person.pose.copy()
+    sits, walks = min(a[14], a[17]) > 60, abs(a[14] - a[17]) > 20
+    if walks:
+        b[6:] = np.concatenate([a[10:14], a[6:10], a[17:20], a[14:17]])             # the other foot forward
+    else:
+        b[:14] += rng.normal(0, [4, 4, 5, 7, 5, 14] + [16, 12, 8, 18] * 2)
+        b[[9, 13]] = b[[9, 13]].clip(0, 140)                                        # elbows bend one way only
+        b[14:] += 0 if sits else rng.normal(0, [3, 3, 0] * 2)
+    speed = 0. if sits else rng.uniform(.015, .04) if walks else rng.normal(0, .004)
+    return dict(pose=b, period=rng.uniform(10, 20), phase=rng.uniform(0, 2 * math.pi), turn=0 if sits else rng.normal(0, 1.5),
+                step=speed * person.height * (math.sin(math.radians(person.yaw)) if walks else 1.))
+
+
+def sample_clip(rng: np.random.Generator, size: int):
+    """A scene and how its people and the camera move -> function of the frame t (may be fractional) -> Scene."""
+    still = sample_scene(rng, size, int(rng.integers(1, 4)), group=rng.random() < .4)
+    motions = {id(layer): sample_motion(rng, layer) for layer in still.layers if isinstance(layer, Person)}
+    shake = rng.uniform(0, .022) * size * rng.uniform(.4, 1, (2, 2))
+    beat, phase = rng.uniform(.3, .9, (2, 2)), rng.uniform(0, 2 * math.pi, (2, 2))
+
+    def moved(layer, t, dx, dy):
+        if isinstance(layer, Thing):
+            return replace(layer, x=layer.x + dx, y=layer.y + dy)
+        if isinstance(layer, Group):
+            return Group([replace(person, x=person.x + dx, ground=person.ground + dy) for person in layer.people])
+        m = motions[id(layer)]
+        swing = (1 - math.cos(2 * math.pi * t / m["period"] + m["phase"])) / 2
+        return replace(layer, x=layer.x + dx + m["step"] * (t - FRAMES / 2), ground=layer.ground + dy,
+                       yaw=layer.yaw + m["turn"] * t, pose=layer.pose + swing * (m["pose"] - layer.pose))
+
+    def at(t: float) -> Scene:
+        dx, dy = (shake * np.sin(beat * t + phase)).sum(1)
+        zoom = 180 / size                                            # pixels of the backdrop's crop per image pixel
+        walls = [(texture, x - dx * zoom, y - dy * zoom, dark, bright) for texture, x, y, dark, bright in still.walls]
+        return replace(still, seed=still.seed + round(t), horizon=still.horizon + dy, walls=walls,
+                       layers=[moved(layer, t, dx, dy) for layer in still.layers])
+    return at
+
+
+# --------------------------------------------------------------------------------------------------------------- styles
+def gray(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture.convert("L"), np.float32)
+
+
+def contours(canvas: Canvas, width: int) -> np.ndarray:
+    """True along the borders of everything that was drawn as one piece."""
+    smallest, largest = (canvas.ids.filter(kind(width)) for kind in (ImageFilter.MinFilter, ImageFilter.MaxFilter))
+    return np.asarray(smallest) != np.asarray(largest)
+
+
+def pencil(canvas: Canvas) -> Image.Image:
+    """Lines where brightness changes, hatching where it is dark."""
+    light = gray(canvas.picture)
+    soft = gray(canvas.picture.filter(ImageFilter.GaussianBlur(4)))
+    y, x = np.mgrid[:canvas.side, :canvas.side]
+    paper = 240 - 2.2 * (soft - light).clip(0, 80) - 45 * ((x + y) % 7 < 2) * (soft < 110) - 45 * ((x - y) % 7 < 2) * (soft < 65)
+    return Image.fromarray(np.uint8(np.where(contours(canvas, 3), 60, paper).clip(20, 255))).convert("RGB")
+
+
+def flat(canvas: Canvas) -> Image.Image:
+    """Few colours, thick contours."""
+    picture = canvas.picture.filter(ImageFilter.MedianFilter(5)).quantize(14).convert("RGB")
+    return Image.composite(Image.new("RGB", picture.size, (20, 20, 40)), picture, Image.fromarray(contours(canvas, 5)))
+
+
+def halftone(canvas: Canvas) -> Image.Image:
+    """Ink dots on a tilted grid, bigger where it is darker."""
+    y, x = np.mgrid[:canvas.side, :canvas.side]
+    screen = 128 + 62 * (np.cos((x + y) * .9) + np.cos((x - y) * .9))
+    ink = gray(canvas.picture) < screen
+    return Image.fromarray(np.where(ink[..., None], np.uint8([40, 30, 90]), np.uint8([250, 240, 215])))
+
+
+def inverted(canvas: Canvas) -> Image.Image:
+    return ImageChops.invert(canvas.picture)
+
+
+def oil(canvas: Canvas) -> Image.Image:
+    """Dabs: each place takes the commonest colour of a neighbourhood, and brush strokes push it about."""
+    y, x = np.mgrid[:canvas.side, :canvas.side]
+    dx, dy = np.rint(2 * np.sin(y / 5 + x / 17)).astype(int), np.rint(2 * np.sin(x / 7 - y / 13)).astype(int)
+    pushed = np.asarray(canvas.picture)[(y + dy).clip(0, canvas.side - 1), (x + dx).clip(0, canvas.side - 1)]
+    return Image.fromarray(pushed).filter(ImageFilter.ModeFilter(7))
+
+
+def woodcut(canvas: Canvas) -> Image.Image:
+    """Two tones: darker or lighter than the surroundings."""
+    dark = gray(canvas.picture.filter(ImageFilter.GaussianBlur(1))) < gray(canvas.picture.filter(ImageFilter.GaussianBlur(14)))
+    dark |= contours(canvas, 3)
+    return Image.fromarray(np.where(dark[..., None], np.uint8([45, 25, 20]), np.uint8([235, 205, 160])))
+
+
+def heat(canvas: Canvas) -> Image.Image:
+    """Brightness as the colours of a thermal camera."""
+    stops = np.array([(10, 0, 60), (120, 0, 140), (230, 60, 60), (255, 180, 30), (255, 255, 210)], float)
+    table = np.stack([np.interp(np.arange(256), np.linspace(0, 255, 5), stops[:, c]) for c in range(3)], 1)
+    return Image.fromarray(np.uint8(table[np.uint8(gray(canvas.picture))]))
+
+
+STYLES = (pencil, flat, halftone, inverted, oil, woodcut, heat)
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
-def coco_file(images: list, annotations: list, names=COCO) -> dict:
-    """The top level of a COCO keypoint file; ids of annotations count from 1."""
-    for number, annotation in enumerate(annotations, 1):
-        annotation["id"] = number
-    category = dict(supercategory="person", id=1, name="person", keypoints=list(names), skeleton=COCO_EDGES)
-    return dict(info=dict(description="Puppets", version=str(VERSION)), licenses=[], images=images,
-                annotations=annotations, categories=[category])
-
-
-def coco_image(index: int, split: str, size: int) -> dict:
-    number = index + 1 + 100_000 * (split == "val")
-    return dict(id=number, file_name=f"{number:012d}.jpg", width=size, height=size)
-
-
-def pick(joints: np.ndarray, names: list) -> list:
-    """Rows of `joints` in the order of `names` as COCO's flat list x, y, v."""
-    return [int(value) if value == int(value) else float(round(value, 1))
-            for value in joints[[INDEX[name] for name in names]].reshape(-1)]
-
-
-def coco_annotations(image_id: int, canvas: Canvas, found: list[dict]) -> list[dict]:
-    """People, then the far group as one `iscrowd` region with its box as a run-length mask."""
-    result = [dict(image_id=image_id, category_id=1, iscrowd=0, bbox=person["bbox"], area=person["area"],
-                   keypoints=pick(person["joints"], COCO), num_keypoints=int((person["joints"][:17, 2] > 0).sum()))
-              for person in found]
-    rows, columns = np.nonzero(canvas.id_map() == GROUP)
-    if len(rows):
-        x, y, w, h = int(columns.min()), int(rows.min()), int(np.ptp(columns) + 1), int(np.ptp(rows) + 1)
-        mask = np.zeros((canvas.scene.size, canvas.scene.size), bool)
-        mask[y:y + h, x:x + w] = True
-        edges = np.flatnonzero(np.diff(mask.T.reshape(-1), prepend=False, append=False))
-        runs = np.diff(edges, prepend=0, append=mask.size)           # alternately outside and inside, column by column
-        result.append(dict(image_id=image_id, category_id=1, iscrowd=1, bbox=[x, y, w, h], area=w * h, num_keypoints=0,
-                           keypoints=[0] * 51, segmentation=dict(counts=runs.tolist(), size=[canvas.scene.size] * 2)))
-    return result
-
+# Each maker draws one image or clip, saves it under `folder`, and returns what the annotation files need of it.
 
 def save(picture: Image.Image, path: Path):
     picture.save(path, quality=92)
 
 
-def make_coco(folder: Path, size: int, seed: int, job: tuple[str, int]) -> tuple:
+def flat_list(joints: np.ndarray, names: list, most: int = 2) -> list:
+    """Rows of `joints` in the order of `names` as a list x, y, v, x, y, v ...; v at most `most`."""
+    rows = joints[[INDEX[name] for name in names]]
+    return [value for x, y, v in rows.tolist() for value in (round(x, 1), round(y, 1), min(int(v), most))]
+
+
+def coco_annotations(image_id: int, canvas: Canvas, found: list[dict]) -> list[dict]:
+    """People, then the far group as one `iscrowd` region: its box, also as a run-length mask."""
+    result = [dict(image_id=image_id, category_id=1, iscrowd=0, bbox=person["bbox"], area=person["area"],
+                   keypoints=flat_list(person["joints"], COCO), num_keypoints=int((person["joints"][:17, 2] > 0).sum()))
+              for person in found]
+    x, y, w, h = box_of(canvas.id_map() == GROUP)
+    if w:
+        mask = np.zeros((canvas.scene.size,) * 2, bool)
+        mask[y:y + h, x:x + w] = True
+        edges = np.flatnonzero(np.diff(mask.T.reshape(-1), prepend=False))
+        runs = np.diff(edges, prepend=0, append=mask.size).tolist()  # outside, inside, ..., column by column
+        result.append(dict(image_id=image_id, category_id=1, iscrowd=1, bbox=[x, y, w, h], area=w * h, num_keypoints=0,
+                           keypoints=[0] * 51, segmentation=dict(counts=runs, size=[canvas.scene.size] * 2)))
+    return result
+
+
+def coco_file(rows: list[tuple[dict, list]], names: list = COCO) -> str:
+    """A COCO keypoint file of (image, its annotations) rows."""
+    annotations = [annotation for _, people in rows for annotation in people]
+    for number, annotation in enumerate(annotations, 1):
+        annotation["id"] = number
+    category = dict(supercategory="person", id=1, name="person", keypoints=names, skeleton=COCO_EDGES)
+    return json.dumps(dict(info=dict(description="Puppets", version=str(VERSION)), licenses=[],
+                           images=[image for image, _ in rows], annotations=annotations, categories=[category]))
+
+
+def make_coco(folder: Path, size: int, seed: int, job: tuple[str, int], style=None) -> tuple[dict, list]:
     split, index = job
-    scene, canvas, found = split_scene(size, seed, split, index)
-    image = coco_image(index, split, size)
-    save(canvas.photo(), folder / f"{split}2017" / image["file_name"])
-    return image, coco_annotations(image["id"], canvas, found)
+    canvas, found = split_scene(size, seed, split, index)
+    number = index + 1 + 100_000 * (split == "val")
+    image = dict(id=number, file_name=f"{number:012d}.jpg", width=size, height=size)
+    if style:
+        save(style(canvas).reduce(2), folder / "val2017oil" / image["file_name"])
+    else:
+        save(develop(canvas.picture, canvas.scene), folder / f"{split}2017" / image["file_name"])
+    return image, coco_annotations(number, canvas, found)
+
+
+def make_ood(folder: Path, size: int, seed: int, job: tuple[str, int]) -> tuple[dict, list]:
+    return make_coco(folder, size, seed, job, STYLES[job[1] % len(STYLES)])
 
 
 def finish_coco(folder: Path, results: dict):
     for split, rows in results.items():
-        content = coco_file([row[0] for row in rows], [annotation for row in rows for annotation in row[1]])
-        (folder / f"annotations/person_keypoints_{split}2017.json").write_text(json.dumps(content))
+        (folder / f"annotations/person_keypoints_{split}2017.json").write_text(coco_file(rows))
+
+
+def crowd_index(people: list[dict]) -> float:
+    """CrowdPose: mean over people of (joints of others inside their box) / (their own joints)."""
+    ratios = []
+    joints = [np.reshape(person["keypoints"], (-1, 3)) for person in people]
+    for i, person in enumerate(people):
+        x, y, w, h = person["bbox"]
+        others = np.concatenate([j for k, j in enumerate(joints) if k != i] or [np.zeros((0, 3))])
+        inside = (others[:, 2] > 0) & (abs(others[:, :2] - (x + w / 2, y + h / 2)) <= (w / 2, h / 2)).all(1)
+        if (own := (joints[i][:, 2] > 0).sum()):
+            ratios.append(inside.sum() / own)
+    return round(float(np.mean(ratios)), 2) if ratios else 0.
+
+
+def make_crowd(folder: Path, size: int, seed: int, job: tuple[str, int]) -> tuple[tuple, tuple]:
+    """The same image for both files: COCO-17, and CrowdPose-14 whose head and neck have v 0 or 1 and do not count."""
+    canvas, found = split_scene(size, seed, "crowd", job[1])
+    image = dict(id=job[1] + 1, file_name=f"{job[1] + 1}.jpg", width=size, height=size)
+    save(develop(canvas.picture, canvas.scene), folder / "images" / image["file_name"])
+    people = [dict(image_id=image["id"], category_id=1, iscrowd=0, bbox=person["bbox"],
+                   keypoints=flat_list(person["joints"], CROWDPOSE[:12]) + flat_list(person["joints"], CROWDPOSE[12:], 1),
+                   num_keypoints=int((person["joints"][5:17, 2] > 0).sum())) for person in found]
+    return ((image, coco_annotations(image["id"], canvas, found)), ({**image, "crowdIndex": crowd_index(people)}, people))
+
+
+def finish_crowd(folder: Path, results: dict):
+    coco, crowdpose = zip(*results["val"])
+    (folder / "annotations/person_keypoints_val2017.json").write_text(coco_file(coco))
+    content = json.loads(coco_file(crowdpose, [*CROWDPOSE[:12], "head", "neck"]))
+    del content["info"], content["licenses"]                         # the real file has neither
+    (folder / "json/crowdpose_test.json").write_text(json.dumps(content))
+
+
+def make_clip(folder: Path, size: int, seed: int, job: tuple[str, int]) -> int:
+    """One PoseTrack18 video; the first and last frame are not labelled, the far group is an ignore region."""
+    split, index = job
+    rng = np.random.default_rng([seed, 10 + (split == "val"), index])
+    clip, exposure = sample_clip(rng, size), max(0., rng.uniform(-.2, .6))
+    video = f"{index + 1 + 9000 * (split == 'val'):06d}"
+    place_ = f"images/{split}/{video}_puppets"
+    (folder / place_).mkdir()
+    images, annotations = [], []
+    for t in range(FRAMES):
+        canvas = Canvas(clip(t))
+        blurred = [Canvas(clip(t + exposure * shift)).picture for shift in (-.5, .5) if exposure]
+        picture = Image.blend(canvas.picture, Image.blend(*blurred, .5), .6) if blurred else canvas.picture
+        name, number = f"{place_}/{t:06d}.jpg", int(f"1{video}{t:04d}")
+        save(develop(picture, canvas.scene), folder / name)
+        labelled = 0 < t < FRAMES - 1
+        x, y, w, h = box_of(canvas.id_map() == GROUP)
+        images.append(dict(id=number, frame_id=number, vid_id=video, nframes=FRAMES, is_labeled=labelled, file_name=name,
+                           width=size, height=size, has_no_densepose=True,
+                           ignore_regions_x=[[x, x + w, x + w, x]] if w else [], ignore_regions_y=[[y, y, y + h, y + h]] if w else []))
+        for track, person in enumerate(annotate(canvas) if labelled else ()):
+            if (person["joints"][:, 2] == 2).sum() >= 3:
+                annotations.append(posetrack_person(number, track, person))
+    category = dict(supercategory="person", id=1, name="person", skeleton=COCO_EDGES,
+                    keypoints=["nose", "head_bottom", "head_top", *POSETRACK[3:]])
+    content = dict(images=images, annotations=annotations, categories=[category])
+    (folder / f"annotations/{split}/{video}_puppets.json").write_text(json.dumps(content))
+    return len(annotations)
+
+
+def posetrack_person(image_id: int, track: int, person: dict) -> dict:
+    joints, body = person["joints"].copy(), person["body"]
+    joints[3:5] = 0                                                  # ears: rows 3 and 4, as in POSETRACK
+    (x, y), r = body.at["head"][:2] + .5, body.head_radius
+    return dict(id=image_id * 100 + track, image_id=image_id, track_id=track, category_id=1, iscrowd=False, scores=[],
+                bbox=person["bbox"], bbox_head=[round(value, 1) for value in (x - .9 * r, y - r, 1.8 * r, 2 * r)],
+                keypoints=flat_list(joints, POSETRACK, 1))
 
 
 PARTS = {  # part: folders, what makes one image or clip, what writes the files that hold all of them
     "coco": (("annotations", "train2017", "val2017"), make_coco, finish_coco),
+    "crowd": (("annotations", "json", "images"), make_crowd, finish_crowd),
+    "video": (("annotations/train", "annotations/val", "images/train", "images/val"), make_clip, None),
+    "ood": (("annotations", "val2017oil"), make_ood, finish_coco),
 }
 
 
@@ -770,8 +950,8 @@ def make(root: Path | str = ROOT, part: str = "coco", size: int = SIZE, seed: in
     """
     if part not in PARTS:
         raise UserError(f"puppets have no part {part!r}: choose from {', '.join(PARTS)}")
-    if not 32 <= size <= 4096:
-        raise UserError(f"puppets of {size} pixels cannot be drawn: choose a size from 32 to 4096")
+    if not 32 <= size <= 2048 or seed < 0:
+        raise UserError(f"puppets cannot be drawn with size {size} and seed {seed}: size 32 to 2048, seed 0 or more")
     root, counts = Path(root), {**COUNTS[part], **(counts or {})}
     meta = dict(version=VERSION, part=part, size=size, seed=seed, counts=counts)
     target = root / part
@@ -785,7 +965,8 @@ def make(root: Path | str = ROOT, part: str = "coco", size: int = SIZE, seed: in
         for name in folders:
             (folder / name).mkdir(parents=True)
         results = run_jobs(partial(make_one, folder, size, seed), counts, workers, progress and f"puppets/{part}")
-        finish(folder, results)
+        if finish:
+            finish(folder, results)
         (folder / "dataset.json").write_text(json.dumps(meta, indent=1))
         try:
             folder.rename(target)
@@ -840,6 +1021,50 @@ def run_jobs(make_one, counts: dict, workers: int | None, title) -> dict[str, li
     return {split: [result for job, result in zip(jobs, results) if job[0] == split] for split in counts}
 
 
+# -------------------------------------------------------------------------------------------------------------- preview
+def preview(folder: Path, path: Path, columns: int = 4, rows: int = 3, zoom: int = 3):
+    """Contact sheet of a made part: seen joints filled, hidden ones hollow, left orange, right blue."""
+    tiles = []
+    for content, image in sheet_images(folder)[:columns * rows]:
+        picture = Image.open(next(folder.rglob("/".join(Path(image["file_name"]).parts[-2:]))))
+        picture = picture.resize((image["width"] * zoom, image["height"] * zoom), Image.LANCZOS)
+        for person in content["annotations"]:
+            if person["image_id"] == image["id"]:
+                draw_annotation(ImageDraw.Draw(picture), person, content["categories"][0]["keypoints"], zoom)
+        tiles.append(picture)
+    w, h = tiles[0].size
+    sheet = Image.new("RGB", (w * columns, h * rows))
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (i % columns * w, i // columns * h))
+    sheet.save(path)
+
+
+def sheet_images(folder: Path) -> list[tuple[dict, dict]]:
+    """(content of the annotation file, image) of what a sheet shows; four labelled frames of each video."""
+    if folder.name == "video":
+        contents = [json.loads(file.read_text()) for file in sorted((folder / "annotations/val").glob("*.json"))]
+        return [(content, image) for content in contents for image in content["images"][1:-1:3]]
+    content = json.loads((folder / "annotations/person_keypoints_val2017.json").read_text())
+    return [(content, image) for image in content["images"]]
+
+
+def draw_annotation(pen: ImageDraw.ImageDraw, person: dict, names: list, zoom: int):
+    x, y, w, h = (value * zoom for value in person["bbox"])
+    pen.rectangle((x, y, x + w, y + h), outline="red" if person.get("iscrowd") else "white")
+    joints = {name: ((x + .5) * zoom, (y + .5) * zoom, v) for name, (x, y, v)
+              in zip(names, np.reshape(person["keypoints"], (-1, 3))) if v}
+    for a, b in COCO_EDGES:
+        if (ends := [COCO[a - 1], COCO[b - 1]])[0] in joints and ends[1] in joints:
+            sides = {name[:4] for name in ends} & {"left", "righ"}
+            pen.line([joints[name][:2] for name in ends], fill=COLOURS[sides.pop()] if len(sides) == 1 else "yellow")
+    for name, (x, y, v) in joints.items():
+        colour = COLOURS.get(name[:4], "yellow")
+        pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour if v == 2 else None, outline=colour)
+
+
+COLOURS = {"left": "orange", "righ": "dodgerblue"}
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m data.puppets", description="Draws the embedded dataset.")
     parser.add_argument("--part", default="coco", help=f"one of {', '.join(PARTS)}")
@@ -847,9 +1072,13 @@ def main():
     parser.add_argument("--size", type=int, default=SIZE, help="side of the images in pixels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, help="processes, default one per core")
+    parser.add_argument("--preview", type=Path, help="write a contact sheet with the annotation to this file")
     args = parser.parse_args()
     try:
-        print(make(args.root, args.part, args.size, args.seed, args.workers))
+        folder = make(args.root, args.part, args.size, args.seed, args.workers)
+        print(folder)
+        if args.preview:
+            preview(folder, args.preview)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
