@@ -20,14 +20,14 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from common.runtime import UserError
-from common.skeletons import SKELETONS, Skeleton, get_skeleton, skeleton_from_category
+from common.skeletons import SKELETONS, Skeleton, get_skeleton, skeleton_from_category, words
 
 BOX_TO_AREA = 0.53          # a person's outline fills about half of the box: the area where a file has none
 
 
 @dataclass
 class Sample:
-    """One image with its people. P people, K keypoints; everything in pixels of `image`, origin at the top left."""
+    """One image with its people: P people, K keypoints, all in pixels of `image`, origin at the top left."""
     image: Path | Image.Image
     image_id: int | str
     size: tuple[int, int]                   # (w, h)
@@ -66,17 +66,18 @@ def load_image(image: Path | str | Image.Image, size: tuple[int, int] | None = N
     """A fully decoded 8-bit RGB picture, from whatever the file holds. Raises `BadImage`.
 
     Gray, palette, CMYK and 16-bit pictures are converted, transparency is dropped, of an animation the first frame
-    counts. Cameras store a rotation beside the pixels (EXIF), which some annotation tools see and others do not: with
-    `size`, the (w, h) of the annotation file, it is applied only if that leads to this size. A photo without
+    counts. Cameras store a rotation beside the pixels (EXIF), which some annotation tools see and others do not:
+    with `size`, the (w, h) of the annotation file, it is applied only if that leads to this size. A photo without
     annotation wants `rotate=True`.
     """
     name = getattr(image, "filename", "") or "picture" if isinstance(image, Image.Image) else image
     try:
         picture = image if isinstance(image, Image.Image) else Image.open(image)
         picture.load()
-        upright = ImageOps.exif_transpose(picture)
-        wanted = rotate or (size is not None and upright.size == tuple(size) != picture.size)
-        return to_rgb(upright if wanted else picture)
+        if rotate or (size is not None and picture.size != tuple(size)):
+            upright = ImageOps.exif_transpose(picture)
+            picture = upright if rotate or upright.size == tuple(size) else picture
+        return to_rgb(picture)
     except FileNotFoundError:
         raise BadImage(name, "there is no such file") from None
     except Image.UnidentifiedImageError:
@@ -103,11 +104,12 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_bytes(), object_pairs_hook=_without_outlines)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not complete JSON: {error.msg} at line {error.lineno}, character {error.pos} of "
-                        f"{len(error.doc)}; the file looks damaged or cut off, fetch it again") from None
+        raise UserError(f"{path} is not complete JSON: {error.msg} at line {error.lineno}, character {error.pos} "
+                        f"of {len(error.doc)}; the file looks damaged or cut off, fetch it again") from None
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in ("images", "annotations")):
+    lists = ("images", "annotations")
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in lists):
         raise UserError(f"{path} is not a COCO annotation file: it needs the lists 'images' and 'annotations'")
     return content
 
@@ -221,7 +223,7 @@ class PoseDataset:
         return best
 
     def _size_of(self, image: dict, n: int) -> tuple[int, int]:
-        """(w, h) as stated, or of the picture where nothing sensible is stated; (1, 1), and no people, without it."""
+        """(w, h) as stated, or of the picture if nothing sensible is stated; (1, 1), and no people, without it."""
         size = numbers([image.get("width"), image.get("height")], 2)
         if size is not None and (size >= 1).all():
             return int(size[0]), int(size[1])
@@ -238,8 +240,8 @@ class PoseDataset:
         own = next((c for c in categories if c.get("keypoints")), None)
         others = {str(c.get("id")) for c in categories if own and c.get("keypoints") != own["keypoints"]}
         use = np.array([isinstance(p, dict) and str(p.get("category_id")) not in others for p in people], bool)
-        self._note("annotations skipped: of a category without these keypoints",
-                   [p.get("id") if isinstance(p, dict) else str(p)[:40] for p, used in zip(people, use) if not used])
+        skipped = [p.get("id") if isinstance(p, dict) else str(p)[:40] for p, used in zip(people, use) if not used]
+        self._note("annotations skipped: of a category without these keypoints", skipped)
         return [p for p, used in zip(people, use) if used], own
 
     def _choose_skeleton(self, people: list[dict], own: dict | None, skeleton, sigmas) -> Skeleton:
@@ -257,8 +259,8 @@ class PoseDataset:
         elif wanted is None:
             wanted = next((s for s in SKELETONS.values() if s.num_keypoints == count), None)
             if wanted is None:
-                raise UserError(f"{self.files[0]} does not name its {count} keypoints: add them to its 'categories'")
-        elif own and named == count == wanted.num_keypoints and list(own["keypoints"]) != list(wanted.keypoints):
+                raise UserError(f"{self.files[0]} does not name its {count} keypoints: add them to 'categories'")
+        elif own and named == count and list(map(words, own["keypoints"])) != list(map(words, wanted.keypoints)):
             self._note(f"categories name the keypoints otherwise than skeleton '{wanted.name}', which is used",
                        [own.get("id")])
         if count and count != wanted.num_keypoints:
@@ -346,7 +348,8 @@ class PoseDataset:
         labelled = self.keypoints[..., 2] > 0
         self.num_keypoints = labelled.sum(1)
         if crowdpose:                                       # its own count leaves out head and neck
-            self.num_keypoints = np.where(np.isnan(stated), labelled[:, :12].sum(1), np.nan_to_num(stated)).astype(int)
+            counted = labelled[:, :12].sum(1)
+            self.num_keypoints = np.where(np.isnan(stated), counted, np.nan_to_num(stated)).astype(np.int64)
         elif keypoint_fields(self.skeleton.name) == ("keypoints",):
             self._note("people without, or with a wrong num_keypoints: counted",
                        ids_of(people, stated != self.num_keypoints))
@@ -415,11 +418,12 @@ class PoseDataset:
         for n in self.rows:
             image_id, (w, h) = self.ids[n].item(), self.sizes[n].tolist()
             crowding = {} if np.isnan(self.crowd_index[n]) else {"crowdIndex": float(self.crowd_index[n])}
-            images.append({"id": image_id, "file_name": str(self.file_names[n]), "width": w, "height": h, **crowding})
+            name = str(self.file_names[n])
+            images.append({"id": image_id, "file_name": name, "width": w, "height": h, **crowding})
             for p in range(self.offsets[n], self.offsets[n + 1]):
                 annotations.append({
-                    "id": len(annotations) + 1, "image_id": image_id, "category_id": 1, "bbox": self.boxes[p].tolist(),
-                    "area": float(self.areas[p]), "iscrowd": int(self.iscrowd[p]),
+                    "id": len(annotations) + 1, "image_id": image_id, "category_id": 1,
+                    "bbox": self.boxes[p].tolist(), "area": float(self.areas[p]), "iscrowd": int(self.iscrowd[p]),
                     "num_keypoints": int(self.num_keypoints[p]), "keypoints": self.keypoints[p].ravel().tolist()})
         category = {"id": 1, "name": "person", "keypoints": list(self.skeleton.keypoints),
                     "skeleton": [[a + 1, b + 1] for a, b in self.skeleton.edges]}
@@ -433,14 +437,15 @@ class PoseDataset:
                  f"{single.sum()} people, {(v.any(1) & single).sum()} with keypoints; {v[single].sum()} labelled "
                  f"keypoints; {self.iscrowd.sum()} crowd regions; skeleton {self.skeleton.name}"]
         for reason, (count, first) in self.notes.items():
-            lines.append(f"  {count} {reason} ({', '.join(map(str, first))}{', ...' if count > len(first) else ''})")
+            more = ", ..." if count > len(first) else ""
+            lines.append(f"  {count} {reason} ({', '.join(map(str, first))}{more})")
         return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- folders
 
 def layouts(split: str) -> list[tuple[str, list[str], list[str]]]:
-    """(name, annotation files, image folders) of the known layouts; the first whose annotation file exists counts."""
+    """(name, annotation files, image folders) of the known layouts; the first one that has such a file counts."""
     word = {"train": "training", "val": "validation"}.get(split, split)
     coco = f"annotations/person_keypoints_{split}2017.json"
     return [
@@ -456,7 +461,7 @@ def layouts(split: str) -> list[tuple[str, list[str], list[str]]]:
 
 
 def find_layout(folder: Path, split: str, first: str = "") -> tuple[str, list[Path], list[Path]] | None:
-    """(name, annotation files, image folders) found in a folder; where several fit, the layout named `first` does."""
+    """(name, annotation files, image folders) found in a folder; if several fit, the layout named `first` counts."""
     for name, files, folders in sorted(layouts(split), key=lambda layout: layout[0] != first):
         found = [folder / file for file in files if (folder / file).is_file()]
         if found:
@@ -478,7 +483,7 @@ def open_dataset(data: str, split: str, skeleton: str | dict | Skeleton | None =
                  sigmas: Sequence[float] | None = None) -> PoseDataset:
     """A split of 'puppets', which are made on first use, or of a folder whose layout is known.
 
-    split: 'train', 'val', 'test', 'trainval' (CrowdPose), 'ood' (the val images in other styles), 'crowd' (puppets).
+    split: 'train', 'val', 'test', 'trainval' (CrowdPose), 'ood' (val in other styles), 'crowd' (puppets).
     Raises `UserError` with one line if there is no such thing.
     """
     wanted = get_skeleton(skeleton).name if skeleton is not None else ""
@@ -499,7 +504,8 @@ def open_dataset(data: str, split: str, skeleton: str | dict | Skeleton | None =
     found = find_layout(folder, file_split, wanted)
     if found is None:
         looked = [file for _, files, _ in layouts(file_split) for file in files]
-        there = sorted(str(path.relative_to(folder)) for path in [*folder.glob("*.json"), *folder.glob("*/*.json")])
+        there = [*folder.glob("*.json"), *folder.glob("*/*.json")]
+        there = sorted(str(path.relative_to(folder)) for path in there)
         raise UserError(f"{folder} has no annotation file for split '{split}': looked for {', '.join(looked)}; "
                         f"JSON files there: {', '.join(there[:5]) or 'none'}")
     name, files, folders = found

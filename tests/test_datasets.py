@@ -62,7 +62,8 @@ def notes(dataset) -> str:
 @pytest.mark.parametrize("folder, split, images, peopled, people, posed, labelled, crowds", [
     ("coco", "train", 80, 36, 167, 86, 800, 5), ("coco", "val", 39, 19, 58, 34, 310, 0),
     ("coco4", "val", 4, 4, 14, 12, 181, 0), ("crowdpose", "test", 2, 2, 5, 4, 47, 0)])
-def test_real_samples_have_the_published_counts(pose_data, folder, split, images, peopled, people, posed, labelled, crowds):
+def test_real_samples_have_the_published_counts(
+        pose_data, folder, split, images, peopled, people, posed, labelled, crowds):
     dataset = open_dataset(str(pose_data / folder), split)
     assert f"{images} images, {peopled} with people; {people} people, {posed} with keypoints; " \
            f"{labelled} labelled keypoints; {crowds} crowd regions" in dataset.report()
@@ -136,14 +137,15 @@ def test_crowdpose_trainval_joins_train_and_val(tmp_path):
 def test_humanart_has_17_or_21_keypoints_and_64_bit_ids(tmp_path, above):
     big = 15_000_000_092_348
     people = [person(1, big, keypoints_21=[5, 5, 2] * 21)]
-    write(tmp_path / "HumanArt", [image(big, "images/a/1.jpg")], people, file="annotations/validation_humanart.json",
-          folder=".")
+    write(tmp_path / "HumanArt", [image(big, "images/a/1.jpg")], people, folder=".",
+          file="annotations/validation_humanart.json")
     content = tmp_path / "HumanArt/annotations/validation_humanart.json"
     content.write_text(content.read_text().replace("images/a", "HumanArt/images/a"))
     folder = str(tmp_path if above else tmp_path / "HumanArt")
     body, more = open_dataset(folder, "val"), open_dataset(folder, "val", "humanart21")
     assert body[0].keypoints.shape == (1, 17, 3) and more[0].keypoints.shape == (1, 21, 3)
-    assert body[0].image_id == big and body.load(0)[1] == "" and (body.name, body.skeleton.name) == ("humanart", "coco")
+    assert (body.name, body.skeleton.name, body[0].image_id) == ("humanart", "coco", big)
+    assert body.load(0)[1] == ""
 
 
 def test_ood_takes_the_oil_paintings_with_the_annotations_of_val(tmp_path):
@@ -158,14 +160,30 @@ def test_ood_takes_the_oil_paintings_with_the_annotations_of_val(tmp_path):
     ("annotations/{}.json", "images/{}"), ("{}.json", "images"), ("{}/_annotations.coco.json", "{}"),
     ("annotations/person_keypoints_{}.json", "{}"), ("{}.json", ".")])
 def test_own_keypoints_come_with_names_edges_and_pairs(tmp_path, file, folder):
-    hand = {"id": 3, "name": "crab", "keypoints": ["left_claw", "right_claw", "tail"], "skeleton": [[1, 3], [2, 3]]}
-    others = [{"id": 1, "name": "stone"}]
+    crab = {"id": 3, "name": "crab", "keypoints": ["left_claw", "right_claw", "tail"], "skeleton": [[1, 3], [2, 3]]}
+    stone = {"id": 1, "name": "stone"}
     people = [person(1, 1, 3, category_id=3), person(2, 1, category_id=1, keypoints=[])]
-    write(tmp_path, [image(1)], people, categories=others + [hand], file=file, folder=folder)
+    write(tmp_path, [image(1)], people, categories=[stone, crab], file=file, folder=folder)
     dataset = open_dataset(str(tmp_path), "val", sigmas=[.1, .1, .05])
     assert dataset.skeleton.flip == (1, 0, 2) and dataset.skeleton.edges == ((0, 2), (1, 2))
     assert dataset.skeleton.sigmas == (.1, .1, .05) and len(dataset[0].boxes) == 1
     assert "of a category without these keypoints (2)" in notes(dataset)
+
+
+def test_files_without_categories_are_known_by_their_count(tmp_path):
+    assert opened(tmp_path, [image(1)], [person(1, 1, 14)], categories=[]).skeleton.name == "crowdpose"
+    assert opened(tmp_path, [image(1)], [person(1, 1)], categories=[]).skeleton.name == "coco"
+    write(tmp_path, [image(1)], [person(1, 1, 5)], categories=[])
+    assert "does not name its 5 keypoints" in one_line(tmp_path)
+    write(tmp_path, [image(1)], [], categories=[])                      # pictures without anybody
+    assert open_dataset(str(tmp_path), "val", "coco")[0].keypoints.shape == (0, 17, 3)
+
+
+def test_other_names_for_the_same_number_of_keypoints_are_said(tmp_path):
+    renamed = dict(COCO, keypoints=[f"point {k}" for k in range(17)])
+    write(tmp_path, [image(1)], [person(1, 1)], categories=[renamed])
+    assert "otherwise than skeleton 'coco'" in notes(open_dataset(str(tmp_path), "val", "coco"))
+    assert open_dataset(str(tmp_path), "val").skeleton.name == "person"
 
 
 def test_puppets_are_made_in_the_part_that_a_split_needs(tmp_path, monkeypatch):
@@ -304,7 +322,8 @@ def test_labels_of_any_kind_become_0_1_2(tmp_path):
 
 
 def test_ids_as_text_survive_and_match_numbers(tmp_path):
-    dataset = opened(tmp_path, [image("b7"), image("10"), image(9)], [person("p", "b7"), person("q", 10), person(3, "9")])
+    people = [person("p", "b7"), person("q", 10), person(3, "9")]
+    dataset = opened(tmp_path, [image("b7"), image("10"), image(9)], people)
     assert [dataset[i].image_id for i in range(3)] == ["10", "9", "b7"]
     assert [len(dataset[i].boxes) for i in range(3)] == [1, 1, 1]
     truth = dataset.ground_truth()
@@ -375,6 +394,8 @@ def test_a_bad_picture_among_good_ones_is_skipped_and_named_once(tmp_path):
         assert [s is None for s in samples] == [False, True, False]
         assert len(new) == (epoch == 0) and all("2.jpg" in message for message in new)
     assert list(dataset.bad.values()) == [2]
+    sample, messages = dataset.load_readable(1)                         # the next one stands in
+    assert sample.image_id == 3 and len(messages) == 1 and "2.jpg" in messages[0]
 
 
 @pytest.mark.parametrize("mode, name", [
