@@ -1,0 +1,278 @@
+"""Pictures of poses and of training: skeletons on images, contact sheets, curves, GIFs. Needs only Pillow.
+
+A person's left is drawn in blue and green, the right in orange and red, what lies between in yellow and violet.
+Every line has a thin dark rim, so that it reads on any background; widths follow the size of image and person.
+"""
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+if TYPE_CHECKING:                       # common.runtime draws, and these import it: a circle at run time
+    from common.datasets import PoseDataset, Prediction
+    from common.skeletons import Skeleton
+
+Colour = tuple[int, int, int]
+LEFT, RIGHT = ((40, 150, 255), (60, 230, 150)), ((255, 180, 40), (255, 60, 100))     # first and last limb of a side
+CENTRE = ((250, 235, 90), (205, 150, 255))
+RIM, LIGHT, PAPER = (20, 20, 24), (245, 245, 245), (255, 255, 255)
+ABSENT, HOLLOW, SOLID = 0, 1, 2
+
+
+# ---------------------------------------------------------------- people
+
+def side_of(skeleton: Skeleton, k: int) -> int:
+    """-1 left, 1 right, 0 neither. Where the name does not say it in full, left is the first of a mirrored pair."""
+    name = skeleton.keypoints[k].lower()
+    if "left" in name or "right" in name:
+        return -1 if "left" in name else 1
+    mirrored = k if skeleton.flip is None else skeleton.flip[k]
+    return int(np.sign(k - mirrored))
+
+
+def colours(sides: Sequence[int]) -> list[Colour]:
+    """One colour per limb or keypoint: the limbs of a side run from the side's first colour to its last."""
+    sides, result = np.asarray(sides), []
+    for i, side in enumerate(sides):
+        first, last = {-1: LEFT, 0: CENTRE, 1: RIGHT}[int(side)]
+        t = (sides[:i] == side).sum() / max((sides == side).sum() - 1, 1)
+        result.append(tuple(round(a + t * (b - a)) for a, b in zip(first, last)))
+    return result
+
+
+def states(keypoints: np.ndarray, scores: np.ndarray | None, threshold: float) -> np.ndarray:
+    """(P, K): ABSENT where not labelled or not finite, HOLLOW where v = 1 or the score is low, else SOLID."""
+    state = np.full(keypoints.shape[:2], SOLID)
+    if keypoints.shape[2] == 3:
+        state = np.clip(np.ceil(np.nan_to_num(keypoints[..., 2])), ABSENT, SOLID).astype(int)
+    if scores is not None:
+        state = np.where(np.asarray(scores) < threshold, np.minimum(state, HOLLOW), state)
+    return np.where(np.isfinite(keypoints[..., :2]).all(-1), state, ABSENT)
+
+
+def draw_people(image: Image.Image, keypoints: np.ndarray, scores: np.ndarray | None, skeleton: Skeleton,
+                boxes: np.ndarray | None = None, person_scores: np.ndarray | None = None,
+                threshold: float = 0.3, min_side: int = 384) -> Image.Image:
+    """The image with its people, enlarged by a whole factor if its shorter side is below `min_side`.
+
+    Takes    keypoints (P, K, 2) or (P, K, 3) with v, px;  scores (P, K) or None;  boxes (P, 4) xyxy px or None;
+             person_scores (P,) or None: written beside each person, and the best are drawn on top
+    Returns  a new RGB image. Keypoints of v = 1 or of a score below `threshold` are rings, those of v = 0 left out.
+    """
+    width, height = image.size
+    zoom = max(1, min(math.ceil(min_side / min(width, height)), 4096 // max(width, height)))
+    canvas = image.convert("RGB").resize((width * zoom, height * zoom), Image.Resampling.BICUBIC)
+    fine = 2 if max(canvas.size) <= 2048 else 1         # draw twice as large and shrink: smooth lines
+    layer = Image.new("RGBA", (canvas.width * fine, canvas.height * fine))
+    pen, unit = ImageDraw.Draw(layer), fine * math.sqrt(canvas.width * canvas.height) / 200
+
+    keypoints = np.asarray(keypoints, dtype=float).reshape(-1, skeleton.num_keypoints, np.shape(keypoints)[-1])
+    state = states(keypoints, scores, threshold)
+    limit = np.array([width, height])
+    xy = (np.clip(np.nan_to_num(keypoints[..., :2]), -limit, 2 * limit) + 0.5) * zoom * fine
+    order = range(len(xy)) if person_scores is None else np.argsort(person_scores)
+    for p in order:
+        box = None if boxes is None else (np.clip(boxes[p], 0, np.tile(limit, 2)) * zoom * fine).tolist()
+        if box:
+            draw_box(pen, box, unit)
+        draw_person(pen, xy[p], state[p], skeleton, unit)
+        if person_scores is not None and (box or state[p].any()):
+            corner = box[:2] if box else xy[p][state[p] > ABSENT].min(0) - 4 * unit
+            draw_label(pen, corner, f"{person_scores[p]:.2f}", max(11 * fine, 5 * unit))
+    layer = layer.resize(canvas.size, Image.Resampling.BOX)
+    canvas.paste(layer, (0, 0), layer)
+    return canvas
+
+
+def draw_person(pen: ImageDraw.ImageDraw, xy: np.ndarray, state: np.ndarray, skeleton: Skeleton, unit: float):
+    """Limbs, then joints; xy (K, 2) in pixels of the layer. A limb with a hollow end is thin."""
+    if not state.any():
+        return
+    extent = np.ptp(xy[state > ABSENT], axis=0).max()
+    line = float(np.clip(extent / 50, 0.6 * unit, 1.5 * unit))
+    rim, sides = max(0.3 * line, 1), [side_of(skeleton, k) for k in range(len(xy))]
+
+    limb_colours = colours([np.sign(sides[a] + sides[b]) for a, b in skeleton.edges])
+    limbs = [(*xy[a], *xy[b], colour, line if min(state[a], state[b]) == SOLID else line / 2)
+             for (a, b), colour in zip(skeleton.edges, limb_colours) if state[a] and state[b]]
+    for *ends, _, width in limbs:
+        pen.line(ends, RIM, round(width + 2 * rim))
+    for *ends, colour, width in limbs:
+        pen.line(ends, colour, max(round(width), 1))
+
+    radius = line * (0.5 if len(xy) > 40 else 1.1)      # the 68 points of a face stand close together
+    for (x, y), kind, colour in zip(xy, state, colours(sides)):
+        if kind:
+            disc(pen, x, y, radius + rim, RIM)
+            disc(pen, x, y, radius, colour)
+        if kind == HOLLOW:
+            disc(pen, x, y, 0.55 * radius, RIM)
+
+
+def disc(pen: ImageDraw.ImageDraw, x: float, y: float, radius: float, colour: Colour):
+    pen.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
+
+
+def draw_box(pen: ImageDraw.ImageDraw, box: Sequence[float], unit: float):
+    x1, y1, x2, y2 = box
+    width = max(round(0.6 * unit), 1)
+    for colour, grow in ((RIM, width // 2 + 1), (LIGHT, 0)):
+        rectangle = (x1 - grow, y1 - grow, max(x2, x1) + grow, max(y2, y1) + grow)
+        pen.rectangle(rectangle, outline=colour, width=width + 2 * grow)
+
+
+def draw_label(pen: ImageDraw.ImageDraw, corner: Sequence[float], text: str, size: float):
+    """Light text on a dark plate whose lower left corner is `corner`, moved into the picture."""
+    font = ImageFont.load_default(size)
+    pad = size / 4
+    x, y = max(corner[0], 0), max(corner[1] - size - 2 * pad, 0)
+    pen.rectangle((x, y, x + pen.textlength(text, font) + 2 * pad, y + size + 2 * pad), RIM)
+    pen.text((x + pad, y + pad + size / 2), text, LIGHT, font, anchor="lm")
+
+
+# ---------------------------------------------------------------- sheets and films
+
+def contact_sheet(images: Sequence[Image.Image], columns: int = 4, cell: int = 480, gap: int = 6) -> Image.Image:
+    """Images in rows, each shrunk to at most `cell` pixels wide and high; smaller ones stay as they are."""
+    small = [ImageOps.contain(image, (cell, cell)) if max(image.size) > cell else image for image in images]
+    width = max((image.width for image in small), default=cell)
+    rows = [small[i:i + columns] for i in range(0, len(small), columns)]
+    tops = np.cumsum([gap] + [gap + max(image.height for image in row) for row in rows]).tolist()
+    sheet = Image.new("RGB", (min(columns, max(len(small), 1)) * (width + gap) + gap, tops[-1] or cell), PAPER)
+    for top, row in zip(tops, rows):
+        for column, image in enumerate(row):
+            sheet.paste(image, (gap + column * (width + gap) + (width - image.width) // 2, top))
+    return sheet
+
+
+def draw_predictions(data: PoseDataset, predictions: Sequence[Prediction], count: int = 12,
+                     min_score: float = 0.3) -> Image.Image:
+    """The first images with labelled people: the labels left, the predictions of at least `min_score` right."""
+    found, pairs = {str(p.image_id): p for p in predictions}, []
+    for i in range(len(data)):
+        if len(pairs) == count:
+            break
+        if not (data[i].keypoints[..., 2] > 0).any() or str(data[i].image_id) not in found:
+            continue
+        sample, p = data.load(i)[0], found[str(data[i].image_id)]
+        if sample is None:
+            continue
+        good = np.asarray(p.scores) >= min_score
+        truth = draw_people(sample.image, sample.keypoints, None, data.skeleton)
+        guess = draw_people(sample.image, p.keypoints[good], p.keypoint_scores[good], data.skeleton,
+                            person_scores=p.scores[good])
+        pairs.append(contact_sheet([truth, guess], 2, gap=2))
+    return contact_sheet(pairs, columns=3, cell=720)
+
+
+def save_gif(frames: Sequence[Image.Image], path: Path | str, fps: float = 8):
+    """Frames as an endless GIF; frames of another size are fitted into that of the first."""
+    size = frames[0].size
+    frames = [ImageOps.pad(frame.convert("RGB"), size).quantize(256) for frame in frames]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
+
+
+# ---------------------------------------------------------------- curves
+
+LINES = ((31, 119, 200), (230, 120, 20), (40, 150, 70), (200, 50, 60), (130, 90, 190), (130, 80, 60))
+INK, GRID = (40, 40, 48), (222, 224, 230)
+PANEL = (440, 300)                                      # pixels; drawn twice as large and shrunk
+
+
+def plot_curves(rows: Sequence[dict], path: Path | str):
+    """Every number in the rows against `step`, one panel per quantity: APs share one, ARs share one, losses do not.
+
+    Values that are not finite, or -1 (nothing to find), are left out. A positive quantity that spans more than two
+    decades gets a logarithmic axis. Writes a picture in the format of the path's suffix.
+    """
+    panels: dict[str, dict[str, list]] = {}
+    for row in rows:
+        for name, value in row.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if number and name not in ("step", "epoch") and math.isfinite(value) and value != -1:
+                family = re.match(r".*?A[PR](?=_|\d|[A-Z]|$)", name)
+                panel = panels.setdefault(family.group() if family else name, {})
+                panel.setdefault(name, []).append((row["step"], value))
+    panels = panels or {"nothing logged yet": {}}
+    steps = [point[0] for panel in panels.values() for line in panel.values() for point in line] or [0]
+    first, last = min(steps), max(max(steps), min(steps) + 1)
+    pictures = [draw_panel(title, series, first, last) for title, series in panels.items()]
+    contact_sheet(pictures, columns=3, cell=max(PANEL), gap=0).save(path)
+
+
+def draw_panel(title: str, series: dict[str, list[tuple[float, float]]], x0: float, x1: float) -> Image.Image:
+    """One small diagram from step x0 to x1: grid, ticks, a line per series, a legend if there are several."""
+    width, height = (2 * side for side in PANEL)
+    left, top, right, bottom = 110, 60, width - 56, height - 80
+    picture = Image.new("RGB", (width, height), PAPER)
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(22)
+    pen.text((left, 40), title, INK, ImageFont.load_default(28), anchor="ls")
+
+    values = np.array([y for line in series.values() for _, y in line] or [0.0], dtype=float)
+    y0, y1 = values.min(), values.max()
+    logarithmic = y0 > 0 and y1 / y0 > 100
+    scale = np.log10 if logarithmic else np.asarray
+    low, high = scale([y0, y1])
+    room = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
+    low, high = low - room, high + room
+
+    def place(x, y) -> np.ndarray:
+        return np.stack([left + (np.asarray(x) - x0) / (x1 - x0) * (right - left),
+                         bottom - (scale(y) - low) / (high - low) * (bottom - top)], -1)
+
+    for y in ticks(low, high, logarithmic):
+        level = place(x0, y)[1]
+        pen.line((left, level, right, level), GRID, 2)
+        pen.text((left - 12, level), f"{y:.4g}", INK, font, anchor="rm")
+    for x in ticks(x0, x1):
+        column = place(x, 1.0)[0]
+        pen.line((column, bottom, column, bottom + 10), INK, 2)
+        pen.text((column, bottom + 16), f"{x:,.0f}", INK, font, anchor="mt")
+    pen.line((left, top, left, bottom, right, bottom), INK, 2)
+    pen.text((right, height - 12), "step", INK, font, anchor="rb")
+    for (name, line), colour in zip(series.items(), LINES * len(series)):
+        draw_line(pen, place(*np.array(line, dtype=float).T), colour)
+    if len(series) > 1:
+        draw_legend(pen, list(series), right, font)
+    return picture.resize(PANEL, Image.Resampling.LANCZOS)
+
+
+def draw_line(pen: ImageDraw.ImageDraw, points: np.ndarray, colour: Colour):
+    """A polyline through (n, 2), few points marked; a long noisy one is pale, with its running mean on top."""
+    if len(points) <= 12:
+        for x, y in points:
+            disc(pen, x, y, 6, colour)
+    window = len(points) // 30
+    if window > 1:
+        pale = tuple(255 - (255 - c) // 3 for c in colour)
+        pen.line([tuple(point) for point in points], pale, 2)
+        sums = np.cumsum(np.pad(points, ((1, 0), (0, 0))), axis=0)
+        points = (sums[window:] - sums[:-window]) / window
+    pen.line([tuple(point) for point in points], colour, 4, joint="curve")
+
+
+def draw_legend(pen: ImageDraw.ImageDraw, names: list[str], right: float, font: ImageFont.FreeTypeFont):
+    """Names behind short lines, in the row of the title, ending at x = right."""
+    for name, colour in reversed(list(zip(names, LINES * len(names)))):
+        pen.text((right, 40), name, INK, font, anchor="rs")
+        right -= pen.textlength(name, font) + 8
+        pen.line((right - 22, 32, right, 32), colour, 6)
+        right -= 40
+
+
+def ticks(low: float, high: float, logarithmic: bool = False) -> list[float]:
+    """About five round numbers from low to high; both are exponents of ten on a logarithmic axis."""
+    if logarithmic:
+        decades = range(math.floor(low), math.ceil(high) + 1)
+        steps = (1, 2, 5) if high - low < 2.5 else (1,)
+        return [m * 10.0 ** d for d in decades for m in steps if low <= math.log10(m * 10.0 ** d) <= high]
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]

@@ -1,0 +1,138 @@
+"""Drawings show what they are given, at any size, and never stop a run."""
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.datasets import Prediction, open_dataset
+from common.draw import (HOLLOW, LINES, SOLID, colours, contact_sheet, draw_people, draw_predictions, plot_curves,
+                         save_gif, side_of, states, ticks)
+from common.skeletons import SKELETONS, get_skeleton
+
+COCO = get_skeleton("coco")
+
+
+def pose(width: int, height: int, people=1) -> np.ndarray:
+    return np.random.default_rng(0).uniform(0.1, 0.9, (people, 17, 2)) * [width, height]
+
+
+@pytest.mark.parametrize("size", [(192, 192), (640, 480), (3840, 2160)])
+@pytest.mark.parametrize("background", [(0, 0, 0), (255, 255, 255), (40, 150, 255)])
+def test_every_keypoint_stands_out_from_its_surroundings_at_any_size(size, background):
+    xy = pose(*size)
+    drawn = draw_people(Image.new("RGB", size, background), xy, None, COCO)
+    zoom = drawn.width // size[0]
+    pixels, reach = np.asarray(drawn).astype(int), round(0.02 * drawn.width)
+    for x, y in np.round(xy[0] * zoom).astype(int):
+        patch = pixels[max(y - reach, 0):y + reach, max(x - reach, 0):x + reach].reshape(-1, 3)
+        assert np.abs(patch - background).sum(1).max() > 150                # the joint, or its rim
+    assert min(drawn.size) >= 384 and (np.abs(pixels - background).sum(2) > 0).mean() < 0.3
+
+
+def test_small_images_are_enlarged_and_large_ones_keep_their_size():
+    for size, expected in [((192, 128), (576, 384)), ((640, 480), (640, 480)), ((3000, 10), (3000, 10))]:
+        assert draw_people(Image.new("L", size), pose(*size), None, COCO).size == expected
+
+
+def test_nobody_to_draw_leaves_the_image_as_it_is():
+    image = Image.effect_noise((400, 400), 60).convert("RGB")
+    for keypoints in (np.zeros((0, 17, 2)), np.zeros((1, 17, 3)), np.full((1, 17, 2), np.nan)):
+        people = len(keypoints)
+        drawn = draw_people(image, keypoints, np.ones((people, 17)), COCO, person_scores=np.ones(people))
+        assert np.array_equal(drawn, image)
+
+
+def test_hidden_and_doubtful_keypoints_are_rings():
+    keypoints = np.array([[[50, 50, 0], [50, 50, 1], [50, 50, 2], [np.inf, 0, 2]]], dtype=float)
+    assert states(keypoints, None, 0.3).tolist() == [[0, HOLLOW, SOLID, 0]]
+    assert states(keypoints, np.array([[1, 1, 0.1, 1]]), 0.3).tolist() == [[0, HOLLOW, HOLLOW, 0]]
+    centre = {}
+    for v in (1, 2):
+        one = np.zeros((1, 17, 3))
+        one[0, 5] = 200, 200, v
+        centre[v] = np.asarray(draw_people(Image.new("RGB", (400, 400), "white"), one, None, COCO))[200, 200]
+    assert centre[1].max() < 60 < centre[2].max()
+
+
+@pytest.mark.parametrize("name", SKELETONS)
+def test_left_and_right_limbs_have_different_colours(name):
+    s = SKELETONS[name]
+    sides = [side_of(s, k) for k in range(s.num_keypoints)]
+    assert all(sides[k] == -sides[m] for k, m in enumerate(s.flip))
+    for side, (r, g, b) in zip(sides, colours(sides)):
+        assert side == 0 or (b > r if side < 0 else r > b)
+    assert side_of(COCO, 5) == -1 and side_of(COCO, 6) == 1 and side_of(COCO, 0) == 0
+
+
+def test_boxes_scores_and_coordinates_far_outside_are_drawn_without_complaint():
+    keypoints, boxes = pose(400, 400, 3), np.array([[10, 10, 90, 90], [-50, 300, 900, 500], [60, 60, 20, 20.]])
+    keypoints[0, 0] = 1e12, -1e12
+    image = Image.new("RGB", (400, 400))
+    plain = np.asarray(draw_people(image, keypoints, None, COCO))
+    full = np.asarray(draw_people(image, keypoints, None, COCO, boxes, np.array([0.9, 0.2, 0.5])))
+    assert full[50, 10].min() > 200 and (plain != full).any(2).sum() > 1000
+
+
+def test_contact_sheet_holds_every_image():
+    images = [Image.new("RGB", (100, 60 + 20 * i), (10 + i, 0, 0)) for i in range(5)]
+    sheet = np.asarray(contact_sheet(images, columns=2, cell=100))
+    assert {10 + i for i in range(5)} <= set(sheet[..., 0][sheet[..., 1] == 0].tolist())
+    assert contact_sheet([], 3).size[0] > 0 and contact_sheet(images[:1] * 7, 4).width < 450
+
+
+def test_gif_has_every_frame_and_its_pace(tmp_path):
+    frames = [Image.new("RGB", (60, 40), (40 * i, 0, 200 - 40 * i)) for i in range(5)]
+    save_gif(frames + [Image.new("L", (30, 30), 255)], tmp_path / "a.gif", fps=10)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert (gif.n_frames, gif.size, gif.info["duration"], gif.info["loop"]) == (6, (60, 40), 100, 0)
+        gif.seek(3)
+        assert np.abs(np.asarray(gif.convert("RGB"))[20, 30].astype(int) - [120, 0, 80]).max() < 12
+
+
+@pytest.mark.parametrize("rows", [
+    [], [{"step": 0, "loss": 1.0}], [{"step": 5, "loss": float("nan"), "AP": -1.0}],
+    [{"step": 1, "note": "text", "ok": True}], [{"step": s, "loss": 0.0} for s in range(3)],
+    [{"step": s, "loss": 10.0 ** -s, "lr": 1e-4} for s in range(300)],
+    [{"step": 7, "AP": 0.1}, {"step": 7, "AP": 0.2}], [{"step": s, "gain": -1e9 * s} for s in range(40)]])
+def test_curves_of_any_log_are_drawn(rows, tmp_path):
+    plot_curves(rows, tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").width >= 400
+
+
+def test_curves_put_each_loss_in_its_panel_and_all_aps_in_one(tmp_path):
+    rows = [{"step": s, "epoch": s // 10, "loss_a": 1 / s, "loss_b": s, "AP": s / 99, "AP50": s / 60, "AR": 0.51 + s / 999,
+             "loss_c": float("nan")} for s in range(1, 50)]
+    plot_curves(rows, tmp_path / "curves.png")
+    pixels = np.asarray(Image.open(tmp_path / "curves.png"))
+    assert pixels.shape == (600, 1320, 3)                                # loss_a, loss_b, AP; AR: no loss_c, no epoch
+    blue, orange = ((np.abs(pixels.astype(int) - colour).sum(2) < 120) for colour in LINES[:2])
+    assert all(blue[:300, 440 * i:440 * (i + 1)].sum() > 100 for i in range(3)) and blue[300:, :440].sum() > 100
+    assert orange[:300, 880:].sum() > 100 and orange[:, :880].sum() == 0     # AP50 is the only second line
+
+
+def test_ticks_are_round_numbers_inside_the_range():
+    assert ticks(0, 1) == pytest.approx([0, .2, .4, .6, .8, 1]) and ticks(-3, 3) == [-2, 0, 2]
+    assert ticks(-1.2, 1.1, logarithmic=True) == pytest.approx([.1, .2, .5, 1, 2, 5, 10])
+
+
+def test_predictions_are_drawn_beside_the_labels(tmp_path):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "val2017").mkdir()
+    category = {"id": 1, "name": "person", "keypoints": list(COCO.keypoints)}
+    truth = {"images": [], "annotations": [], "categories": [category]}
+    for i in range(3):
+        name = f"{i + 1:012d}.jpg"
+        Image.new("RGB", (200, 200), (90, 90, 90)).save(tmp_path / "val2017" / name)
+        truth["images"].append(dict(id=i + 1, file_name=name, width=200, height=200))
+        labels = np.c_[pose(200, 200)[0], np.full(17, 2 * (i > 0))].ravel().tolist()
+        truth["annotations"].append(dict(id=i + 1, image_id=i + 1, category_id=1, bbox=[0, 0, 200, 200],
+                                         keypoints=labels))
+    (tmp_path / "annotations" / "person_keypoints_val2017.json").write_text(json.dumps(truth))
+    data = open_dataset(str(tmp_path), "val")
+    found = [Prediction(i + 1, pose(200, 200), np.ones((1, 17)), np.array([score]))
+             for i, score in enumerate((0.9, 0.9, 0.1))]
+    sheet = np.asarray(draw_predictions(data, found)).astype(int)
+    halves = np.array_split(np.abs(sheet - 90).sum(2) > 100, 4, axis=1)      # labels, found, labels, found
+    assert [half[20:-20, 20:-20].any() for half in halves] == [True, True, True, False]     # image 1 has no labels
+    assert draw_predictions(data, []).width > 0
