@@ -19,8 +19,8 @@ if TYPE_CHECKING:                       # common.runtime draws, and these import
     from common.skeletons import Skeleton
 
 Colour = tuple[int, int, int]
-LEFT, RIGHT = ((40, 150, 255), (60, 230, 150)), ((255, 180, 40), (255, 60, 100))     # first and last limb of a side
-CENTRE = ((250, 235, 90), (205, 150, 255))
+LEFT, RIGHT = ((40, 150, 255), (60, 230, 150)), ((255, 180, 40), (255, 60, 100))
+CENTRE = ((250, 235, 90), (205, 150, 255))              # each: its first limb, its last limb
 RIM, LIGHT, PAPER = (20, 20, 24), (245, 245, 245), (255, 255, 255)
 ABSENT, HOLLOW, SOLID = 0, 1, 2
 
@@ -28,12 +28,10 @@ ABSENT, HOLLOW, SOLID = 0, 1, 2
 # ---------------------------------------------------------------- people
 
 def side_of(skeleton: Skeleton, k: int) -> int:
-    """-1 left, 1 right, 0 neither. Where the name does not say it in full, left is the first of a mirrored pair."""
+    """-1 left, 1 right, 0 neither or unknown, by the name: left_eye, Left Eye, l_eye, eye.r."""
     name = skeleton.keypoints[k].lower()
-    if "left" in name or "right" in name:
-        return -1 if "left" in name else 1
-    mirrored = k if skeleton.flip is None else skeleton.flip[k]
-    return int(np.sign(k - mirrored))
+    parts = re.split(r"[\W_]+", name)
+    return int("right" in name or "r" in parts) - int("left" in name or "l" in parts)
 
 
 def colours(sides: Sequence[int]) -> list[Colour]:
@@ -63,7 +61,7 @@ def draw_people(image: Image.Image, keypoints: np.ndarray, scores: np.ndarray | 
 
     Takes    keypoints (P, K, 2) or (P, K, 3) with v, px;  scores (P, K) or None;  boxes (P, 4) xyxy px or None;
              person_scores (P,) or None: written beside each person, and the best are drawn on top
-    Returns  a new RGB image. Keypoints of v = 1 or of a score below `threshold` are rings, those of v = 0 left out.
+    Returns  a new RGB image. Keypoints of v = 1 or a score below `threshold` are rings, those of v = 0 left out.
     """
     width, height = image.size
     zoom = max(1, min(math.ceil(min_side / min(width, height)), 4096 // max(width, height)))
@@ -91,7 +89,7 @@ def draw_people(image: Image.Image, keypoints: np.ndarray, scores: np.ndarray | 
 
 
 def draw_person(pen: ImageDraw.ImageDraw, xy: np.ndarray, state: np.ndarray, skeleton: Skeleton, unit: float):
-    """Limbs, then joints; xy (K, 2) in pixels of the layer. A limb with a hollow end is thin."""
+    """Limbs, then joints; xy (K, 2) in pixels of the layer. Limbs with a hollow end and short ones are thin."""
     if not state.any():
         return
     extent = np.ptp(xy[state > ABSENT], axis=0).max()
@@ -99,14 +97,20 @@ def draw_person(pen: ImageDraw.ImageDraw, xy: np.ndarray, state: np.ndarray, ske
     rim, sides = max(0.3 * line, 1), [side_of(skeleton, k) for k in range(len(xy))]
 
     limb_colours = colours([np.sign(sides[a] + sides[b]) for a, b in skeleton.edges])
-    limbs = [(*xy[a], *xy[b], colour, line if min(state[a], state[b]) == SOLID else line / 2)
-             for (a, b), colour in zip(skeleton.edges, limb_colours) if state[a] and state[b]]
+    limbs = []
+    for (a, b), colour in zip(skeleton.edges, limb_colours):
+        if state[a] and state[b]:
+            width = min(line, line / 3 + math.dist(xy[a], xy[b]) / 8)
+            limbs.append((*xy[a], *xy[b], colour, width if min(state[a], state[b]) == SOLID else width / 2))
     for *ends, _, width in limbs:
         pen.line(ends, RIM, round(width + 2 * rim))
     for *ends, colour, width in limbs:
         pen.line(ends, colour, max(round(width), 1))
 
-    radius = line * (0.5 if len(xy) > 40 else 1.1)      # the 68 points of a face stand close together
+    if len(xy) > 40:                                    # the points of a face or a hand stand close together
+        radius, rim = 0.5 * line, 0.15 * line
+    else:
+        radius = 1.1 * line
     for (x, y), kind, colour in zip(xy, state, colours(sides)):
         if kind:
             disc(pen, x, y, radius + rim, RIM)
@@ -138,7 +142,8 @@ def draw_label(pen: ImageDraw.ImageDraw, corner: Sequence[float], text: str, siz
 
 # ---------------------------------------------------------------- sheets and films
 
-def contact_sheet(images: Sequence[Image.Image], columns: int = 4, cell: int = 480, gap: int = 6) -> Image.Image:
+def contact_sheet(images: Sequence[Image.Image], columns: int = 4, cell: int = 480,
+                  gap: int = 6) -> Image.Image:
     """Images in rows, each shrunk to at most `cell` pixels wide and high; smaller ones stay as they are."""
     small = [ImageOps.contain(image, (cell, cell)) if max(image.size) > cell else image for image in images]
     width = max((image.width for image in small), default=cell)
@@ -186,10 +191,10 @@ PANEL = (440, 300)                                      # pixels; drawn twice as
 
 
 def plot_curves(rows: Sequence[dict], path: Path | str):
-    """Every number in the rows against `step`, one panel per quantity: APs share one, ARs share one, losses do not.
+    """Every number in the rows against `step`, a panel per quantity; APs share one, ARs share one.
 
-    Values that are not finite, or -1 (nothing to find), are left out. A positive quantity that spans more than two
-    decades gets a logarithmic axis. Writes a picture in the format of the path's suffix.
+    Values that are not finite, or -1 (nothing to find), are left out. A positive quantity that spans more than
+    two decades gets a logarithmic axis. Writes a picture in the format of the path's suffix.
     """
     panels: dict[str, dict[str, list]] = {}
     for row in rows:

@@ -101,11 +101,11 @@ def test_curves_of_any_log_are_drawn(rows, tmp_path):
 
 
 def test_curves_put_each_loss_in_its_panel_and_all_aps_in_one(tmp_path):
-    rows = [{"step": s, "epoch": s // 10, "loss_a": 1 / s, "loss_b": s, "AP": s / 99, "AP50": s / 60, "AR": 0.51 + s / 999,
-             "loss_c": float("nan")} for s in range(1, 50)]
+    rows = [{"step": s, "epoch": s // 10, "loss_a": 1 / s, "loss_b": s, "loss_c": float("nan"),
+             "AP": s / 99, "AP50": s / 60, "AR": 0.51 + s / 999} for s in range(1, 50)]
     plot_curves(rows, tmp_path / "curves.png")
     pixels = np.asarray(Image.open(tmp_path / "curves.png"))
-    assert pixels.shape == (600, 1320, 3)                                # loss_a, loss_b, AP; AR: no loss_c, no epoch
+    assert pixels.shape == (600, 1320, 3)                   # loss_a, loss_b, AP; AR: no loss_c, no epoch
     blue, orange = ((np.abs(pixels.astype(int) - colour).sum(2) < 120) for colour in LINES[:2])
     assert all(blue[:300, 440 * i:440 * (i + 1)].sum() > 100 for i in range(3)) and blue[300:, :440].sum() > 100
     assert orange[:300, 880:].sum() > 100 and orange[:, :880].sum() == 0     # AP50 is the only second line
@@ -134,5 +134,5 @@ def test_predictions_are_drawn_beside_the_labels(tmp_path):
              for i, score in enumerate((0.9, 0.9, 0.1))]
     sheet = np.asarray(draw_predictions(data, found)).astype(int)
     halves = np.array_split(np.abs(sheet - 90).sum(2) > 100, 4, axis=1)      # labels, found, labels, found
-    assert [half[20:-20, 20:-20].any() for half in halves] == [True, True, True, False]     # image 1 has no labels
+    assert [half[20:-20, 20:-20].any() for half in halves] == [True, True, True, False]   # image 1: no labels
     assert draw_predictions(data, []).width > 0
