@@ -28,19 +28,26 @@ Departs  (the released weights decide inference; these concern it)
 """
 import copy
 import math
-import time
-from dataclasses import dataclass, replace
+import re
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from common import metrics, runtime, transforms, weights
-from common.datasets import BadImage, PoseDataset, Prediction, Sample, open_dataset
+from common.datasets import PoseDataset, Prediction, Sample, default_splits, open_dataset
 from common.skeletons import Skeleton, get_skeleton
 from kernels.deform_attn import deform_attn
 
@@ -99,6 +106,7 @@ class Config:
     aug_until: int = 48            # first epoch without zoom-out and multi-scale
     # files and machine
     data: str = "puppets"          # puppets (made on first use) or a folder in COCO or CrowdPose layout
+    sigmas: str = ""               # OKS sigmas of your own keypoints, e.g. 0.03,0.08,0.08
     workers: int = 4               # image loading processes per GPU; 0: none
     eval_every: int = 1            # epochs between evaluations
     eval_batch: int = 32           # images per evaluation batch
@@ -190,7 +198,9 @@ class ConvNorm(nn.Module):
     def fold(self) -> None:
         scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
         self.conv.weight.mul_(scale[:, None, None, None])
-        self.conv.bias = nn.Parameter(self.norm.bias - self.norm.running_mean * scale)
+        shift = self.norm.bias - self.norm.running_mean * scale
+        # a frozen norm's constants are no parameters, so neither is what they become
+        self.conv.bias = nn.Parameter(shift, requires_grad=not isinstance(self.norm, FrozenBatchNorm))
         self.norm = nn.Identity()
 
 
@@ -672,7 +682,6 @@ class Targets:
     boxes: Tensor          # (P, 4) cx, cy, w, h
     areas: Tensor          # (P,) of the image's area
     image_id: int | str = 0
-    size_px: tuple[int, int] = (0, 0)      # width, height of the original image
 
     def to(self, device: torch.device) -> "Targets":
         moved = {k: getattr(self, k).to(device, non_blocking=True) for k in ("keypoints", "visible", "boxes", "areas")}
@@ -877,3 +886,507 @@ def start_on_rays(attention: DeformableAttention) -> None:
     bias = repeat(ray[:, None] * steps[:, None], "m p xy -> (m l p xy)", l=attention.levels)
     with torch.no_grad():
         attention.sampling_offsets.bias.copy_(bias)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Matching and losses (Sec. 3.4). A set of pairs is (image, query, person): three index tensors of one length;
+# `person` counts through all people of the batch in image order.
+# ---------------------------------------------------------------------------------------------------------
+
+Pairs = tuple[Tensor, Tensor, Tensor]
+
+
+def gather_people(targets: list[Targets]) -> Targets:
+    """All people of the batch behind one another."""
+    return Targets(*(torch.cat([getattr(t, name) for t in targets])
+                     for name in ("keypoints", "visible", "boxes", "areas")))
+
+
+def object_keypoint_similarity(squared: Tensor, people: Targets, sigmas: Tensor) -> Tensor:
+    """OKS = Σ v exp(−d² / (2 s² κ²)) / Σ v,  κ = 2σ, s² = area. squared d² (..., P, K) → (..., P), at least 1e-6."""
+    exponent = squared / (2 * people.areas[:, None] * (2 * sigmas) ** 2)
+    similarity = (people.visible * (-exponent).exp()).sum(-1) / (people.visible.sum(-1) + 1e-6)
+    return similarity.clamp(min=1e-6)
+
+
+def match_cost(logits: Tensor, keypoints: Tensor, people: Targets, sigmas: Tensor) -> Tensor:
+    """Cost of giving a query to a person, (B, Q, P): 2·class + 10·Σ v|Δ| + 4·(1 − OKS)."""
+    p = logits[..., 1].sigmoid().unsqueeze(-1)
+    focal = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.75 * p ** 2 * -(1 - p + 1e-8).log()
+    difference = keypoints[:, :, None] - people.keypoints                                     # (B, Q, P, K, 2)
+    distance = (difference.abs().sum(-1) * people.visible).sum(-1)
+    similarity = object_keypoint_similarity(difference.square().sum(-1), people, sigmas)
+    return 2 * focal + 10 * distance + 4 * (1 - similarity)
+
+
+@torch.no_grad()
+def match(outputs: list[tuple[str, Tensor, Tensor]], targets: list[Targets], sigmas: Tensor) -> list[Pairs]:
+    """The cheapest one-to-one assignment of people to queries, for each output on its own (Hungarian method).
+
+    Raises FloatingPointError when a cost is not finite.
+    """
+    people = gather_people(targets)
+    costs = torch.stack([match_cost(logits.float(), keypoints.float(), people, sigmas)
+                         for _, logits, keypoints in outputs]).cpu().numpy()                  # (O, B, Q, P)
+    if not np.isfinite(costs).all():
+        raise FloatingPointError("the matching cost is not finite")
+    ends = np.cumsum([0] + [len(t) for t in targets])
+    matchings = []
+    for cost in costs:
+        found = []
+        for image, (first, last) in enumerate(zip(ends, ends[1:])):
+            query, person = linear_sum_assignment(cost[image, :, first:last])
+            found.append(np.stack([np.full_like(query, image), query, person + first]))
+        matchings.append(tuple(torch.from_numpy(np.concatenate(found, 1)).to(sigmas.device)))
+    return matchings
+
+
+def union_of_matches(matchings: list[Pairs]) -> Pairs:
+    """Global-optimal set (D-FINE Sec. 4.3): all pairs that any output found, but each query keeps only the person
+    it was paired with most often (the first of equals). A person may keep several queries."""
+    pairs, counts = torch.cat([torch.stack(m) for m in matchings], 1).cpu().unique(dim=1, return_counts=True)
+    best: dict[tuple[int, int], tuple[int, int]] = {}
+    for (image, query, person), count in zip(pairs.T.tolist(), counts.tolist()):
+        if count > best.get((image, query), (0, 0))[0]:
+            best[image, query] = (count, person)
+    union = torch.tensor([[i, q, person] for (i, q), (_, person) in best.items()], dtype=torch.long)
+    return tuple(union.reshape(-1, 3).T.to(matchings[0][0].device))
+
+
+def vfl_loss(logits: Tensor, pairs: Pairs, quality: Tensor, ksvf: bool) -> Tensor:
+    """Keypoint-similarity varifocal loss (eq. 5), summed. logits (B, Q, 2); quality (pairs,) = OKS of each pair.
+
+        −q (q log p + (1 − q) log(1 − p)) for a matched query,  −α p² log(1 − p) for all else,  α = 0.25
+
+    Without KSVF (Table 4 row 4): focal loss, α = 0.25, γ = 2, which does not look at the OKS.
+    """
+    image, query, _ = pairs
+    matched, target = torch.zeros_like(logits), torch.zeros_like(logits)
+    matched[image, query, 1] = 1
+    target[image, query, 1] = quality.detach()
+    p = logits.detach().sigmoid()
+    if ksvf:
+        weight = 0.25 * p ** 2 * (1 - matched) + target
+        return F.binary_cross_entropy_with_logits(logits, target, weight, reduction="sum")
+    p = logits.sigmoid()
+    weight = torch.where(matched > 0, 0.25 * (1 - p) ** 2, 0.75 * p ** 2)
+    return F.binary_cross_entropy_with_logits(logits, matched, weight, reduction="sum")
+
+
+def keypoint_losses(keypoints: Tensor, pairs: Pairs, people: Targets, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ v|Δ| and Σ (1 − OKS) over the pairs; keypoints (B, Q, K, 2). No pairs give 0 with a zero gradient."""
+    image, query, person = pairs
+    chosen = Targets(people.keypoints[person], people.visible[person], people.boxes[person], people.areas[person])
+    difference = keypoints[image, query] - chosen.keypoints
+    distance = (difference.abs().sum(-1) * chosen.visible).sum()
+    return distance, (1 - object_keypoint_similarity(difference.square().sum(-1), chosen, sigmas)).sum()
+
+
+def criterion(result: dict, targets: list[Targets], sigmas: Tensor, ksvf: bool = True) -> dict[str, Tensor]:
+    """All weighted loss terms of a training forward, by name; their sum is minimised. Computed in float32.
+
+    For the final poses (no suffix), the layers before (_0, _1, ...), the pre-poses (_pre), the selected cells
+    (_enc_0) and the denoising queries (_dn_...): 2·vfl + 10·keypoints + 4·oks.
+    """
+    people = gather_people(targets)
+    matchings = match(result["outputs"], targets, sigmas)
+    union = union_of_matches(matchings)
+    count = mean_over_ranks_at_least_one(len(people), sigmas.device)
+    union_count = mean_over_ranks_at_least_one(len(union[0]), sigmas.device)
+
+    jobs = [(name, logits, keypoints, pairs, union, count, union_count)
+            for (name, logits, keypoints), pairs in zip(result["outputs"], matchings)]
+    if result["denoising"]:
+        known, groups = result["denoising"].pairs, result["denoising"].groups
+        jobs += [(name, logits, keypoints, known, known, count * groups, count * groups)
+                 for name, logits, keypoints in result["dn_outputs"]]
+    losses = {}
+    for name, logits, keypoints, score_pairs, pose_pairs, score_count, pose_count in jobs:
+        logits, keypoints = logits.float(), keypoints.float()
+        image, query, person = score_pairs
+        squared = (keypoints[image, query] - people.keypoints[person]).square().sum(-1)
+        matched = Targets(*(getattr(people, f)[person] for f in ("keypoints", "visible", "boxes", "areas")))
+        quality = object_keypoint_similarity(squared, matched, sigmas)
+        distance, dissimilarity = keypoint_losses(keypoints, pose_pairs, people, sigmas)
+        suffix = f"_{name}" if name else ""
+        losses[f"loss_vfl{suffix}"] = 2 * vfl_loss(logits, score_pairs, quality, ksvf) / score_count
+        losses[f"loss_keypoints{suffix}"] = 10 * distance / pose_count
+        losses[f"loss_oks{suffix}"] = 4 * dissimilarity / pose_count
+    return losses
+
+
+def mean_over_ranks_at_least_one(count: int, device: torch.device) -> Tensor:
+    return runtime.mean_over_ranks(torch.tensor(float(count), device=device)).clamp(min=1)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Prediction
+# ---------------------------------------------------------------------------------------------------------
+
+
+def postprocess(logits: Tensor, keypoints: Tensor, sizes_px: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The Q best of all 2·Q (query, label) scores: scores (B, Q), labels (B, Q), keypoints (B, Q, K, 2) in pixels.
+
+    sizes_px (B, 2) width and height of the original images. No NMS, no threshold. Label 1 is a person; label 0
+    is never trained and comes last.
+    """
+    scores, index = logits.sigmoid().flatten(1).topk(logits.shape[1], dim=1)
+    query = (index // 2)[..., None, None].expand(-1, -1, *keypoints.shape[2:])
+    return scores, index % 2, keypoints.gather(1, query) * sizes_px[:, None, None]
+
+
+@torch.no_grad()
+def predict(model: DETRPose, batch: dict) -> list[Prediction]:
+    """People of a batch {images (B, 3, H, W) in [0, 1], image_ids, sizes_px}: one Prediction per image.
+
+    The model has no score per keypoint (App. B): every keypoint gets 1.
+    """
+    device = next(model.parameters()).device
+    result = model(batch["images"].to(device))
+    sizes = torch.tensor(batch["sizes_px"], dtype=torch.float32, device=device)
+    found = [t.cpu().numpy() for t in postprocess(result["logits"].float(), result["keypoints"].float(), sizes)]
+    return [Prediction(image_id, keypoints[labels == 1], np.ones(keypoints[labels == 1].shape[:2], np.float32),
+                       scores[labels == 1])
+            for image_id, scores, labels, keypoints in zip(batch["image_ids"], *found)]
+
+
+@torch.no_grad()
+def fuse(model: DETRPose) -> DETRPose:
+    """A copy for inference: norms folded into convolutions, two-branch blocks merged, training parts dropped."""
+    model = copy.deepcopy(model).eval()
+    for module in [m for m in model.modules() if isinstance(m, ConvNorm)]:
+        module.fold()
+    for module in [m for m in model.modules() if isinstance(m, RepBottleneck)]:
+        module.merge()
+    model.decoder.lqe_heads = model.decoder.lqe_heads[-1:]
+    return model.to(memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Building a model, and the released weights
+# ---------------------------------------------------------------------------------------------------------
+
+RENAME = [            # released name → ours, first match wins; what matches nothing keeps its name
+    (r"^(?:backbone\.)?(stem|stages)\.(.*)\.bn\.", r"backbone.\1.\2.norm."),
+    (r"^(stem|stages)\.", r"backbone.\1."),
+    (r"^encoder\.encoder\.0\.layers\.0\.", "encoder.aifi."),
+    (r"^encoder\.downsample_convs\.(\d)\.0\.", r"encoder.downsample_convs.\1."),
+    (r"^transformer\.enc_output_norm\.", "selection.norm."),
+    (r"^transformer\.enc_output\.", "selection.project."),
+    (r"^transformer\.enc_out_class_embed\.", "selection.score."),
+    (r"^transformer\.enc_pose_embed\.", "selection.pose."),
+    (r"^transformer\.decoder\.half_pose_ref_point_head\.", "decoder.position_head."),
+    (r"^transformer\.class_embed\.", "decoder.score_heads."),
+    (r"^transformer\.pose_embed\.", "decoder.pose_heads."),
+    (r"^transformer\.pre_pose_embed\.", "decoder.pre_pose_head."),
+    (r"^transformer\.lqe_embed\.(\d+)\.reg_conf\.", r"decoder.lqe_heads.\1.mlp."),
+    (r"^transformer\.tgt_embed\.", "rank_content."),
+    (r"^transformer\.keypoint_embedding\.", "keypoint_content."),
+    (r"^transformer\.instance_embedding\.", "instance_content."),
+    (r"^transformer\.label_enc\.", "noisy_label."),
+    (r"^transformer\.pose_enc\.", "noisy_keypoint."),
+    (r"^transformer\.", ""),
+]
+IGNORED = {r"^transformer\.(anchors|valid_mask)$": "computed from the image size",
+           r"^transformer\.decoder\.dim_t$": "a constant of the sine embedding"}
+
+
+def convert_official(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """Tensors of a released checkpoint under this file's names. Raises UserError if they are of another size."""
+    state = {name: value for name, value in state.items()
+             if not any(re.match(pattern, name) for pattern in IGNORED)}
+    for name, expected in dict(up=0.5, reg_scale=config.reg_scale).items():
+        value = state.pop(f"transformer.{name}", None)
+        if value is not None and float(value) != expected:
+            raise runtime.UserError(f"the weights have {name} {float(value):g}, this preset {expected:g}: "
+                                    "choose another --preset")
+    return weights.rename(state, RENAME)
+
+
+def build(preset: str, skeleton: str | Skeleton = "coco", **overrides) -> DETRPose:
+    """A model with start weights; overrides are Config fields."""
+    if preset not in PRESETS:
+        raise runtime.UserError(f"there is no preset {preset}: choose from {', '.join(PRESETS)}")
+    return DETRPose(runtime.resolve(PRESETS[preset], **overrides), get_skeleton(skeleton))
+
+
+def recognise(state: dict[str, Tensor]) -> tuple[str, int] | None:
+    """(preset, number of keypoints) of a released DETRPose checkpoint, by its tensors; None if it is something else."""
+    if "transformer.pre_pose_embed.layers.0.weight" not in state:
+        return None
+    keypoints, dim = state["transformer.keypoint_embedding.weight"].shape
+    stem = len(state["backbone.stem.stem4.conv.weight"])
+    sizes = {(BACKBONES[cfg.backbone][0][1], cfg.dim): preset for preset, cfg in PRESETS.items() if "-" not in preset}
+    return (sizes[stem, dim], keypoints) if (stem, dim) in sizes else None
+
+
+def load_init(model: DETRPose, source: str) -> None:
+    """Start weights by file or name: DETRPose (all), D-FINE (backbone and encoder) or HGNetv2 (backbone)."""
+    path = Path(source) if Path(source).exists() else weights.fetch(source)
+    state = weights.rename(weights.load_tensors(path), RENAME)
+    own = model.state_dict()
+    parts = ("backbone.", "encoder.") if "selection.project.weight" not in state or "decoder.layers.0.gateway.gate.weight" \
+        not in state else ("",)
+    chosen = {name: value for name, value in state.items() if name.startswith(parts) and name in own}
+    bad = [f"{name} {tuple(v.shape)} against {tuple(own[name].shape)}" for name, v in chosen.items()
+           if v.shape != own[name].shape]
+    if bad or not chosen:
+        raise runtime.UserError(f"{path} does not fit this model: " + ("; ".join(bad[:5]) or "no tensor of its names"))
+    model.load_state_dict(chosen, strict=False)
+    print(f"start weights from {path}: {len(chosen)} of {len(own)} tensors")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Data (Sec. 4.1): straight to a square, no padding, RGB in [0, 1], no further normalisation
+# ---------------------------------------------------------------------------------------------------------
+
+
+def to_targets(sample: Sample) -> Targets:
+    """A sample's people as fractions of its (w, h); keypoints without label sit at 0."""
+    width, height = sample.size
+    scale = torch.tensor([width, height], dtype=torch.float32)
+    keypoints, boxes = torch.from_numpy(sample.keypoints), torch.from_numpy(sample.boxes)
+    visible = (keypoints[..., 2] > 0).float()
+    corners = boxes / scale.repeat(2)
+    return Targets(keypoints[..., :2] / scale * visible.unsqueeze(-1), visible,
+                   torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], 1),
+                   torch.from_numpy(sample.areas) / (width * height), sample.image_id)
+
+
+class TrainImages(torch.utils.data.Dataset):
+    """One epoch of augmented training images; item i is (tensor (3, size, size), Targets, why files were skipped).
+
+    What happens to image i depends on (seed, epoch, i) alone. A file that cannot be read gives way to the next.
+    """
+
+    def __init__(self, data: PoseDataset, cfg: Config, epoch: int):
+        self.data, self.cfg, self.epoch = data, cfg, epoch
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Targets, list[str]]:
+        cfg, epoch, flip = self.cfg, self.epoch, self.data.skeleton.flip
+        rng = np.random.default_rng([cfg.seed, epoch, i])
+        sample, skipped = self.data.load_readable(i)
+        if cfg.aug_from <= epoch < cfg.mosaic_until and rng.random() < cfg.mosaic:
+            others = [self.data.load_readable(j) for j in rng.integers(len(self.data), size=3).tolist()]
+            sample = transforms.mosaic([sample, *(other for other, _ in others)], cfg.size // 2)
+            skipped = sum((reasons for _, reasons in others), skipped)
+        elif cfg.aug_from <= epoch < cfg.aug_until and rng.random() < cfg.zoom_out:
+            ratio, (width, height) = rng.uniform(1, 2.5), sample.size
+            x, y = int((ratio - 1) * width), int((ratio - 1) * height)
+            sample = transforms.pad(sample, x, y, x, y)
+        if flip is not None and rng.random() < 0.5:
+            sample = transforms.hflip(sample, flip)
+        if rng.random() < cfg.jitter:
+            sample = replace(sample, image=transforms.color_jitter(sample.image, rng))
+        sample = transforms.resize(transforms.filter_people(sample), (cfg.size, cfg.size))
+        return transforms.to_tensor(sample.image), to_targets(sample), skipped
+
+
+def input_image(image: Image.Image, size: int) -> Tensor:
+    """A picture of any size as the network sees it: (3, size, size), aspect ratio not kept."""
+    return transforms.to_tensor(image.resize((size, size), Image.Resampling.BILINEAR))
+
+
+class EvalImages(torch.utils.data.Dataset):
+    """Item i is (tensor (3, size, size), image id, (w, h) px, message); without an id where the file is unreadable."""
+
+    def __init__(self, data: PoseDataset, size: int):
+        self.data, self.size = data, size
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int | str | None, tuple[int, int], str]:
+        sample, message = self.data.load(i)
+        if sample is None:
+            return torch.zeros(3, self.size, self.size), None, (0, 0), message
+        return input_image(sample.image, self.size), sample.image_id, sample.size, message
+
+
+def collate(items: list[tuple]) -> tuple:
+    """Items of a batch column by column, images stacked."""
+    images, *columns = zip(*items)
+    return torch.stack(images), *map(list, columns)
+
+
+def evaluate(model: DETRPose, data: PoseDataset, cfg: Config, ranks: runtime.Ranks) -> tuple[dict, list[Prediction]]:
+    """Metrics and predictions of a dataset; the images are shared among the processes, all get the result.
+
+    An image that cannot be read counts as one in which nobody was found, and is named.
+    """
+    mine = list(range(ranks.rank, len(data), ranks.world))
+    loader = DataLoader(torch.utils.data.Subset(EvalImages(data, cfg.size), mine), cfg.eval_batch,
+                        num_workers=cfg.workers, collate_fn=collate)
+    fast, found = fuse(model), []
+    for images, ids, sizes, messages in tqdm(loader, "evaluate", disable=ranks.rank > 0, leave=False, dynamic_ncols=True):
+        predictions = predict(fast, dict(images=images, image_ids=ids, sizes_px=sizes))
+        found += [prediction for prediction in predictions if prediction.image_id is not None]
+        for message in data.remember(messages):
+            tqdm.write(f"warning: {message}")
+    found = runtime.gather_lists(found)
+    return metrics.evaluate(found, data), found
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training (Sec. 4.1)
+# ---------------------------------------------------------------------------------------------------------
+
+
+def build_optimizer(model: DETRPose, cfg: Config) -> torch.optim.AdamW:
+    """AdamW in two groups: the backbone learns at a rate of its own."""
+    backbone = list(model.backbone.parameters())
+    rest = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
+    groups = [dict(params=backbone, initial_lr=cfg.lr_backbone), dict(params=rest, initial_lr=cfg.lr)]
+    return torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay)
+
+
+def lr_scale(step: int, steps: int, epoch: int, cfg: Config) -> float:
+    """Factor on the learning rates at an optimiser step out of `steps`."""
+    scale = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
+    if cfg.schedule == "cosine":
+        scale *= 0.5 + 0.5 * math.cos(math.pi * step / steps)
+    return scale * (0.1 if cfg.drop_epoch and epoch >= cfg.drop_epoch else 1.0)
+
+
+def input_side(cfg: Config, epoch: int, step: int) -> int:
+    """The input size of a batch: a random multiple of 32 from 0.75 to 1.25 of `size`, `size` itself more often."""
+    if not cfg.multiscale or epoch >= cfg.aug_until:
+        return cfg.size
+    multiples = range(cfg.size * 3 // 4 // 32 * 32, cfg.size * 5 // 4 + 1, 32)
+    sides = [side for side in multiples if side != cfg.size] + [cfg.size] * cfg.multiscale
+    return int(np.random.default_rng([cfg.seed, step]).choice(sides))
+
+
+def batch_losses(net: nn.Module, images: Tensor, targets: list[Targets], cfg: Config, epoch: int, step: int,
+                 ranks: runtime.Ranks, sigmas: Tensor) -> dict[str, Tensor]:
+    """Forward pass and loss terms of one batch. Raises FloatingPointError if one of them is not finite."""
+    side = input_side(cfg, epoch, step)
+    images = images.to(ranks.device, non_blocking=True)
+    if side != cfg.size:
+        images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+    targets = [t.to(ranks.device) for t in targets]
+    with runtime.autocast(ranks.device, cfg.amp):
+        result = net(images, targets)
+    losses = criterion(result, targets, sigmas, cfg.ksvf) | dict(unused=result["unused"])
+    wrong = [name for name, value in losses.items() if not torch.isfinite(value)]
+    if wrong:
+        raise FloatingPointError(f"{', '.join(wrong[:5])} not finite")
+    return losses
+
+
+def train(cfg: Config, args) -> None:
+    """Train, evaluate, keep everything in the run folder. Runs alone or under torchrun; Ctrl-C saves and leaves."""
+    ranks, stop = runtime.init_distributed(args.device), runtime.Stopper()
+    if cfg.batch % (cfg.accum * ranks.world):
+        raise runtime.UserError(f"--batch {cfg.batch} does not split over {ranks.world} processes x {cfg.accum} "
+                                "micro-batches: choose a multiple")
+    with runtime.rank_zero_first(ranks):                         # it makes the puppets and fetches start weights
+        train_split, val_split = default_splits(cfg.data)
+        data = open_dataset(cfg.data, train_split, sigmas=runtime.numbers(cfg.sigmas))
+        held_out = open_dataset(cfg.data, val_split, skeleton=data.skeleton)
+        runtime.seed_all(cfg.seed)                               # equal start weights on every process
+        model = DETRPose(cfg, data.skeleton)
+        if cfg.init and not args.saved:
+            load_init(model, cfg.init)
+    model.to(ranks.device)
+    ema = runtime.Ema(model, cfg.ema, cfg.ema_warmup)
+    optimizer = build_optimizer(model, cfg)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=cfg.amp == "fp16" and ranks.device.type == "cuda")
+    at = dict(epoch=0, batch=0, step=0, best=-1.0)               # batch: micro-batches done in this epoch
+    parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
+    if args.saved:
+        runtime.restore(parts, args.saved)
+        at = {name: args.saved[name] for name in at}
+    run = runtime.Run("detrpose", cfg, args, ranks)
+    run.say(f"{data.report()}\n{held_out.report()}\nwriting to {run.folder}")
+    net = runtime.distribute(model, ranks)
+
+    data, micro = data.training(), cfg.batch // (cfg.accum * ranks.world)
+    per_epoch = len(runtime.epoch_batches(len(data), micro, cfg.seed, 0, ranks)) // cfg.accum * cfg.accum
+    steps = cfg.epochs * per_epoch // cfg.accum
+    for epoch in range(at["epoch"], cfg.epochs):
+        todo = runtime.epoch_batches(len(data), micro, cfg.seed, epoch, ranks)[at["batch"]:per_epoch]
+        loader = DataLoader(TrainImages(data, cfg, epoch), batch_sampler=todo, num_workers=cfg.workers,
+                            collate_fn=collate, pin_memory=ranks.device.type == "cuda")
+        bar = tqdm(loader, f"epoch {epoch + 1}/{cfg.epochs}", per_epoch, initial=at["batch"],
+                   disable=ranks.rank > 0, dynamic_ncols=True)
+        net.train()
+        for images, targets, skipped in bar:
+            run.skipped(skipped)
+            runtime.seed_all(cfg.seed, epoch, at["batch"], ranks.rank)
+            factor = lr_scale(at["step"], steps, epoch, cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            try:
+                losses = batch_losses(net, images, targets, cfg, epoch, at["step"], ranks, model.sigmas)
+            except FloatingPointError as error:
+                raise runtime.UserError(f"{error} at step {at['step']}, images {[t.image_id for t in targets]}: try "
+                                        f"--amp no or a lower --lr; {run.folder}/last.pt is from before") from None
+            scaler.scale(sum(losses.values()) / cfg.accum).backward()
+            at["batch"] += 1
+            if at["batch"] % cfg.accum:
+                continue
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            ema.update(model)
+            at["step"] += 1
+
+            if at["step"] % 20 == 0:                             # reading numbers makes a GPU wait
+                final = {name: float(losses[name]) for name in ("loss_vfl", "loss_keypoints", "loss_oks")}
+                total = float(sum(losses.values()))
+                run.log(step=at["step"], epoch=epoch, loss=total, **final, grad_norm=float(norm), lr=group["lr"])
+                bar.set_postfix(loss=f"{total:.1f}", keypoints=f"{final['loss_keypoints']:.2f}")
+            if stop(ranks) or run.save_is_due():
+                run.try_save("last.pt", **at, skeleton=data.skeleton.to_dict(), **runtime.states(parts))
+            if stop.asked:
+                run.say(f"stopped; go on with --resume {run.folder}")
+                return
+
+        at.update(epoch=epoch + 1, batch=0)
+        last = epoch + 1 == cfg.epochs
+        if last or (epoch + 1) % cfg.eval_every == 0:
+            table, predictions = evaluate(ema.module, held_out, cfg, ranks)
+            run.log(step=at["step"], epoch=epoch, **table)
+            run.say(f"epoch {epoch + 1}: {metrics.format_table(table)}")
+            if table["AP"] > at["best"]:
+                at["best"] = table["AP"]
+                run.try_save("best.pt", **at, skeleton=data.skeleton.to_dict(), model=ema.module.state_dict(),
+                             metrics=table)
+            run.draw(held_out, predictions)
+        save = run.save if last else run.try_save                # at the very end a full disk is an error
+        save("last.pt", **at, skeleton=data.skeleton.to_dict(), **runtime.states(parts))
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def summary(skeleton: str = "coco") -> str:
+    """Parameters and GFLOPs (2 per multiply-add, one image, as deployed) of each preset."""
+    rows = [f"{'preset':8}{'input':>7}{'parameters':>13}{'deployed':>11}{'GFLOPs':>9}"]
+    for preset in ("tiny", "n", "s", "m", "l", "x"):
+        model = build(preset, skeleton).eval()
+        fast, side = fuse(model), model.cfg.size
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            fast(torch.zeros(1, 3, side, side))
+        full, deployed = (count_parameters(m) / 1e6 for m in (model, fast))
+        rows.append(f"{preset:8}{side:>7}{full:>11.2f} M{deployed:>9.2f} M{counter.get_total_flops() / 1e9:>9.1f}")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    cfg, args = runtime.parse(Config, PRESETS, __doc__)
+    if args.train:
+        train(cfg, args)
+    else:
+        print(f"{__doc__}\n{summary()}")
+
+
+if __name__ == "__main__":
+    runtime.run_main(main)

@@ -6,6 +6,8 @@ where it is used (`seed_all(seed, step, rank)` before a step, `np.random.default
 augmentation, `epoch_batches(seed, epoch)` for the order).
 """
 import argparse
+import contextlib
+import copy
 import difflib
 import hashlib
 import inspect
@@ -18,7 +20,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -164,6 +166,31 @@ def init_distributed(device: str) -> Ranks:
     return Ranks(rank, world, chosen)
 
 
+@contextlib.contextmanager
+def rank_zero_first(ranks: Ranks) -> Iterator[None]:
+    """Rank 0 goes through the block alone (it makes or fetches files), then the others find them there."""
+    if ranks.rank > 0:
+        dist.barrier()
+    yield
+    if ranks.world > 1 and ranks.rank == 0:
+        dist.barrier()
+
+
+def distribute(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """The model to call in training: gradients are averaged, and on GPUs norms computed, over all processes."""
+    if ranks.world == 1:
+        return model
+    if ranks.device.type == "cpu":
+        return nn.parallel.DistributedDataParallel(model)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return nn.parallel.DistributedDataParallel(model, [ranks.device])
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """Mixed precision on a GPU (amp: no, bf16 or fp16); a CPU always computes in float32."""
+    return torch.autocast(device.type, AMP[amp], enabled=amp != "no" and device.type == "cuda")
+
+
 def mean_over_ranks(value: Tensor) -> Tensor:
     """The mean of a tensor over all processes, so that N GPUs give the gradient that one would."""
     if dist.is_initialized():
@@ -237,7 +264,6 @@ class Ema(nn.Module):
 
     def __init__(self, model: nn.Module, decay: float, warmup: int):
         super().__init__()
-        import copy
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.warmup = decay, warmup
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
@@ -293,6 +319,30 @@ def load_checkpoint(path: Path) -> dict:
     return content
 
 
+def states(parts: dict) -> dict:
+    """{name: part.state_dict()} of everything that a checkpoint keeps."""
+    return {name: part.state_dict() for name, part in parts.items()}
+
+
+def restore(parts: dict, saved: dict) -> None:
+    """Put the states of a checkpoint back. Raises UserError when it was made by another model."""
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(saved[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"the checkpoint does not fit: its {name} differs ({str(error).splitlines()[0]} "
+                            f"{''.join(str(error).splitlines()[1:2]).strip()[:200]}); resume with the flags it was "
+                            "made with, from last.pt") from None
+
+
+def numbers(text: str) -> list[float] | None:
+    """"0.1,0.2" → [0.1, 0.2]; nothing → None. Raises UserError."""
+    try:
+        return [float(word) for word in text.split(",")] if text else None
+    except ValueError:
+        raise UserError(f"expected numbers with commas between them, got {text!r}") from None
+
+
 def find_last(where: str) -> Path:
     """A run folder or a file → the file to resume from."""
     path = Path(where)
@@ -310,6 +360,7 @@ class Run:
         self.header = dict(method=method, preset=args.preset, config=asdict(config))
         self.rows: list[dict] = []
         self.last_save = time.monotonic()
+        self.known_bad: set[str] = set()
         if not self.writes:
             return
         try:
@@ -338,6 +389,27 @@ class Run:
         if self.writes:
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
+
+    def say(self, text: str) -> None:
+        if self.writes:
+            tqdm.write(text)
+
+    def skipped(self, reasons: Sequence[Sequence[str]]) -> None:
+        """Name each unreadable file once, on the screen and in log.jsonl."""
+        for reason in {text for texts in reasons for text in texts} - self.known_bad:
+            self.known_bad.add(reason)
+            self.say(f"skipped ({len(self.known_bad)} so far): {reason}")
+            self.log(step=self.rows[-1]["step"] if self.rows else 0, skipped=reason)
+
+    def save_is_due(self, seconds: float = 600) -> bool:
+        """True when the last save is long ago, so that a crash costs minutes; only ever on the writing process."""
+        return self.writes and time.monotonic() - self.last_save > seconds
+
+    def draw(self, data: Any, predictions: list) -> None:
+        """curves.png of the log, predictions.png of the first images of a dataset with people."""
+        if self.writes:
+            draw.plot_curves([row for row in self.rows if "skipped" not in row], self.folder / "curves.png")
+            draw.draw_predictions(data, predictions, count=12).save(self.folder / "predictions.png")
 
     def save(self, name: str, **content: Any) -> None:
         if self.writes:

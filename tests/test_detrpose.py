@@ -1,0 +1,397 @@
+"""DETRPose against the released code's numbers, and by itself. Cases are found by file pattern (see golden())."""
+import json
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import detrpose
+from common import metrics, runtime, transforms, weights
+from common.datasets import Prediction, Sample
+from common.skeletons import get_skeleton
+from detrpose import Targets
+from tests.conftest import REFERENCE
+
+FOLDER = REFERENCE / "detrpose"
+
+
+def golden(kind: str):
+    """Run a test once for every golden_<kind>_*.npz; none there is a failure to notice, not a silent pass."""
+    files = sorted(FOLDER.glob(f"golden_{kind}_*.npz"))
+    missing = pytest.param(None, marks=pytest.mark.skip(reason=f"no golden_{kind}_*.npz in {FOLDER}"))
+    return pytest.mark.parametrize("file", files or [missing], ids=lambda f: f.stem if f else "none")
+
+
+def normal(key: str, shape, seed: int = 0) -> torch.Tensor:
+    """The reference's standard-normal array, fixed by (seed, key)."""
+    rng = np.random.RandomState(zlib.crc32(f"{seed}:{key}".encode()))
+    return torch.from_numpy(rng.standard_normal(tuple(shape)).astype(np.float32))
+
+
+def fill(key: str, shape, seed: int) -> torch.Tensor:
+    """The reference's weights for a tensor of this name."""
+    if key.endswith("num_batches_tracked"):
+        return torch.zeros(tuple(shape), dtype=torch.int64)
+    n = normal(key, shape, seed)
+    if key.endswith("running_var"):
+        return 1 + 0.2 * n.tanh()
+    if key.endswith(("running_mean", "bias")):
+        return 0.05 * n
+    if len(shape) <= 1:
+        return 1 + 0.1 * n
+    return n / math.sqrt(math.prod(shape[1:]))
+
+
+def official_state(manifest: dict, seed: int) -> dict[str, torch.Tensor]:
+    return {key: fill(key, shape, seed) * manifest["gains"].get(key, 1) for key, shape in manifest["keys"].items()
+            if key not in manifest["constants"] or key.endswith("num_batches_tracked")}
+
+
+def preset_of(case: str) -> tuple[str, str]:
+    """'s_crowdpose_640' → preset, skeleton; backbones go by their own name."""
+    backbone = {"b0": "s", "b2": "m", "b4": "l", "b5": "x"}
+    first = case.split("_")[0]
+    return backbone.get(first, first if first in "nsmlx" else "s"), "crowdpose" if "crowdpose" in case else "coco"
+
+
+def official_model(file: Path, kind: str):
+    """Our model with the case's deterministic weights, and the case's arrays."""
+    case = np.load(file)
+    preset, skeleton = preset_of(file.stem.removeprefix(f"golden_{kind}_"))
+    name = preset + ("_crowdpose" if skeleton == "crowdpose" else "")
+    manifest = json.loads((FOLDER / f"manifest_{name}.json").read_text())
+    model = detrpose.build(preset, skeleton, as_released=True).eval()
+    state = detrpose.convert_official(official_state(manifest, int(case["seed"])), model.cfg)
+    weights.load_strict(model, state, {})
+    return model, case
+
+
+def picture(case, key: str, batch: int, height: int, width: int) -> torch.Tensor:
+    seed = int(case["seed"])
+    low = normal(key + ".low", (batch, 3, height // 32, width // 32), seed)
+    low = low.repeat_interleave(32, -1).repeat_interleave(32, -2)
+    return (0.5 + 0.25 * low + 0.05 * normal(key, (batch, 3, height, width), seed)).clamp(0, 1)
+
+
+def close(ours, theirs, tolerance: float, what: str = ""):
+    """Largest difference, relative to the largest entry or 1."""
+    ours, theirs = torch.as_tensor(ours).detach().float(), torch.as_tensor(theirs).float()
+    assert ours.shape == theirs.shape, f"{what}: {tuple(ours.shape)} against {tuple(theirs.shape)}"
+    if theirs.numel():
+        error = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)).item()
+        assert error <= tolerance, f"{what}: error {error:.2e}"
+
+
+def targets_of(case) -> list[Targets]:
+    """The case's people, image by image."""
+    counts = np.atleast_1d(case["target_counts"]).tolist()
+    keypoints = torch.from_numpy(case["target_keypoints"])
+    k = keypoints.shape[1] // 3
+    columns = [keypoints[:, :2 * k].reshape(-1, k, 2), keypoints[:, 2 * k:], torch.from_numpy(case["target_boxes"]),
+               torch.from_numpy(case["target_area"])]
+    return [Targets(*part) for part in zip(*(column.split(counts) for column in columns))]
+
+
+def noise_of(case) -> detrpose.Noise:
+    relabel = torch.from_numpy(case["draw_label_noise_u"]) < 0.25
+    labels = torch.ones(len(relabel), dtype=torch.int64)
+    labels[relabel] = torch.from_numpy(case["draw_new_labels"])
+    exponent = torch.from_numpy(case["draw_u_all"])[..., 0].clone()
+    people = int(np.sum(case["target_counts"]))
+    negative = torch.arange(len(relabel)) // people % 2 == 1
+    exponent[negative] = torch.from_numpy(case["draw_u_neg"])[..., 0]
+    return detrpose.Noise(relabel, labels, torch.from_numpy(case["draw_rand_vector"]), exponent)
+
+
+# ------------------------------------------------------------------------------------------ blocks
+
+
+@golden("backbone")
+def test_backbone_equals_the_release(file):
+    model, case = official_model(file, "backbone")
+    image = picture(case, "image", 1, 128, 160)
+    close(image[..., ::32, ::32], case["image_check"], 1e-6, "image")
+    x = model.backbone.stem(image)
+    close(x, case["stem"], 2e-5, "stem")
+    for i, stage in enumerate(model.backbone.stages):
+        x = stage(x)
+        close(x[:, ::4 if x.shape[1] <= 256 else 8], case[f"stage{i}"], 2e-5, f"stage {i}")
+
+
+@golden("encoder")
+def test_encoder_equals_the_release(file):
+    model, case = official_model(file, "encoder")
+    seed, encoder = int(case["seed"]), model.encoder
+    strides = [8, 16, 32][-model.cfg.levels:]
+    maps = [normal(f"feat{i}", (2, c, 160 // s, 160 // s), seed)
+            for i, (c, s) in enumerate(zip(model.backbone.channels, strides))]
+    tokens = normal("aifi", (2, 400, model.cfg.dim), seed)
+    out = encoder.aifi(tokens.transpose(1, 2).reshape(2, -1, 20, 20)).flatten(2).transpose(1, 2)
+    close(tokens[:, ::20, ::8], case["aifi_in"], 1e-6)
+    close(out[:, ::20, ::8], case["aifi_out"], 2e-5, "AIFI")
+    fused = []
+    for block in encoder.fpn_blocks:
+        block.register_forward_hook(lambda module, args, result: fused.append(result))
+    for i, result in enumerate(encoder(maps)):
+        close(result[:, ::8], case[f"out{i}"], 2e-5, f"output {i}")
+    for j, result in enumerate(fused):
+        close(result[:, ::8], case[f"fpn{j}"], 2e-5, f"top-down {j}")
+
+
+def levels_of(model, case=None):
+    shapes = [(12, 16), (6, 8), (3, 4)][:model.cfg.levels]
+    return shapes, sum(h * w for h, w in shapes)
+
+
+@golden("msda")
+def test_deformable_attention_equals_the_release(file):
+    model, case = official_model(file, "msda")
+    shapes, cells = levels_of(model)
+    seed, dim = int(case["seed"]), model.cfg.dim
+    reference = 0.5 + 0.4 * normal("ref", (2, 36, 2), seed)
+    out = model.decoder.layers[0].cross_attn(normal("query", (2, 36, dim), seed), reference,
+                                             normal("memory", (2, cells, dim), seed), shapes)
+    close(out, case["out"], 2e-5)
+
+
+@golden("decoder_layer")
+def test_decoder_layer_equals_the_release(file):
+    model, case = official_model(file, "decoder_layer")
+    shapes, cells = levels_of(model)
+    seed, dim, k = int(case["seed"]), model.cfg.dim, model.skeleton.num_keypoints
+    x, position = normal("tgt", (2, 6, k + 1, dim), seed), normal("pos", (2, 6, k, dim), seed)
+    reference, memory = normal("ref", (2, 6, k + 1, 2), seed).sigmoid(), normal("memory", (2, cells, dim), seed)
+    x = detrpose.add_position(x, position)
+    outputs = [name for name in case.files if name.startswith("out_")]
+    assert len(outputs) == 2
+    for name in outputs:
+        blocked = None if "no" in name else torch.from_numpy(case["mask"])
+        out = model.decoder.layers[0](x, position, reference, memory, shapes, blocked)
+        close(out[..., ::4], case[name], 2e-5, name)
+        close(x[:, ::6, :, ::16], case[name.replace("out", "tgt_after")], 2e-5, "position stays in the token")
+
+
+@golden("heads")
+def test_heads_equal_the_release(file):
+    model, case = official_model(file, "heads")
+    seed, dim, k, decoder = int(case["seed"]), model.cfg.dim, model.skeleton.num_keypoints, model.decoder
+    ref = normal("ref", (1, 5, k, 2), seed).sigmoid()
+    sine = detrpose.sine_embedding(ref, dim, 10000)
+    close(sine[..., ::2], case["sine"], 2e-5, "sine")
+    close(decoder.position_head(sine)[..., ::4], case["query_pos"], 2e-5, "position")
+    corners, base = 2 * normal("corners", (2, 4, k, 66), seed), normal("base", (2, 4, k, 2), seed).sigmoid()
+    for scale in (4, 8):
+        values = detrpose.offset_values(scale)
+        close(values, case[f"W_rs{scale}"], 1e-6, "W")
+        mean = corners.view(2, 4, k, 2, 33).softmax(-1) @ values
+        close(mean, case[f"integral_rs{scale}"], 2e-5)
+        close(base + mean / scale, case[f"pose_rs{scale}"], 2e-5)
+    token = normal("token", (1, 5, k, dim), seed)
+    pre_pose = (decoder.pre_pose_head(token) + detrpose.inverse_sigmoid(ref)).sigmoid()
+    close(pre_pose, case["pre_pose"], 2e-5)
+    close(decoder.pose_heads[0](token)[..., ::3], case["pose_embed0"], 2e-5)
+    close(decoder.score_heads[0](normal("instance", (1, 5, dim), seed)), case["class0"], 2e-5)
+    close(model.selection.pose(normal("memory_row", (1, 5, dim), seed)), case["enc_pose_embed"], 2e-5)
+    poses, scores = 1.2 * (1.5 * normal("poses", (2, 7, k, 2), seed)).sigmoid() - 0.1, normal("scores", (2, 7, 2), seed)
+    lqe = scores + decoder.lqe_heads[0](normal("feat", (2, dim, 12, 16), seed), poses)
+    close(lqe, case["lqe_out"], 2e-5, "LQE")
+    close(detrpose.inverse_sigmoid(torch.from_numpy(case["inverse_sigmoid_in"])), case["inverse_sigmoid_out"], 1e-6)
+
+
+@golden("heads")
+def test_anchors_equal_the_release(file):
+    case = np.load(file)
+    levels = detrpose.PRESETS[preset_of(file.stem.removeprefix("golden_heads_"))[0]].levels
+    anchors, border = detrpose.cell_anchors([(640 // s, 640 // s) for s in (8, 16, 32)[-levels:]], torch.device("cpu"))
+    close(anchors[:, ::97], case["anchors_640"], 1e-6)
+    assert (border[:, ::97].numpy() == case["invalid_640"]).all() and border.sum() == case["num_invalid_640"]
+    anchors, border = detrpose.cell_anchors([(8, 12), (4, 6), (2, 3)][:levels], torch.device("cpu"))
+    close(anchors, case["anchors_small"], 1e-6)
+    assert (border.numpy() == case["invalid_small"]).all()
+
+
+# ------------------------------------------------------------------------------------------ the whole model
+
+
+def check_forward(result, case, step: int):
+    """Every stored intermediate of a forward pass, first to last."""
+    decoded = result["decoded"]
+    for i, feature in enumerate(result["maps"]):
+        close(feature[:, ::8, ::step, ::step], case[f"encoder_{i}"], 3e-4, f"encoder {i}")
+    assert (result["selected"].numpy() == case["enc_topk_index"]).all()
+    for l, (tokens, reference) in enumerate(zip(decoded["tokens"], decoded["references"])):
+        close(tokens[:, ::4, :, ::16], case[f"layer{l}_out"], 3e-4, f"layer {l} output")
+        close(reference[:, ::4], case[f"layer{l}_ref"], 3e-4, f"layer {l} references")
+    close(decoded["pre_keypoints"], case["pre_poses"], 3e-4)
+    close(decoded["pre_logits"], case["pre_scores"], 3e-4)
+    close(decoded["corners"][:, ::6], case["pred_corners"], 3e-4)
+
+
+@golden("forward")
+def test_forward_equals_the_release(file):
+    model, case = official_model(file, "forward")
+    size = file.stem.split("_")[-1].split("x")
+    height, width = int(size[0]), int(size[-1])
+    image = picture(case, str(case["image_key"]), len(case["pred_logits"]), height, width)
+    close(image[..., ::64, ::64], case["image_check"], 1e-6)
+    step = 8 if height == width == 640 else 4
+    for net in (model, detrpose.fuse(model)):               # folding the norms must not change the result
+        with torch.no_grad():
+            result = net(image)
+        check_forward(result, case, step)
+        close(result["logits"], case["pred_logits"], 3e-4, "logits")
+        close(result["keypoints"].flatten(2), case["pred_keypoints"], 3e-4, "keypoints")
+    sizes = torch.from_numpy(case["post_target_sizes"]).float()
+    scores, labels, keypoints = detrpose.postprocess(result["logits"], result["keypoints"], sizes)
+    close(scores, case["post_scores"], 3e-4)
+    close(keypoints.flatten(2), case["post_keypoints"].reshape(*scores.shape, -1, 3)[..., :2].reshape(keypoints.flatten(2).shape), 3e-4)
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("manifest_*.json")), ids=lambda f: f.stem)
+def test_every_released_tensor_is_used_or_ignored_by_name(file):
+    manifest = json.loads(file.read_text())
+    preset, skeleton = preset_of(file.stem.removeprefix("manifest_"))
+    state = {key: torch.zeros(shape) for key, shape in manifest["keys"].items()}
+    state["transformer.up"] += 0.5
+    state["transformer.reg_scale"] += manifest["config"]["transformer"]["reg_scale"]
+    assert detrpose.recognise(state) == (preset, manifest["config"]["transformer"]["num_body_points"])
+    model = detrpose.build(preset, skeleton)
+    weights.load_strict(model, detrpose.convert_official(state, model.cfg), {})
+    stored = 2                      # the release counts `up` and `reg_scale`, which are constants here
+    assert detrpose.count_parameters(model) == manifest["num_parameters"] - stored
+    # the release's own deployment leaves these norms unfolded, which keeps one scale per channel
+    csp = [layer for layer in model.modules() if isinstance(layer, detrpose.CSPLayer)]
+    unfolded = [*model.encoder.input_proj, *model.encoder.lateral_convs, *(c for m in csp for c in (m.conv1, m.conv2))]
+    scales = sum(module.conv.out_channels for module in unfolded)
+    assert detrpose.count_parameters(detrpose.fuse(model)) == manifest["num_parameters_deploy"] - stored - scales
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+@golden("denoising")
+def test_denoising_queries_equal_the_release(file):
+    model, case = official_model(file, "denoising")
+    noisy = model.denoising_queries(targets_of(case), tuple(case["img_hw"].tolist()), 60, noise_of(case))
+    assert noisy.groups == case["groups"] and noisy.content.shape[1] == case["pad_size"]
+    assert (noisy.blocked.numpy() == case["attn_mask"]).all()
+    close(noisy.reference, torch.from_numpy(case["query_pose"]).sigmoid(), 1e-5, "poses")
+    close(noisy.content[..., ::16], case["query_content"], 1e-6, "content")
+
+
+@golden("matcher")
+def test_matching_costs_and_pairs_equal_the_release(file):
+    case = np.load(file)
+    targets, logits = targets_of(case), torch.from_numpy(case["pred_logits"])
+    keypoints = torch.from_numpy(case["pred_keypoints"]).unflatten(2, (-1, 2))
+    sigmas = torch.tensor(get_skeleton("crowdpose" if keypoints.shape[2] == 14 else "coco").sigmas)
+    cost = detrpose.match_cost(logits, keypoints, detrpose.gather_people(targets), sigmas)
+    image, query, person = detrpose.match([("", logits, keypoints)], targets, sigmas)[0]
+    first = 0
+    for i, people in enumerate(targets):
+        close(cost[i, :, first:first + len(people)], case[f"cost_{i}"], 1e-5, f"cost {i}")
+        pairs = set(zip(query[image == i].tolist(), (person[image == i] - first).tolist()))
+        assert pairs == set(zip(case[f"match_query_{i}"].tolist(), case[f"match_target_{i}"].tolist()))
+        first += len(people)
+
+
+def release_name(name: str) -> str:
+    """loss_vfl_dn_0 and so on: our names are the release's."""
+    return name
+
+
+@golden("losses")
+def test_every_loss_term_and_its_gradient_equals_the_release(file):
+    case = np.load(file)
+    targets = targets_of(case)
+    k = case["in_final_keypoints"].shape[-1] // 2
+    sigmas = torch.tensor(get_skeleton("crowdpose" if k == 14 else "coco").sigmas)
+    inputs = {}
+
+    def load(name: str):
+        inputs[name] = [torch.from_numpy(case[f"in_{name}_{part}"]).requires_grad_() for part in ("logits", "keypoints")]
+        return inputs[name][0], inputs[name][1].unflatten(2, (-1, 2))
+
+    layers = sum(name.startswith("in_aux") for name in case.files) // 2
+    names = {"": "final", **{str(l): f"aux{l}" for l in range(layers)}, "pre": "pre", "enc_0": "interm"}
+    dn_names = {**{f"dn_{l}": f"dn{l}" for l in range(layers + 1)}, "dn_pre": "dnpre"}
+    counts, pad, groups = [len(t) for t in targets], int(case["dn_pad_size"]), int(case["dn_groups"])
+    image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).repeat(groups)
+    slot = torch.cat([torch.arange(n) for n in counts])
+    slot = torch.cat([slot + g * pad // groups for g in range(groups)])
+    known = detrpose.Denoising(None, None, None, (image, slot, torch.arange(sum(counts)).repeat(groups)), groups)
+    result = dict(outputs=[(n, *load(theirs)) for n, theirs in names.items()],
+                  dn_outputs=[(n, *load(theirs)) for n, theirs in dn_names.items()], denoising=known)
+    losses = detrpose.criterion(result, targets, sigmas)
+    expected = dict(zip(case["loss_names"].tolist(), case["loss_values"].tolist()))
+    assert losses.keys() == expected.keys()
+    for name, value in expected.items():
+        assert float(losses[name]) == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    total = sum(losses.values())
+    assert float(total) == pytest.approx(float(case["loss_total"]), rel=1e-4)
+    total.backward()
+    for name, (logits, keypoints) in inputs.items():
+        for part, tensor in (("logits", logits), ("keypoints", keypoints)):
+            theirs = torch.from_numpy(np.asarray(case[f"grad_{name}_{part}"]))
+            ours = tensor.grad if theirs.dim() else tensor.grad.norm()
+            close(ours, theirs, 1e-4, f"gradient of {name} {part}")
+
+
+@golden("losses")
+def test_the_union_of_matches_equals_the_release(file):
+    case = np.load(file)
+    counts = np.atleast_1d(case["target_counts"]).tolist()
+    names = sorted({n[len("match_"):-2] for n in case.files if n.startswith("match_")})
+    starts = np.cumsum([0] + counts)
+    matchings = []
+    for name in names:
+        parts = [(np.full(case[f"match_{name}_{i}"].shape[1], i), case[f"match_{name}_{i}"][0].astype(int),
+                  case[f"match_{name}_{i}"][1].astype(int) + starts[i]) for i in range(len(counts))]
+        matchings.append(tuple(torch.from_numpy(np.concatenate(column)) for column in zip(*parts)))
+    union = set(zip(*(t.tolist() for t in detrpose.union_of_matches(matchings))))
+    expected = {(i, int(q), int(p) + int(starts[i])) for i in range(len(counts)) for q, p in case[f"go_{i}"].T}
+    assert union == expected
+
+
+@golden("train_step")
+def test_training_step_equals_the_release(file):
+    model, case = official_model(file, "train_step")
+    model.train()
+    height, width = case["img_hw"].tolist()
+    targets = targets_of(case)
+    image = picture(case, str(case["image_key"]), len(targets), height, width)
+    result = model(image, targets, noise_of(case))
+    for name, ours in dict(pred=result["outputs"][-3], pre=result["outputs"][-2], enc=result["outputs"][-1],
+                           dn=result["dn_outputs"][-2]).items():
+        close(ours[1], case[f"{name}_logits"], 1e-3, name)
+        step = 1 if name == "pred" else 4
+        close(ours[2].flatten(2)[:, ::step], case[f"{name}_keypoints"], 1e-3, name)
+    losses = detrpose.criterion(result, targets, model.sigmas)
+    for name, value in zip(case["loss_names"].tolist(), case["loss_values"].tolist()):
+        assert float(losses[name]) == pytest.approx(value, rel=1e-3, abs=1e-4), name
+    sum(losses.values()).backward()
+    check_gradients(model, case)
+
+
+def check_gradients(model, case):
+    names = case["grad_names"].tolist()
+    ours = dict(zip(weights.rename(dict.fromkeys(names), detrpose.RENAME), names))
+    norms = {ours[name]: p.grad.norm() for name, p in model.named_parameters()}
+    assert norms.keys() == set(names), "every trained parameter of the release has a gradient here"
+    expected = torch.from_numpy(case["grad_norms"])
+    got = torch.stack([norms[name] for name in names])
+    worst = ((got - expected).abs() / expected.clamp(min=expected.max() / 20)).max()
+    assert worst < 2e-2, f"gradient norms differ by {worst:.1e}"
+    assert float(got.norm()) == pytest.approx(float(case["grad_total_norm"]), rel=5e-3)
+    gradients = {ours[name]: p.grad.flatten() for name, p in model.named_parameters()}
+    for key in [f for f in case.files if f.startswith("grad:")]:
+        theirs = torch.from_numpy(case[key])
+        close(gradients[key[5:]][::7] / theirs.abs().max(), theirs / theirs.abs().max(), 2e-2, key)
+    state = {ours_name: value for ours_name, value in model.state_dict().items()}
+    for key in [f for f in case.files if f.startswith("after:")]:
+        name = next(iter(weights.rename({key[6:]: None}, detrpose.RENAME)))
+        close(state[name], case[key], 1e-4, key)
