@@ -1,4 +1,4 @@
-"""Puppets: pictures of articulated people, drawn here, that stand in for COCO, CrowdPose and PoseTrack18 without a download.
+"""Puppets: drawn people that stand in for COCO, CrowdPose and PoseTrack18 where nothing can be downloaded.
 
 Idea     Sample a scene (numbers only), draw it once as a picture and once as a map of who is where, read the
          annotation off the map. The same scene can be drawn in another style, with the same annotation.
@@ -20,8 +20,8 @@ Figure   A kinematic chain; stature (sole to crown, standing) is 1. A joint's an
               |         |
            R ankle   L ankle                   Projection: orthographic, camera a little above or below.
 
-Units    Keypoints are pixel indices as in COCO (x = 0 is the middle of the first pixel, so a mirror image has
-         w - 1 - x), with one decimal because our images are a quarter of COCO's. Boxes are x, y, w, h from corners.
+Units    Keypoints are pixel indices as in COCO (x = 0 is the middle of the first pixel, so a mirror image
+         has w - 1 - x), with one decimal because our images are small. Boxes are x, y, w, h from corners.
 Labels   v = 2 seen, 1 inside the image but hidden (own body, others, objects), 0 outside or left out at random.
          `bbox` and `area` come from the pixels of the person that are seen. People have no `segmentation`.
 
@@ -59,17 +59,18 @@ FRAMES = 12                                   # per clip
 
 COCO = ("nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow right_elbow left_wrist "
         "right_wrist left_hip right_hip left_knee right_knee left_ankle right_ankle").split()
-COCO_EDGES = [[16, 14], [14, 12], [17, 15], [15, 13], [12, 13], [6, 12], [7, 13], [6, 7], [6, 8], [7, 9], [8, 10],
-              [9, 11], [2, 3], [1, 2], [1, 3], [2, 4], [3, 5], [4, 6], [5, 7]]          # 1-based, as in the files
+COCO_EDGES = [[16, 14], [14, 12], [17, 15], [15, 13], [12, 13], [6, 12], [7, 13], [6, 7], [6, 8], [7, 9],
+              [8, 10], [9, 11], [2, 3], [1, 2], [1, 3], [2, 4], [3, 5], [4, 6], [5, 7]]   # 1-based, as in the files
 JOINTS = [*COCO, "neck", "head_top"]          # what a figure has; the sets below pick from it
 CROWDPOSE = [*COCO[5:], "head_top", "neck"]   # the file calls head_top "head"
 POSETRACK = ["nose", "neck", "head_top", *COCO[3:]]   # the file calls neck "head_bottom"; its ears are never labelled
 INDEX = {name: i for i, name in enumerate(JOINTS)}
 
 
-# ---------------------------------------------------------------------------------------------------------------- poses
-# Angles in degrees: (low, high). flex swings forward, abduct sideways, turn rolls the arm outwards, knee and elbow bend.
-LEGS = {  # weight, trunk (pitch, twist), then one row of (flex, abduct, knee) per leg; the rows are dealt to left and right
+# ----------------------------------------------------------------------------------------------- poses
+# Joint limits in degrees, (low, high): flex swings forward, abduct sideways, turn rolls the arm outwards,
+# elbow and knee bend.
+LEGS = {  # weight, pitch of the trunk, (flex, abduct, knee) of one leg and of the other
     "stand": (.34, (-4, 8), ((-5, 9), (1, 9), (0, 8)), ((-5, 9), (1, 9), (0, 8))),
     "walk": (.20, (0, 10), ((15, 36), (0, 6), (4, 25)), ((-26, -8), (0, 6), (6, 40))),
     "run": (.08, (6, 20), ((40, 75), (0, 8), (55, 100)), ((-30, -10), (0, 8), (15, 70))),
@@ -88,11 +89,11 @@ ARMS = {  # weight, (flex, abduct, turn, elbow)
     "forward": (.12, ((55, 100), (-4, 18), (-15, 15), (0, 60))),
     "fold": (.09, ((18, 50), (2, 18), (-55, -25), (80, 130))),
 }
-TRUNK, ARM, LEG = ("pitch", "roll", "twist", "nod", "tilt", "look"), ("flex", "abduct", "turn", "elbow"), ("flex", "abduct", "knee")
 
 
 def sample_pose(rng: np.random.Generator) -> np.ndarray:
-    """(20,) angles in degrees: six of the TRUNK, four per ARM (left, right), three per LEG (left, right)."""
+    """(20,) angles in degrees: trunk pitch, roll, twist; head nod, tilt, look; then, left before right,
+    flex, abduct, turn, elbow of the arms (6:10, 10:14) and flex, abduct, knee of the legs (14:17, 17:20)."""
     def within(ranges):
         return [rng.uniform(low, high) for low, high in ranges]
 
@@ -110,7 +111,7 @@ def sample_pose(rng: np.random.Generator) -> np.ndarray:
                     + within(rows[0]) + within(rows[1]))
 
 
-# --------------------------------------------------------------------------------------------------------------- figure
+# ---------------------------------------------------------------------------------------------- figure
 @dataclass
 class Person:
     """Everything that decides how one person is drawn; x, y and height in pixels, angles in degrees."""
@@ -203,6 +204,7 @@ def unit(*direction: float) -> np.ndarray:
 # Directions from the head's centre, in the skull's axes (left, up, forward). Length 1 lies on the head.
 FACE = {"nose": unit(0, -.16, 1) * 1.1, "left_eye": unit(.42, .12, .9), "right_eye": unit(-.42, .12, .9),
         "left_ear": unit(1, -.02, -.1), "right_ear": unit(-1, -.02, -.1), "head_top": np.array([0., 1.0, 0.])}
+SHOWS = {"nose": -.15, "left_eye": .1, "right_eye": .1, "left_ear": -.25, "right_ear": -.25}   # seen from this z on
 HEAD_WIDTH = .84                              # of its height
 
 
@@ -221,11 +223,12 @@ def on_head(body: Body, directions: np.ndarray) -> np.ndarray:
     return body.at["head"] + body.head_radius * np.column_stack([xy, d[:, 2]])
 
 
-# --------------------------------------------------------------------------------------------------------------- shapes
+# ---------------------------------------------------------------------------------------------- shapes
 TORSO, HIPS, HEAD, ARM_L, FORE_L, LEG_L, SHIN_L, ARM_R, FORE_R, LEG_R, SHIN_R = range(11)     # parts of the id map
 OBJECT, GROUP, FIRST = 1, 2, 16               # values of the id map; person p has 16 * (p + 1) + part
 SEEN_ON = {"neck": (TORSO, HEAD), "head_top": (HEAD,), "nose": (HEAD,)}       # parts that show a joint when on top
-for _side, _arm, _fore, _leg, _shin in (("left", ARM_L, FORE_L, LEG_L, SHIN_L), ("right", ARM_R, FORE_R, LEG_R, SHIN_R)):
+SIDES = (("left", ARM_L, FORE_L, LEG_L, SHIN_L), ("right", ARM_R, FORE_R, LEG_R, SHIN_R))
+for _side, _arm, _fore, _leg, _shin in SIDES:
     SEEN_ON |= {f"{_side}_eye": (HEAD,), f"{_side}_ear": (HEAD,), f"{_side}_shoulder": (_arm, TORSO),
                 f"{_side}_elbow": (_arm, _fore), f"{_side}_wrist": (_fore,), f"{_side}_hip": (_leg, HIPS, TORSO),
                 f"{_side}_knee": (_leg, _shin), f"{_side}_ankle": (_shin,)}
@@ -302,66 +305,69 @@ def shapes_of(person: Person, body: Body, sun) -> list[Shape]:
     w = h * person.build * (1 - .12 * person.child)                  # unit of thickness
     spine_z = (at["pelvis"][2] + at["collar"][2]) / 2
     shapes = []
-    for side, upper, fore, leg, shin in (("left", ARM_L, FORE_L, LEG_L, SHIN_L), ("right", ARM_R, FORE_R, LEG_R, SHIN_R)):
+    for side, upper, fore, leg, shin in SIDES:
         shoulder, elbow, wrist, hand, hip, knee, ankle, toe = (
             at[f"{side}_{name}"] for name in ("shoulder", "elbow", "wrist", "hand", "hip", "knee", "ankle", "toe"))
         z_upper, z_fore = (shoulder[2] + 2 * elbow[2]) / 3 + .02 * h, (elbow[2] + wrist[2]) / 2 + .03 * h
         z_leg, z_shin = (hip[2] + 2 * knee[2]) / 3 - .03 * h, (knee[2] + ankle[2]) / 2 - .035 * h
-        sleeve = person.sleeve
-        shapes.append(limb(z_upper, upper, c["shirt"] if sleeve > .3 else c["skin"], shoulder, elbow, .044 * w, .034 * w, sun))
-        if .3 < sleeve < .6:                                         # short sleeve: the lower part of the arm is bare
+        bare = c["skin"] if person.sleeve < .6 else c["shirt"]
+        shapes.append(limb(z_upper, upper, bare, shoulder, elbow, .041 * w, .033 * w, sun))
+        if .3 < person.sleeve < .6:                                  # short: the upper arm is partly covered
             cut = shoulder + .62 * (elbow - shoulder)
-            shapes[-1] = limb(z_upper, upper, c["skin"], shoulder, elbow, .038 * w, .032 * w, sun)
             shapes.append(limb(z_upper + .001, upper, c["shirt"], shoulder, cut, .047 * w, .042 * w, sun))
-        shapes.append(limb(z_fore, fore, c["shirt"] if sleeve > .6 else c["skin"], elbow, wrist, .034 * w, .026 * w, sun))
+        shapes.append(limb(z_fore, fore, bare, elbow, wrist, .034 * w, .026 * w, sun))
         shapes.append(limb(z_fore + .001, fore, c["skin"], wrist, hand, .025 * w, .028 * w, sun))
-        covered = c["legs"] if person.bottom == "trousers" else c["skin"]
-        shapes.append(limb(z_leg, leg, c["skin"] if person.bottom == "skirt" else c["legs"], hip, knee, .06 * w, .044 * w, sun))
-        shapes.append(limb(z_shin, shin, covered, knee, ankle, .043 * w, .029 * w, sun))
-        shapes.append(limb(z_shin + .001 + .02 * h * (toe[2] > ankle[2]), shin, c["shoes"], ankle, toe, .031 * w, .024 * w, sun))
-    shift = (.025 * w * sun[0], 0)
-    waist = [(-.22, .05, .05), (-.1, .09, .07), (.05, .098, .075), (.2, .088, .068)]
-    shirt = [(.04, .1, .077), (.38, .086, .066), (.72, .108, .078), (.93, .122, .066), (1.0, .095, .05), (1.07, .04, .04)]
-    def rings(table):
-        return [(t, a * w, b * w) for t, a, b in table]
-    shapes.append(Shape(spine_z - .01 * h, HIPS, c["legs"], trunk_outline(body, rings(waist))))
-    shapes.append(Shape(spine_z, TORSO, c["shirt"], trunk_outline(body, rings(shirt)),
-                        trunk_outline(body, rings(shirt), .55, shift)))
+        thigh = c["skin"] if person.bottom == "skirt" else c["legs"]
+        calf = c["legs"] if person.bottom == "trousers" else c["skin"]
+        z_foot = z_shin + .001 + .02 * h * (toe[2] > ankle[2])
+        shapes.append(limb(z_leg, leg, thigh, hip, knee, .06 * w, .044 * w, sun))
+        shapes.append(limb(z_shin, shin, calf, knee, ankle, .043 * w, .029 * w, sun))
+        shapes.append(limb(z_foot, shin, c["shoes"], ankle, toe, .031 * w, .024 * w, sun))
+    hips, shirt = ([(t, a * w, b * w) for t, a, b in rings] for rings in (HIP_RINGS, SHIRT_RINGS))
+    lit = trunk_outline(body, shirt, .55, (.025 * w * sun[0], 0))
+    shapes.append(Shape(spine_z - .01 * h, HIPS, c["legs"], trunk_outline(body, hips)))
+    shapes.append(Shape(spine_z, TORSO, c["shirt"], trunk_outline(body, shirt), lit))
     if person.bottom == "skirt":
         hem = []
         for side in ("left", "right"):
             knee, hip = at[f"{side}_knee"], at[f"{side}_hip"]
             hem += capsule(hip, hip + .72 * (knee - hip), .07 * w, .075 * w)
         z = max(shape.z for shape in shapes if shape.part in (LEG_L, LEG_R)) + .002 * h
-        shapes.append(Shape(z, HIPS, c["legs"], hull(hem + trunk_outline(body, rings(waist[1:])))))
+        shapes.append(Shape(z, HIPS, c["legs"], hull(hem + trunk_outline(body, hips[1:]))))
+    return sorted(shapes + head_shapes(person, body, spine_z, sun), key=lambda shape: shape.z)
+
+
+# Ellipses along the spine: (height, pelvis 0 to collar 1; half width; half depth), in units of stature.
+HIP_RINGS = [(-.22, .05, .05), (-.1, .09, .07), (.05, .098, .075), (.2, .088, .068)]
+SHIRT_RINGS = [(.04, .1, .077), (.38, .086, .066), (.72, .108, .078), (.93, .122, .066), (1., .095, .05), (1.07, .04, .04)]
+
+
+def head_shapes(person: Person, body: Body, spine_z: float, sun) -> list[Shape]:
+    """Neck, head, long hair, ears and nose; what faces away is drawn under the head."""
+    at, c, w, shapes = body.at, person.colours, person.height * person.build * (1 - .12 * person.child), []
     head, r = at["head"], body.head_radius
-    z_head = head[2] + .035 * h
-    chin = head - .5 * r * np.array([*body.skull[:2, 1], 0])
-    shapes.append(limb(min(z_head, spine_z) - .002, HEAD, c["skin"], at["neck"], chin, .04 * w, .04 * w, sun))
+    up = r * np.array([*body.skull[:2, 1], 0])
+    z_head = head[2] + .035 * person.height
+    neck_z = min(z_head, spine_z) - .002
+    shapes.append(limb(neck_z, HEAD, c["skin"], at["neck"], head - .5 * up, .04 * w, .04 * w, sun))
     shapes.append(Shape(z_head, HEAD, c["skin"], [], head=(body, person)))
     z_ear = z_head + .002
-    if person.long_hair:                                             # behind the face; seen from behind, over the back
-        back = head - r * .35 * np.array([*body.skull[:2, 2], 0])
-        end = back - 1.35 * r * np.array([*body.skull[:2, 1], 0])
+    if person.long_hair:                                             # seen from behind, it covers the back
+        back = head - .35 * r * np.array([*body.skull[:2, 2], 0])
         z = min(z_head - .002, spine_z - .003) if body.skull[2, 2] > 0 else max(z_head, spine_z) + .001
         z_ear = max(z_ear, z + .001)
-        shapes.append(Shape(z, HEAD, c["hair"], capsule(back, end, .86 * r, .7 * r)))
+        shapes.append(Shape(z, HEAD, c["hair"], capsule(back, back - 1.35 * up, .86 * r, .7 * r)))
     for ear in ("left_ear", "right_ear"):
-        facing = body.skull[2] @ FACE[ear]
-        up = .22 * r * np.array([*body.skull[:2, 1], 0])
-        z = z_ear if facing > SHOWS[ear] else z_head - .001
+        z = z_ear if body.skull[2] @ FACE[ear] > SHOWS[ear] else z_head - .001
         dark = tuple(int(.86 * value) for value in c["skin"])
-        shapes.append(Shape(z, HEAD, dark, capsule(at[ear] - .5 * up, at[ear] + .5 * up, .17 * r, .2 * r)))
-    if body.skull[2] @ FACE["nose"] > -.3:
-        tip = at["nose"]
-        bridge = tip + .22 * r * np.array([*body.skull[:2, 1], 0])
-        warm = tuple(int(scale * value) for scale, value in zip((.97, .8, .76), c["skin"]))
-        behind = body.skull[2] @ FACE["nose"] < 0
-        shapes.append(Shape(z_head + (-.001 if behind else .003), HEAD, warm, capsule(bridge, tip, .09 * r, .15 * r)))
-    return sorted(shapes, key=lambda shape: shape.z)
+        shapes.append(Shape(z, HEAD, dark, capsule(at[ear] - .11 * up, at[ear] + .11 * up, .17 * r, .2 * r)))
+    z = z_head + (.003 if body.skull[2] @ FACE["nose"] > 0 else -.001)
+    warm = tuple(int(scale * value) for scale, value in zip((.97, .8, .76), c["skin"]))
+    shapes.append(Shape(z, HEAD, warm, capsule(at["nose"] + .22 * up, at["nose"], .09 * r, .15 * r)))
+    return shapes
 
 
-# -------------------------------------------------------------------------------------------------------------- drawing
+# --------------------------------------------------------------------------------------------- drawing
 @dataclass
 class Thing:
     """An object without joints: clutter behind the people, or something that hides a part of them."""
@@ -417,8 +423,9 @@ def textures() -> list[Image.Image]:
         picture = Image.fromarray(np.uint8(255 * clouds))
         if kind == 4:
             pen = ImageDraw.Draw(picture)
-            for px, py, r, shade in zip(*rng.uniform(-10, 522, (2, 350)), rng.uniform(5, 22, 350), rng.integers(0, 256, 350)):
-                pen.polygon(capsule((px, py), (px + r, py + rng.uniform(-r, r)), r * .5, 1), fill=int(shade))
+            for px, py, r, drop in rng.uniform((-10, -10, 5, -1), (522, 522, 22, 1), (350, 4)):
+                leaf = capsule((px, py), (px + r, py + drop * r), r * .5, 1)
+                pen.polygon(leaf, fill=int(rng.integers(0, 256)))
         bank.append(picture)
     return bank
 
@@ -534,8 +541,7 @@ def thing_outline(t: Thing, scale: float) -> list:
     return [(t.x + c * x - s * y, t.y + s * x + c * y) for x, y in points]
 
 
-# ----------------------------------------------------------------------------------------------------------- annotation
-SHOWS = {"nose": -.15, "left_eye": .1, "right_eye": .1, "left_ear": -.25, "right_ear": -.25}     # least z of FACE
+# ------------------------------------------------------------------------------------------ annotation
 AROUND = np.array([(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)])                              # nine pixels
 CARRIES = np.zeros((len(JOINTS), FIRST), bool)                                                   # joint, part
 for _name, _parts in SEEN_ON.items():
@@ -582,7 +588,7 @@ def box_of(mask: np.ndarray) -> list[int]:
     return [int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)]
 
 
-# --------------------------------------------------------------------------------------------------------------- scenes
+# ---------------------------------------------------------------------------------------------- scenes
 SKIN = [(245, 214, 190), (232, 190, 160), (205, 155, 120), (165, 115, 82), (125, 82, 56), (88, 58, 42)]
 HAIR = [(28, 22, 20), (62, 40, 26), (104, 66, 36), (196, 156, 84), (150, 70, 36), (150, 150, 150)]
 
@@ -599,8 +605,8 @@ def sample_person(rng: np.random.Generator, camera: float) -> Person:
     skin, hair = (table[rng.integers(len(table))] for table in (SKIN, HAIR))
     if sum(map(abs, np.subtract(skin, hair))) < 110:                # hair must stand out from skin
         hair = HAIR[3] if sum(skin) < 320 else HAIR[0]
-    yaw = rng.choice([0, 180, 90, -90, 45, -45, 135, -135], p=[.3, .14, .1, .1, .12, .12, .06, .06]) + rng.normal(0, 14)
-    return Person(0, 0, 1, yaw=yaw, lean=rng.normal(0, 4), camera=camera, pose=sample_pose(rng),
+    yaw = rng.choice([0, 180, 90, -90, 45, -45, 135, -135], p=[.3, .14, .1, .1, .12, .12, .06, .06])
+    return Person(0, 0, 1, yaw=yaw + rng.normal(0, 14), lean=rng.normal(0, 4), camera=camera, pose=sample_pose(rng),
                   build=float(np.clip(rng.normal(1.05, .14), .8, 1.4)), child=child,
                   colours=dict(skin=skin, hair=hair, shirt=any_colour(rng), legs=any_colour(rng, (.1, .8), (.15, .8)),
                                shoes=any_colour(rng, (0, .6), (.1, .95))),
@@ -609,21 +615,21 @@ def sample_person(rng: np.random.Generator, camera: float) -> Person:
                   long_hair=bool(rng.random() < .3), bald=bool(rng.random() < .06))
 
 
-def place(rng, person: Person, size: int, share: float, slot: tuple[float, float], horizon: float, cut: bool) -> Person:
-    """Scale so that the figure covers `share` of the image's height and stand it on the floor inside slot."""
-    body = joints_of(person)
-    rows = [point[1] for name, point in body.at.items() if name[-3:] in ("kle", "toe", "top", "ips", "lar")]
+def place(rng, person: Person, size: int, share: float, span: tuple, horizon: float, cut: bool = False) -> Person:
+    """Scale the figure to `share` of the image's height and stand it on the floor, pelvis within `span` columns.
+
+    The bigger, the nearer, the lower its feet; `cut` pushes it over the lower border or to the left or right one.
+    """
+    rows = [row for name, (_, row, _) in joints_of(person).at.items() if name.endswith(("ankle", "toe", "top", "hip"))]
     extent = max(rows) - min(rows) + .03
     height = min(share * size / extent, 1.25 * size)
-    drawn = height * extent
-    ground = horizon + (size * .97 - horizon) * min(1, drawn / (.9 * size)) ** .8 + rng.normal(0, .02 * size)
-    x = rng.uniform(*slot)
-    if cut:
-        if rng.random() < .6:
-            ground += rng.uniform(.15, .5) * drawn
-        else:
-            x = rng.choice([0, size]) + rng.normal(0, .06 * size)
-    return replace(person, x=x, ground=min(ground, size * .99) if not cut else ground, height=height)
+    near = min(1, height * extent / (.9 * size)) ** .8
+    x, ground = rng.uniform(*span), min(horizon + (.97 * size - horizon) * near + rng.normal(0, .02 * size), .99 * size)
+    if cut and rng.random() < .6:
+        ground += rng.uniform(.15, .5) * height * extent
+    elif cut:
+        x = rng.choice([0, size]) + rng.normal(0, .06 * size)
+    return replace(person, x=x, ground=ground, height=height)
 
 
 def sample_thing(rng, size: int, x: float, y: float, scale: float) -> Thing:
@@ -645,59 +651,65 @@ def sample_scene(rng: np.random.Generator, size: int, people: int, crowd: bool =
     layers: list = [sample_thing(rng, size, *rng.uniform(0, size, 2), size * rng.uniform(.08, .32))
                     for _ in range(rng.integers(0, 5))]
     if group:
-        x, scale = rng.uniform(.2, .8) * size, rng.uniform(.09, .15)
-        layers.append(Group([place(rng, sample_person(rng, camera), size, scale, (x - .12 * size, x + .12 * size), horizon, False)
-                             for _ in range(rng.integers(5, 9))]))
-    standing = []
-    slots = rng.permutation(people)
-    for k in range(people):
-        width = size / people
-        slot = (width * (slots[k] + .15), width * (slots[k] + .85)) if not crowd else (.15 * size, .85 * size)
-        share = (.2 + .75 * rng.beta(*((2.4, 1.6) if people == 1 else (2., 2.)))) if not crowd else rng.uniform(.3, .75)
-        standing.append(place(rng, sample_person(rng, camera), size, share, slot, horizon, rng.random() < .2))
+        x, share, number = rng.uniform(.2, .8) * size, rng.uniform(.09, .15), rng.integers(5, 9)
+        span = (x - .12 * size, x + .12 * size)
+        layers.append(Group([place(rng, sample_person(rng, camera), size, share, span, horizon) for _ in range(number)]))
+    standing, slots = [], rng.permutation(people)
+    for slot in slots:
+        if crowd:
+            span, share = (.15 * size, .85 * size), rng.uniform(.3, .75)
+        else:
+            span = (size * (slot + .15) / people, size * (slot + .85) / people)
+            share = .2 + .75 * (rng.beta(2.4, 1.6) if people == 1 else rng.beta(2, 2))
+        standing.append(place(rng, sample_person(rng, camera), size, share, span, horizon, rng.random() < .2))
     for person in sorted(standing, key=lambda person: person.ground):
-        if 60 < person.pose[14] and 60 < person.pose[17]:           # both thighs level: give it something to sit on
+        if min(person.pose[14], person.pose[17]) > 60:               # both thighs level: something to sit on
             layers.append(seat(rng, person))
         layers.append(person)
         if rng.random() < (.1 if crowd else .2):
-            x, y = person.x + rng.normal(0, .12) * person.height, person.ground - rng.uniform(.0, .6) * person.height
+            x, y = person.x + rng.normal(0, .12) * person.height, person.ground - rng.uniform(0, .6) * person.height
             layers.append(sample_thing(rng, size, x, y, person.height * rng.uniform(.2, .42)))
-    angle = rng.uniform(-2.6, -.5)
+    angle, seed = rng.uniform(-2.6, -.5), int(rng.integers(2 ** 31))
     finish = (rng.uniform(0, 5), max(0., rng.uniform(-.9, .8)), rng.uniform(.8, 1.12))
-    return Scene(size, int(rng.integers(2 ** 31)), (math.cos(angle), math.sin(angle)), horizon, walls, layers, finish)
+    return Scene(size, seed, (math.cos(angle), math.sin(angle)), horizon, walls, layers, finish)
 
 
 def seat(rng, person: Person) -> Thing:
     """A box from under the hips to the floor, drawn behind the person."""
-    hips = joints_of(person).at["pelvis"]
-    h = person.ground - hips[1] - .05 * person.height
-    return Thing("box", hips[0], person.ground - h / 2, person.height * rng.uniform(.26, .4), h, 0., any_colour(rng, (.1, .6)))
+    x, y, _ = joints_of(person).at["pelvis"]
+    h = person.ground - y - .05 * person.height
+    return Thing("box", x, person.ground - h / 2, person.height * rng.uniform(.26, .4), h, 0., any_colour(rng, (.1, .6)))
 
 
 def split_scene(size: int, seed: int, split: str, index: int) -> tuple[Canvas, list[dict]]:
-    """Scene `index` of a split, drawn, and its people. Depends on nothing else, so any worker may make it.
-
-    People of whom too little is left to be told are taken out of the scene, and it is drawn again.
-    """
+    """Scene `index` of a split, drawn, and its people. Depends on nothing else, so any worker may make it."""
     rng = np.random.default_rng([seed, ["train", "val", "crowd"].index(split), index])
     if split == "crowd":
-        scene = sample_scene(rng, size, int(rng.integers(4, 11)), crowd=True)
+        while True:
+            canvas, found = without_lost(sample_scene(rng, size, int(rng.integers(4, 11)), crowd=True), least=3)
+            if len(found) >= 4:
+                break
     else:
-        scene = sample_scene(rng, size, int(rng.choice(5, p=[.04, .40, .30, .17, .09])), group=rng.random() < .05)
-    while True:
-        canvas = Canvas(scene)
-        found = annotate(canvas)
-        kept = iter([(person["joints"][:17, 2] == 2).sum() >= (3 if split == "crowd" else 4) for person in found])
-        layers = [layer for layer in scene.layers if not isinstance(layer, Person) or next(kept)]
-        if len(layers) == len(scene.layers):
-            break
-        scene = replace(scene, layers=layers)
+        people, group = int(rng.choice(5, p=[.04, .40, .30, .17, .09])), rng.random() < .05
+        canvas, found = without_lost(sample_scene(rng, size, people, group=group), least=4)
     for person in found:                                             # annotators forget some
         person["joints"][rng.random(len(JOINTS)) < .03] = 0
     return canvas, found
 
 
-# --------------------------------------------------------------------------------------------------------------- motion
+def without_lost(scene: Scene, least: int) -> tuple[Canvas, list[dict]]:
+    """The scene drawn, after people of whom fewer than `least` COCO joints are seen have been taken out."""
+    while True:
+        canvas = Canvas(scene)
+        found = annotate(canvas)
+        seen = iter([(person["joints"][:17, 2] == 2).sum() for person in found])
+        layers = [layer for layer in scene.layers if not isinstance(layer, Person) or next(seen) >= least]
+        if len(layers) == len(scene.layers):
+            return canvas, found
+        scene = replace(scene, layers=layers)
+
+
+# ---------------------------------------------------------------------------------------------- motion
 def sample_motion(rng: np.random.Generator, person: Person) -> dict:
     """How one person moves: a second pose it swings to and back, steps and turns per frame."""
     a, b = person.pose, person.pose.copy()
@@ -709,8 +721,9 @@ def sample_motion(rng: np.random.Generator, person: Person) -> dict:
         b[[9, 13]] = b[[9, 13]].clip(0, 140)                                        # elbows bend one way only
         b[14:] += 0 if sits else rng.normal(0, [3, 3, 0] * 2)
     speed = 0. if sits else rng.uniform(.015, .04) if walks else rng.normal(0, .004)
-    return dict(pose=b, period=rng.uniform(10, 20), phase=rng.uniform(0, 2 * math.pi), turn=0 if sits else rng.normal(0, 1.5),
-                step=speed * person.height * (math.sin(math.radians(person.yaw)) if walks else 1.))
+    sideways = math.sin(math.radians(person.yaw)) if walks else 1.
+    return dict(pose=b, period=rng.uniform(10, 20), phase=rng.uniform(0, 2 * math.pi),
+                turn=0. if sits else rng.normal(0, 1.5), step=speed * person.height * sideways)
 
 
 def sample_clip(rng: np.random.Generator, size: int):
@@ -739,7 +752,7 @@ def sample_clip(rng: np.random.Generator, size: int):
     return at
 
 
-# --------------------------------------------------------------------------------------------------------------- styles
+# ---------------------------------------------------------------------------------------------- styles
 def gray(picture: Image.Image) -> np.ndarray:
     return np.asarray(picture.convert("L"), np.float32)
 
@@ -755,7 +768,8 @@ def pencil(canvas: Canvas) -> Image.Image:
     light = gray(canvas.picture)
     soft = gray(canvas.picture.filter(ImageFilter.GaussianBlur(4)))
     y, x = np.mgrid[:canvas.side, :canvas.side]
-    paper = 240 - 2.2 * (soft - light).clip(0, 80) - 45 * ((x + y) % 7 < 2) * (soft < 110) - 45 * ((x - y) % 7 < 2) * (soft < 65)
+    hatching = ((x + y) % 7 < 2) & (soft < 110), ((x - y) % 7 < 2) & (soft < 65)
+    paper = 240 - 2.2 * (soft - light).clip(0, 80) - 45. * hatching[0] - 45. * hatching[1]
     return Image.fromarray(np.uint8(np.where(contours(canvas, 3), 60, paper).clip(20, 255))).convert("RGB")
 
 
@@ -787,8 +801,8 @@ def oil(canvas: Canvas) -> Image.Image:
 
 def woodcut(canvas: Canvas) -> Image.Image:
     """Two tones: darker or lighter than the surroundings."""
-    dark = gray(canvas.picture.filter(ImageFilter.GaussianBlur(1))) < gray(canvas.picture.filter(ImageFilter.GaussianBlur(14)))
-    dark |= contours(canvas, 3)
+    here, around = (gray(canvas.picture.filter(ImageFilter.GaussianBlur(radius))) for radius in (1, 14))
+    dark = (here < around) | contours(canvas, 3)
     return Image.fromarray(np.where(dark[..., None], np.uint8([45, 25, 20]), np.uint8([235, 205, 160])))
 
 
@@ -802,7 +816,7 @@ def heat(canvas: Canvas) -> Image.Image:
 STYLES = (pencil, flat, halftone, inverted, oil, woodcut, heat)
 
 
-# -------------------------------------------------------------------------------------------------------------- writing
+# --------------------------------------------------------------------------------------------- writing
 # Each maker draws one image or clip, saves it under `folder`, and returns what the annotation files need of it.
 
 def save(picture: Image.Image, path: Path):
@@ -818,16 +832,17 @@ def flat_list(joints: np.ndarray, names: list, most: int = 2) -> list:
 def coco_annotations(image_id: int, canvas: Canvas, found: list[dict]) -> list[dict]:
     """People, then the far group as one `iscrowd` region: its box, also as a run-length mask."""
     result = [dict(image_id=image_id, category_id=1, iscrowd=0, bbox=person["bbox"], area=person["area"],
-                   keypoints=flat_list(person["joints"], COCO), num_keypoints=int((person["joints"][:17, 2] > 0).sum()))
-              for person in found]
+                   keypoints=flat_list(person["joints"], COCO),
+                   num_keypoints=int((person["joints"][:17, 2] > 0).sum())) for person in found]
     x, y, w, h = box_of(canvas.id_map() == GROUP)
     if w:
         mask = np.zeros((canvas.scene.size,) * 2, bool)
         mask[y:y + h, x:x + w] = True
         edges = np.flatnonzero(np.diff(mask.T.reshape(-1), prepend=False))
         runs = np.diff(edges, prepend=0, append=mask.size).tolist()  # outside, inside, ..., column by column
-        result.append(dict(image_id=image_id, category_id=1, iscrowd=1, bbox=[x, y, w, h], area=w * h, num_keypoints=0,
-                           keypoints=[0] * 51, segmentation=dict(counts=runs, size=[canvas.scene.size] * 2)))
+        result.append(dict(image_id=image_id, category_id=1, iscrowd=1, bbox=[x, y, w, h], area=w * h,
+                           keypoints=[0] * 51, num_keypoints=0,
+                           segmentation=dict(counts=runs, size=[canvas.scene.size] * 2)))
     return result
 
 
@@ -880,10 +895,13 @@ def make_crowd(folder: Path, size: int, seed: int, job: tuple[str, int]) -> tupl
     canvas, found = split_scene(size, seed, "crowd", job[1])
     image = dict(id=job[1] + 1, file_name=f"{job[1] + 1}.jpg", width=size, height=size)
     save(develop(canvas.picture, canvas.scene), folder / "images" / image["file_name"])
-    people = [dict(image_id=image["id"], category_id=1, iscrowd=0, bbox=person["bbox"],
-                   keypoints=flat_list(person["joints"], CROWDPOSE[:12]) + flat_list(person["joints"], CROWDPOSE[12:], 1),
-                   num_keypoints=int((person["joints"][5:17, 2] > 0).sum())) for person in found]
-    return ((image, coco_annotations(image["id"], canvas, found)), ({**image, "crowdIndex": crowd_index(people)}, people))
+    people = []
+    for person in found:
+        limbs, head = flat_list(person["joints"], CROWDPOSE[:12]), flat_list(person["joints"], CROWDPOSE[12:], 1)
+        people.append(dict(image_id=image["id"], category_id=1, iscrowd=0, bbox=person["bbox"], keypoints=limbs + head,
+                           num_keypoints=sum(v > 0 for v in limbs[2::3])))
+    crowded = {**image, "crowdIndex": crowd_index(people)}
+    return (image, coco_annotations(image["id"], canvas, found)), (crowded, people)
 
 
 def finish_crowd(folder: Path, results: dict):
@@ -900,23 +918,21 @@ def make_clip(folder: Path, size: int, seed: int, job: tuple[str, int]) -> int:
     rng = np.random.default_rng([seed, 10 + (split == "val"), index])
     clip, exposure = sample_clip(rng, size), max(0., rng.uniform(-.2, .6))
     video = f"{index + 1 + 9000 * (split == 'val'):06d}"
-    place_ = f"images/{split}/{video}_puppets"
-    (folder / place_).mkdir()
+    shots = f"images/{split}/{video}_puppets"
+    (folder / shots).mkdir()
     images, annotations = [], []
     for t in range(FRAMES):
         canvas = Canvas(clip(t))
-        blurred = [Canvas(clip(t + exposure * shift)).picture for shift in (-.5, .5) if exposure]
-        picture = Image.blend(canvas.picture, Image.blend(*blurred, .5), .6) if blurred else canvas.picture
-        name, number = f"{place_}/{t:06d}.jpg", int(f"1{video}{t:04d}")
-        save(develop(picture, canvas.scene), folder / name)
-        labelled = 0 < t < FRAMES - 1
-        x, y, w, h = box_of(canvas.id_map() == GROUP)
-        images.append(dict(id=number, frame_id=number, vid_id=video, nframes=FRAMES, is_labeled=labelled, file_name=name,
-                           width=size, height=size, has_no_densepose=True,
-                           ignore_regions_x=[[x, x + w, x + w, x]] if w else [], ignore_regions_y=[[y, y, y + h, y + h]] if w else []))
-        for track, person in enumerate(annotate(canvas) if labelled else ()):
+        picture = canvas.picture
+        if exposure:
+            before, after = (Canvas(clip(t + shift * exposure)).picture for shift in (-.5, .5))
+            picture = Image.blend(picture, Image.blend(before, after, .5), .6)
+        image = posetrack_image(f"{shots}/{t:06d}.jpg", video, t, size, box_of(canvas.id_map() == GROUP))
+        save(develop(picture, canvas.scene), folder / image["file_name"])
+        images.append(image)
+        for track, person in enumerate(annotate(canvas) if image["is_labeled"] else ()):
             if (person["joints"][:, 2] == 2).sum() >= 3:
-                annotations.append(posetrack_person(number, track, person))
+                annotations.append(posetrack_person(image["id"], track, person))
     category = dict(supercategory="person", id=1, name="person", skeleton=COCO_EDGES,
                     keypoints=["nose", "head_bottom", "head_top", *POSETRACK[3:]])
     content = dict(images=images, annotations=annotations, categories=[category])
@@ -924,13 +940,22 @@ def make_clip(folder: Path, size: int, seed: int, job: tuple[str, int]) -> int:
     return len(annotations)
 
 
+def posetrack_image(file_name: str, video: str, t: int, size: int, group: list[int]) -> dict:
+    """The far group's box, if there is one, is a polygon to ignore."""
+    number, (x, y, w, h) = int(f"1{video}{t:04d}"), group
+    return dict(id=number, frame_id=number, vid_id=video, nframes=FRAMES, is_labeled=0 < t < FRAMES - 1,
+                file_name=file_name, width=size, height=size, has_no_densepose=True,
+                ignore_regions_x=[[x, x + w, x + w, x]] if w else [],
+                ignore_regions_y=[[y, y, y + h, y + h]] if w else [])
+
+
 def posetrack_person(image_id: int, track: int, person: dict) -> dict:
     joints, body = person["joints"].copy(), person["body"]
-    joints[3:5] = 0                                                  # ears: rows 3 and 4, as in POSETRACK
+    joints[[INDEX["left_ear"], INDEX["right_ear"]]] = 0
     (x, y), r = body.at["head"][:2] + .5, body.head_radius
-    return dict(id=image_id * 100 + track, image_id=image_id, track_id=track, category_id=1, iscrowd=False, scores=[],
-                bbox=person["bbox"], bbox_head=[round(value, 1) for value in (x - .9 * r, y - r, 1.8 * r, 2 * r)],
-                keypoints=flat_list(joints, POSETRACK, 1))
+    head = [round(float(value), 1) for value in (x - .9 * r, y - r, 1.8 * r, 2 * r)]
+    return dict(id=image_id * 100 + track, image_id=image_id, track_id=track, category_id=1, iscrowd=False,
+                scores=[], bbox=person["bbox"], bbox_head=head, keypoints=flat_list(joints, POSETRACK, 1))
 
 
 PARTS = {  # part: folders, what makes one image or clip, what writes the files that hold all of them
@@ -986,7 +1011,8 @@ def is_made(target: Path, meta: dict) -> bool:
         found = json.loads((target / "dataset.json").read_text())
     except (OSError, ValueError):
         raise UserError(f"{target} is not a puppets dataset: move it away, or choose another folder") from None
-    different = [f"{name} {found.get(name)} instead of {value}" for name, value in meta.items() if found.get(name) != value]
+    different = [f"{name} {found.get(name)} instead of {value}" for name, value in meta.items()
+                 if found.get(name) != value]
     if different:
         raise UserError(f"{target} was made with {', '.join(different)}: delete that folder, or choose another root")
     return True
@@ -1021,7 +1047,7 @@ def run_jobs(make_one, counts: dict, workers: int | None, title) -> dict[str, li
     return {split: [result for job, result in zip(jobs, results) if job[0] == split] for split in counts}
 
 
-# -------------------------------------------------------------------------------------------------------------- preview
+# --------------------------------------------------------------------------------------------- preview
 def preview(folder: Path, path: Path, columns: int = 4, rows: int = 3, zoom: int = 3):
     """Contact sheet of a made part: seen joints filled, hidden ones hollow, left orange, right blue."""
     tiles = []
@@ -1054,12 +1080,15 @@ def draw_annotation(pen: ImageDraw.ImageDraw, person: dict, names: list, zoom: i
     joints = {name: ((x + .5) * zoom, (y + .5) * zoom, v) for name, (x, y, v)
               in zip(names, np.reshape(person["keypoints"], (-1, 3))) if v}
     for a, b in COCO_EDGES:
-        if (ends := [COCO[a - 1], COCO[b - 1]])[0] in joints and ends[1] in joints:
+        ends = [COCO[a - 1], COCO[b - 1]]
+        if joints.keys() >= set(ends):
             sides = {name[:4] for name in ends} & {"left", "righ"}
-            pen.line([joints[name][:2] for name in ends], fill=COLOURS[sides.pop()] if len(sides) == 1 else "yellow")
+            colour = COLOURS[sides.pop()] if len(sides) == 1 else "yellow"
+            pen.line([joints[name][:2] for name in ends], fill=colour)
     for name, (x, y, v) in joints.items():
         colour = COLOURS.get(name[:4], "yellow")
-        pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour if v == 2 else None, outline=colour)
+        seen = v == 2 or "track_id" in person                        # PoseTrack does not say what is hidden
+        pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour if seen else None, outline=colour)
 
 
 COLOURS = {"left": "orange", "righ": "dodgerblue"}
