@@ -26,7 +26,7 @@ Labels   v = 2 seen, 1 inside the image but hidden (own body, others, objects), 
          `bbox` and `area` come from the pixels of the person that are seen. People have no `segmentation`.
 
     python -m data.puppets --part coco                     makes data/puppets/coco (train 4,000, val 500 images)
-    python -m data.puppets --part coco --preview sheet.png a contact sheet with the annotation drawn on it
+    python -m data.puppets --part crowd --preview sheet.png  and a contact sheet with the annotation drawn on it
 """
 from __future__ import annotations
 
@@ -655,11 +655,14 @@ def sample_scene(rng: np.random.Generator, size: int, people: int, crowd: bool =
         span = (x - .12 * size, x + .12 * size)
         layers.append(Group([place(rng, sample_person(rng, camera), size, share, span, horizon) for _ in range(number)]))
     standing, slots = [], rng.permutation(people)
+    packed = crowd and rng.random() < .5                             # some crowds are loose, for AP_E of CrowdPose
     for slot in slots:
-        if crowd:
+        span = (size * (slot + .15) / people, size * (slot + .85) / people)
+        if packed:
             span, share = (.15 * size, .85 * size), rng.uniform(.3, .75)
+        elif crowd:
+            share = rng.uniform(.22, .45)
         else:
-            span = (size * (slot + .15) / people, size * (slot + .85) / people)
             share = .2 + .75 * (rng.beta(2.4, 1.6) if people == 1 else rng.beta(2, 2))
         standing.append(place(rng, sample_person(rng, camera), size, share, span, horizon, rng.random() < .2))
     for person in sorted(standing, key=lambda person: person.ground):
@@ -1018,14 +1021,14 @@ def is_made(target: Path, meta: dict) -> bool:
     return True
 
 
-def remove_stale(root: Path, hours: float = 1.):
+def remove_stale(root: Path):
     """Delete what killed runs left: temporary folders in which nothing has been written for an hour."""
     for folder in root.glob(".*.tmp"):
         try:
             newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")) if path.is_dir())
         except (OSError, ValueError):                                # it vanished meanwhile
             continue
-        if time.time() - newest > 3600 * hours:
+        if time.time() - newest > 3600:
             shutil.rmtree(folder, ignore_errors=True)
 
 
