@@ -1190,6 +1190,12 @@ def input_image(image: Image.Image, size: int) -> Tensor:
     return transforms.to_tensor(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
+def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config) -> dict:
+    """RGB pictures of any size → what `predict` takes."""
+    return dict(images=torch.stack([input_image(picture, cfg.size) for picture in pictures]), image_ids=image_ids,
+                sizes_px=[picture.size for picture in pictures])
+
+
 class EvalImages(torch.utils.data.Dataset):
     """Item i is (tensor (3, size, size), image id, (w, h) px, message); without an id where the file is unreadable."""
 
@@ -1219,7 +1225,7 @@ def evaluate(model: DETRPose, data: PoseDataset, cfg: Config, ranks: runtime.Ran
     """
     mine = list(range(ranks.rank, len(data), ranks.world))
     loader = DataLoader(torch.utils.data.Subset(EvalImages(data, cfg.size), mine), cfg.eval_batch,
-                        num_workers=cfg.workers, collate_fn=collate)
+                        num_workers=cfg.workers, collate_fn=collate, worker_init_fn=runtime.ignore_signals)
     fast, found = fuse(model), []
     for images, ids, sizes, messages in tqdm(loader, "evaluate", disable=ranks.rank > 0, leave=False, dynamic_ncols=True):
         predictions = predict(fast, dict(images=images, image_ids=ids, sizes_px=sizes))
@@ -1310,7 +1316,8 @@ def train(cfg: Config, args) -> None:
     for epoch in range(at["epoch"], cfg.epochs):
         todo = runtime.epoch_batches(len(data), micro, cfg.seed, epoch, ranks)[at["batch"]:per_epoch]
         loader = DataLoader(TrainImages(data, cfg, epoch), batch_sampler=todo, num_workers=cfg.workers,
-                            collate_fn=collate, pin_memory=ranks.device.type == "cuda")
+                            collate_fn=collate, worker_init_fn=runtime.ignore_signals,
+                            pin_memory=ranks.device.type == "cuda")
         bar = tqdm(loader, f"epoch {epoch + 1}/{cfg.epochs}", per_epoch, initial=at["batch"],
                    disable=ranks.rank > 0, dynamic_ncols=True)
         net.train()

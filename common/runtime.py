@@ -29,6 +29,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
+
+from common import draw
 
 AMP = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ConfigT = TypeVar("ConfigT")
@@ -309,14 +312,19 @@ def load_checkpoint(path: Path) -> dict:
     """
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
+    content = read_own(path)
+    if content is None:
+        raise UserError(f"{path} is no checkpoint of ours, or it is cut short or damaged")
+    return content
+
+
+def read_own(path: Path) -> dict | None:
+    """A checkpoint of ours, or None if the file is something else (released weights, a damaged file)."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                  # torch raises many kinds for a damaged file
-        reason = str(error).split("\n")[0][:120]
-        raise UserError(f"{path} is damaged or no checkpoint of ours ({reason})") from None
-    if not isinstance(content, dict) or "method" not in content:
-        raise UserError(f"{path} is no checkpoint of ours: it does not name its method")
-    return content
+    except Exception:                                           # whoever reads it next says what it is
+        return None
+    return content if isinstance(content, dict) and "method" in content else None
 
 
 def states(parts: dict) -> dict:
@@ -341,6 +349,12 @@ def numbers(text: str) -> list[float] | None:
         return [float(word) for word in text.split(",")] if text else None
     except ValueError:
         raise UserError(f"expected numbers with commas between them, got {text!r}") from None
+
+
+def ignore_signals(worker: int) -> None:
+    """For loader processes: Ctrl-C and SIGTERM reach them too, but it is the loop that has to end in order."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def find_last(where: str) -> Path:

@@ -1,0 +1,217 @@
+"""Evaluate a checkpoint of any method on a dataset, or draw its predictions on pictures.
+
+    python eval.py runs/<run>/best.pt                           the dataset that it was trained for
+    python eval.py runs/<run>/best.pt --data puppets --split ood
+    python eval.py runs/<run>/best.pt --data data/coco          another dataset
+    python eval.py best.pt --images photo.jpg folder/ clip.gif  draws people, writes COCO results
+    python eval.py detrpose-l --images photo.jpg                released weights by name, fetched once
+    python eval.py detrpose_hgnetv2_l.pth --data data/coco      released weights from a file
+    torchrun --nproc_per_node=8 eval.py detrpose-l --data data/coco
+
+A checkpoint of ours names its method and size; a released one is recognised by its tensors.
+"""
+import argparse
+import importlib
+import json
+import time
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from PIL import Image, ImageSequence
+from torch import nn
+from tqdm import tqdm
+
+from common import draw, metrics, runtime, weights
+from common.datasets import BadImage, Prediction, default_splits, load_image, open_dataset
+from common.runtime import UserError
+
+METHODS = ("detrpose",)
+SKELETON_OF = {17: "coco", 14: "crowdpose"}            # of released weights, by their number of keypoints
+PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Which model
+# ---------------------------------------------------------------------------------------------------------
+
+
+def load_model(source: str, method: str, preset: str) -> tuple[ModuleType, nn.Module, str]:
+    """A run's checkpoint, a released file or a released name → (method module, model, dataset it was trained for).
+
+    Raises UserError when there is no such file or name, when it cannot be read, or when no method has such tensors.
+    """
+    path = Path(source)
+    if not path.exists():
+        if path.suffix:
+            raise UserError(f"there is no checkpoint {source}")
+        path = weights.fetch(source)
+        method = method or weights.RELEASES[source].method
+        if not method:
+            raise UserError(f"{source} are weights to start from, for --init; they find no poses by themselves")
+    path = runtime.find_last(str(path))
+    saved = runtime.read_own(path)
+    return from_run(saved, method, preset, path) if saved else from_release(path, method, preset)
+
+
+def from_run(saved: dict, method: str, preset: str, path: Path) -> tuple[ModuleType, nn.Module, str]:
+    for name, wanted in dict(method=method, preset=preset).items():
+        if wanted and wanted != saved[name]:
+            raise UserError(f"{path} holds {name} {saved[name]}, not {wanted}: leave --{name} out")
+    if saved["method"] not in METHODS:
+        raise UserError(f"{path} is of method {saved['method']}; known are {', '.join(METHODS)}")
+    module = importlib.import_module(saved["method"])
+    model = module.build(saved["preset"], saved["skeleton"], **saved["config"])
+    average = {name[len("module."):]: value for name, value in saved.get("ema", {}).items() if name.startswith("module.")}
+    weights.load_strict(model, average or saved["model"], {})
+    return module, model, saved["config"]["data"]
+
+
+def from_release(path: Path, method: str, preset: str) -> tuple[ModuleType, nn.Module, str]:
+    state = weights.load_tensors(path)
+    if method and method not in METHODS:
+        raise UserError(f"there is no method {method}: choose from {', '.join(METHODS)}")
+    for name in [method] if method else METHODS:
+        module = importlib.import_module(name)
+        found = module.recognise(state)
+        if found:
+            break
+    else:
+        raise UserError(f"{path} has no tensors of {method or ', '.join(METHODS)}: "
+                        "weights to start from belong to --init of a method")
+    own_preset, keypoints = found
+    if keypoints not in SKELETON_OF:
+        raise UserError(f"{path} has {keypoints} keypoints; released weights have {sorted(SKELETON_OF)}")
+    if preset and preset not in module.PRESETS:
+        raise UserError(f"there is no preset {preset}: choose from {', '.join(module.PRESETS)}")
+    model = module.build(preset or own_preset, SKELETON_OF[keypoints])
+    weights.load_strict(model, module.convert_official(state, model.cfg), {})
+    print(f"{path}: {name}, preset {preset or own_preset}, {keypoints} keypoints")
+    return module, model, ""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A dataset
+# ---------------------------------------------------------------------------------------------------------
+
+
+def evaluate_dataset(module: ModuleType, model: nn.Module, args: argparse.Namespace, ranks: runtime.Ranks) -> None:
+    """Print the table of metrics, errors per keypoint and images per second; write results.json."""
+    with runtime.rank_zero_first(ranks):
+        data = open_dataset(args.data, args.split or default_splits(args.data)[1], model.skeleton,
+                            runtime.numbers(args.sigmas))
+    if ranks.rank == 0:
+        print(data.report())
+    start = time.perf_counter()
+    table, predictions = module.evaluate(model, data, model.cfg, ranks)
+    seconds = time.perf_counter() - start
+    if ranks.rank > 0:
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "results.json").write_text(json.dumps(metrics.to_results(predictions)))
+    draw.draw_predictions(data, predictions, count=12).save(args.out / "predictions.png")
+    print(metrics.format_table(metrics.keypoint_errors(predictions, data)))
+    print("(errors of the people found, as fractions of √area; close: OKS term of at least 0.5)\n")
+    print(metrics.format_table(table))
+    print(f"{len(data)} images in {seconds:.1f} s, {len(data) / seconds:.1f} a second with loading and metrics, on "
+          f"{ranks.world} x {ranks.device.type}; results.json and predictions.png are in {args.out}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------
+
+
+def find_pictures(paths: list[str]) -> list[Path]:
+    """Files, and the pictures of folders in the order of their names. Raises UserError if there are none."""
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"there is no picture or folder {path}")
+        found += sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES) if path.is_dir() else [path]
+    if not found:
+        raise UserError(f"no pictures in {', '.join(paths)}: looked for {', '.join(sorted(PICTURES))}")
+    return found
+
+
+def frames_of(path: Path) -> list[Image.Image]:
+    """The frames of a GIF, or the one picture of another file, upright and RGB. Raises BadImage."""
+    if path.suffix.lower() == ".gif":
+        with Image.open(path) as gif:
+            return [frame.convert("RGB") for frame in ImageSequence.Iterator(gif)]
+    return [load_image(path, rotate=True)]
+
+
+def draw_pictures(module: ModuleType, model: nn.Module, args: argparse.Namespace, device: torch.device) -> None:
+    """Draw the people of each picture into args.out; a GIF becomes a GIF, --gif joins everything into one."""
+    model = module.fuse(model).to(device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    results, everything, people, bad = [], [], 0, 0
+    pictures = find_pictures(args.images)
+    for path in tqdm(pictures, "pictures", dynamic_ncols=True, disable=len(pictures) == 1):
+        try:
+            frames = frames_of(path)
+        except (BadImage, OSError) as error:
+            tqdm.write(f"skipped: {error}")
+            bad += 1
+            continue
+        names = [path.name if len(frames) == 1 else f"{path.name}#{i}" for i in range(len(frames))]
+        predictions = [module.predict(model, module.to_batch([frame], [name], model.cfg))[0]
+                       for frame, name in zip(frames, names)]
+        confident = [keep_confident(p, args.threshold) for p in predictions]
+        drawn = [draw.draw_people(frame, p.keypoints, p.keypoint_scores, model.skeleton, p.boxes, p.scores)
+                 for frame, p in zip(frames, confident)]
+        if len(drawn) > 1:
+            draw.save_gif(drawn, args.out / path.name)
+        else:
+            drawn[0].save(args.out / f"{path.stem}.png")
+        everything += drawn if args.gif else []
+        people += sum(len(p.scores) for p in confident)
+        results += metrics.to_results(predictions)
+    if bad == len(pictures):
+        raise UserError(f"none of the {bad} pictures could be read")
+    if everything:
+        draw.save_gif(everything, args.out / "all.gif")
+    (args.out / "results.json").write_text(json.dumps(results))
+    print(f"{people} people of score {args.threshold:g} or more in {len(pictures) - bad} pictures; drawn into {args.out}")
+
+
+def keep_confident(p: Prediction, threshold: float) -> Prediction:
+    good = np.asarray(p.scores) >= threshold
+    return Prediction(p.image_id, p.keypoints[good], p.keypoint_scores[good], p.scores[good],
+                      None if p.boxes is None else p.boxes[good])
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a run's .pt file or folder, a released file, or a released name")
+    parser.add_argument("--method", default="", help=f"of a released file: {', '.join(METHODS)} (default: by its tensors)")
+    parser.add_argument("--preset", default="", help="of a released file (default: by its tensors)")
+    parser.add_argument("--data", default="", help="puppets or a dataset's folder (default: what it was trained for)")
+    parser.add_argument("--split", default="", help="val, test, train, ood or crowd (default: the papers' own)")
+    parser.add_argument("--sigmas", default="", help="OKS sigmas of your own keypoints, with commas")
+    parser.add_argument("--images", nargs="+", default=[], help="pictures, GIFs or folders to draw people on")
+    parser.add_argument("--threshold", type=float, default=0.5, help="smallest score that is drawn (default 0.5)")
+    parser.add_argument("--gif", action="store_true", help="also join the drawn pictures into all.gif")
+    parser.add_argument("--out", type=Path, default=Path("runs/eval"), help="folder for what is written")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    args = parser.parse_args()
+
+    ranks = runtime.init_distributed(args.device)
+    module, model, trained_for = load_model(args.checkpoint, args.method, args.preset)
+    model.to(ranks.device).eval()
+    if args.images:
+        draw_pictures(module, model, args, ranks.device)
+        return
+    args.data = args.data or trained_for
+    if not args.data:
+        raise UserError("these weights do not say what to evaluate them on: add --data FOLDER, or --images PICTURE")
+    evaluate_dataset(module, model, args, ranks)
+
+
+if __name__ == "__main__":
+    runtime.run_main(main)
