@@ -28,6 +28,7 @@ Type      out has the type of `value`; arithmetic is float32 (float64 for float6
           bfloat16 moves a point by up to 0.16 pixels on an 80-pixel level
 Outside   A point at x ≤ −1, y ≤ −1, x ≥ W or y ≥ H counts 0 and gets gradient 0. So does a NaN or infinite location.
 """
+import math
 import warnings
 from functools import lru_cache
 from typing import NamedTuple, Sequence
@@ -35,6 +36,9 @@ from typing import NamedTuple, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels.dispatch import choose, mode, tl, triton, use_triton
 
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")      # `products` needs no more than there is
 
@@ -49,15 +53,15 @@ def deform_attn_plain(value: Tensor, shapes: Sequence, locations: Tensor, weight
     locations, weights, points = by_point(locations, weights, points, len(shapes))
     batch, _, heads, dim = value.shape
     real = torch.float64 if value.dtype == torch.float64 else torch.float32
-    grid = (2 * locations.to(real) - 1).nan_to_num(nan=-9.0, posinf=9.0, neginf=-9.0)     # far outside: counts 0
+    grid = (2 * locations.to(real) - 1).transpose(1, 2).flatten(0, 1)                     # (B*M, Q, T, 2)
+    grid = grid.nan_to_num(nan=-9.0, posinf=9.0, neginf=-9.0)                             # far outside: counts 0
     weights = weights.to(real).transpose(1, 2).flatten(0, 1)                              # (B*M, Q, T)
     levels = value.to(real).split([height * width for height, width in shapes], 1)
-    out = 0
-    for level, (height, width), xy, weight in zip(levels, shapes, grid.split(points, 3), weights.split(points, 2)):
-        level = level.permute(0, 2, 3, 1).reshape(batch * heads, dim, height, width)
-        xy = xy.transpose(1, 2).flatten(0, 1)                                             # (B*M, Q, P, 2)
-        samples = F.grid_sample(level, xy, align_corners=False)                           # (B*M, d, Q, P)
-        out = out + (samples * weight[:, None]).sum(-1)                                   # eq. 3
+    samples = []
+    for level, (height, width), xy in zip(levels, shapes, grid.split(points, 2)):
+        level = level.flatten(2).transpose(1, 2).reshape(batch * heads, dim, height, width)
+        samples.append(F.grid_sample(level, xy, align_corners=False))                     # (B*M, d, Q, P)
+    out = (torch.cat(samples, -1) * weights[:, None]).sum(-1)                             # eq. 3
     return out.view(batch, heads * dim, -1).transpose(1, 2).to(value.dtype)               # (B, Q, M*d)
 
 
@@ -81,7 +85,7 @@ def by_point(locations: Tensor, weights: Tensor, points: Sequence | None, levels
 
 BLOCK = 2 ** 15         # points whose lists are held at once: 20 numbers of 4 bytes each per point
 CHUNK = 2 ** 13         # rows of d_value that the backward pass completes at once
-HALF, ZERO, ONE = torch.tensor(-0.5), torch.tensor(0.0), torch.tensor(1.0)
+ONE = torch.tensor(1.0)
 
 
 class Grid(NamedTuple):
@@ -137,9 +141,9 @@ class Block:
     def locate(self, locations: Tensor, image: Tensor):
         """Fill the lists from locations (k, M, T, 2); image (k, 1, 1) is the first row of each query's image."""
         grid, heads = self.grid, locations.shape[1]
-        xy = torch.addcmul(HALF, locations.movedim(-1, 0), grid.size, out=self.offset).nan_to_num_(nan=-9.0)
+        xy = torch.mul(locations.movedim(-1, 0), grid.size, out=self.offset).sub_(0.5).nan_to_num_(nan=-9.0)
         F.threshold_(xy, -1, -9)                                            # at −1 and below: outside, slope included
-        torch.clamp(xy, ZERO, grid.top, out=self.corner).trunc_()
+        torch.minimum(xy, grid.top, out=self.corner).clamp_(min=0).trunc_()
         torch.sub(xy.sub_(self.corner), grid.second, out=self.tents)
         tent_(self.tents)
         self.pixel.copy_(self.corner)
@@ -237,20 +241,22 @@ def slopes(offset: Tensor, grid: Grid) -> Tensor:
 
 
 def products(g: Tensor, table: Tensor, rows: Tensor) -> Tensor:
-    """<g[i], table[rows[:, i, t]]>: for rows (4, k, M, T) and g (k*M, d) the products of each point's corners, (4, k*M*T)."""
-    count = rows.shape[-1]
-    begin = torch.arange(0, rows[0].numel() + 1, count, dtype=rows.dtype, device=rows.device)
-    zeros = table.new_zeros(rows[0].numel())
-    size = (len(g), len(table))
-    wanted = [torch.sparse_csr_tensor(begin, r.view(-1), zeros, size, check_invariants=False) for r in rows]
-    return torch.stack([torch.sparse.sampled_addmm(entries, g, table.T, beta=0).values() for entries in wanted])
+    """<g[i], table[r]> for the rows r of bag i: for rows (4, k, M, T) and g (k*M, d) the result is (4, k*M*T)."""
+    begin = torch.arange(0, rows[0].numel() + 1, rows.shape[-1], dtype=rows.dtype, device=rows.device)
+    dots = table.new_zeros(4, rows[0].numel())
+    for row, dot in zip(rows.flatten(1), dots):
+        entries = torch.sparse_csr_tensor(begin, row, dot, (len(g), len(table)), check_invariants=False)
+        torch.sparse.sampled_addmm(entries, g, table.T, beta=0, out=entries)               # writes into `dot`
+    return dots
 
 
 def spread(g: Tensor, cell: Tensor, share: Tensor, sizes: Sequence, rows: int, batch: int, heads: int, count: int) -> Tensor:
-    """∂value (rows, d): g[i] goes to the four corners of the cells of the points i*T … i*T + T − 1, with weights `share`."""
+    """∂value (rows, d): g[i] goes to the corners of the cells of points i*T … i*T + T − 1, with the weights `share` (4, N)."""
     order = cell.sort(stable=True).indices
-    share, source = share[:, order], (order // count).to(cell.dtype)
-    begin = torch.zeros(rows + 1, dtype=cell.dtype, device=cell.device)                 # first point of each cell
+    share = share.index_select(1, order)
+    source = torch.arange(len(g), dtype=cell.dtype, device=cell.device)[:, None].expand(-1, count).reshape(-1)
+    source = source.index_select(0, order)
+    begin = torch.zeros(rows + 1, dtype=cell.dtype, device=cell.device)                   # first point of each cell
     begin[1:] = torch.bincount(cell, minlength=rows).cumsum(0)
     out, start = g.new_zeros(rows, g.shape[1]), 0
     for height, width in list(zip(sizes[::2], sizes[1::2])) * batch:
@@ -260,52 +266,394 @@ def spread(g: Tensor, cell: Tensor, share: Tensor, sizes: Sequence, rows: int, b
             low, high = int(begin[first]), int(begin[last])
             for corner, shift in enumerate((0, right, down, right + down)):
                 sums = bag(g, source[low:high], begin[first:last] - low, share[corner, low:high])
-                stop = min(last + shift, end)                                           # the last cells have no points
+                stop = min(last + shift, end)                                             # no points in the last cells
                 out[first + shift:stop] += sums[:stop - first - shift]
         start = end
     return out
 
+
+# ----------------------------------------------------------------------------- the Triton kernels
+#
+# A Triton kernel is written for a block of numbers at once: `tl.arange(0, 16)` is 16 numbers, `tl.load(pointer + them)`
+# 16 loads, and the compiler hands the block out to the threads. Many copies of the kernel ("programs") run side by
+# side and differ in `tl.program_id` only.
+#
+#     one program = QUERIES queries of one image and one head                 64 threads, CHUNK = 16 channels
+#
+#                     channels 0 … 15   16 … 31  …                a thread holds 16 bytes of a row: 4 channels in
+#         query 0     [ th 0 |1 |2 |3 ] [ the same threads ]      float32, 8 in 16 bits; so a row of the block is
+#         query 1     [ th 4 |5 |6 |7 ] [                  ]      shared by 4 (2) threads, and the next chunk of
+#         …                                                       channels by the same ones
+#
+# Why like this. The arithmetic of eq. 3 is small, and the feature maps of an image fit into the L2 cache (4 MB at
+# DETRPose-L in 16 bits): what costs is the number of instructions, and most of them would find out where a point lies
+# and what its four weights are. The CUDA extension of the paper gives every channel a thread of its own, so it does
+# that 32 times per point and head. Here 4 (2) threads do it, in registers, and keep it for all chunks of channels.
+# Narrower chunks would mean fewer instructions still, but each load should bring whole 32-byte sectors. The chunks
+# also make any head dimension free of waste: 48 is three chunks, where a block must be a power of two wide.
+#   Loaded how often: each location and weight once; four pixels per point, out of L1 or L2; nothing else. out is
+# written once. Nothing of size queries · points · channels exists, there is no shared memory, and no barrier.
+#   The loop over points is a loop at run time: unrolled it needs over 250 registers a thread, which leaves room for
+# few threads at a time; as it is, 32 to 60 do. A table per point (W, H, first token of its level) instead of a
+# loop over levels makes unequal numbers of points free.
+#   No masks on the four loads, for the same reason as above: the cell is clamped to lie inside of the level and the
+# tents of far pixels are 0. A masked load also needs its registers set to 0 first, 16 instructions per point.
+
+
+@triton.jit
+def tent(x, top):
+    """max(0, top − |x|), top = 1 (or 0: no such pixel). A NaN gives 0: tl.maximum takes the operand that is a number."""
+    return tl.maximum(top - tl.abs(x), 0.0)
+
+
+@triton.jit
+def cell_start(coordinate, side):
+    """The first pixel, on one axis, of the cell around a coordinate, clamped to 0 … side − 2 (to 0 if side is 1)."""
+    return tl.floor(tl.maximum(tl.minimum(coordinate, side - 2), 0.0))
+
+
+@triton.jit
+def forward_kernel(value, sides, tokens_at, locations, weights, out, queries, tokens, points,
+                   HEADS: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+                   QUERIES: tl.constexpr, THIN: tl.constexpr):
+    """Eq. 3 for QUERIES queries of one image and head.
+
+    sides (T, 2) float32: W, H of each point's level; tokens_at (T, 2) int32: W and the level's first token.
+    THIN: some level has a side of one pixel, so a neighbour may not exist.
+    """
+    blocks = tl.cdiv(queries, QUERIES)
+    block, pair = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    image, head = (pair // HEADS).to(tl.int64), pair % HEADS                # 64 bits: batches may pass 2³¹ numbers
+    query = tl.arange(0, QUERIES)
+    valid = block * QUERIES + query < queries
+    first = (image * queries + block * QUERIES) * HEADS + head              # of all (image, query, head)
+    value += image * tokens * HEADS * DIM + head * DIM
+    locations += first * points * 2
+    weights += first * points
+    out += first * DIM
+    list_at = query * (HEADS * points)                                      # where a query's T points start
+    channel = tl.arange(0, CHUNK)
+    sums = ()
+    for chunk in tl.static_range(CHUNKS):
+        sums += (tl.zeros((QUERIES, CHUNK), tl.float32),)
+
+    for t in range(points):
+        width, height = tl.load(sides + 2 * t), tl.load(sides + 2 * t + 1)
+        row, start = tl.load(tokens_at + 2 * t), tl.load(tokens_at + 2 * t + 1)
+        x = tl.load(locations + 2 * (list_at + t), mask=valid, other=-9.0).to(tl.float32) * width - 0.5
+        y = tl.load(locations + 2 * (list_at + t) + 1, mask=valid, other=-9.0).to(tl.float32) * height - 0.5
+        weight = tl.load(weights + list_at + t, mask=valid, other=0.0).to(tl.float32)
+        column, line = cell_start(x, width), cell_start(y, height)
+        top_x, top_y, right, down = 1.0, 1.0, HEADS * DIM, row * (HEADS * DIM)
+        if THIN:
+            top_x, top_y = tl.minimum(width - 1, 1.0), tl.minimum(height - 1, 1.0)
+            right, down = tl.where(width > 1, right, 0), tl.where(height > 1, down, 0)
+        x0, x1 = tent(x - column, 1.0), tent(x - column - 1, top_x)
+        y0, y1 = tent(y - line, 1.0) * weight, tent(y - line - 1, top_y) * weight
+        token = start + line.to(tl.int32) * row + column.to(tl.int32)
+        corner = value + token * (HEADS * DIM)                              # channel 0 of v00, for each query
+        added = ()
+        for chunk in tl.static_range(CHUNKS):
+            at = corner[:, None] + (chunk * CHUNK + channel)[None, :]
+            there = None
+            if CHUNKS * CHUNK != DIM:
+                there = (chunk * CHUNK + channel < DIM)[None, :]
+            total = sums[chunk]
+            total += (y0 * x0)[:, None] * tl.load(at, mask=there).to(tl.float32)
+            total += (y0 * x1)[:, None] * tl.load(at + right, mask=there).to(tl.float32)
+            total += (y1 * x0)[:, None] * tl.load(at + down, mask=there).to(tl.float32)
+            total += (y1 * x1)[:, None] * tl.load(at + (down + right), mask=there).to(tl.float32)
+            added += (total,)
+        sums = added
+
+    for chunk in tl.static_range(CHUNKS):
+        at = (query * (HEADS * DIM))[:, None] + (chunk * CHUNK + channel)[None, :]
+        tl.store(out + at, sums[chunk], mask=valid[:, None] & (chunk * CHUNK + channel < DIM)[None, :])
+
+
+# The backward kernel has the same programs and the same loop. Of a point it needs the four products <g, v_corner>: they
+# give the gradients of weight and location (see `bag_backward`), and cost a sum over the threads of a row each.
+# Nothing is saved in the forward pass but its inputs: the cell and the tents are computed again, which is cheaper than
+# reading them. The gradient of a pixel is added up in memory by all programs that touch it ("atomically"), four
+# channels per instruction on a Hopper GPU. In which order they come is chance, and with it the last bits. When
+# torch.use_deterministic_algorithms(True) is set, FIXED adds whole numbers instead, where the order is no matter:
+# gradients are multiplied by `unit`, a power of two so large that the sum of all just fits into 64 bits.
+
+
+@triton.jit
+def add(pointer, share, g, unit, there, FIXED: tl.constexpr):
+    """Add share · g to the gradients at the pointer, where share is not 0."""
+    amount = share[:, None] * g
+    if FIXED:
+        tl.atomic_add(pointer, (amount * unit).to(tl.int64), mask=there & (share != 0)[:, None], sem="relaxed")
+    else:
+        tl.atomic_add(pointer, amount, mask=there & (share != 0)[:, None], sem="relaxed")
+
+
+@triton.jit
+def backward_kernel(grad, value, sides, tokens_at, locations, weights, unit_at, d_value, d_locations, d_weights,
+                    queries, tokens, points, HEADS: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
+                    CHUNKS: tl.constexpr, QUERIES: tl.constexpr, THIN: tl.constexpr, FIXED: tl.constexpr):
+    """Gradients for QUERIES queries of one image and head; arguments as in `forward_kernel`.
+
+    d_value is float32 (int64 in units of 1/unit if FIXED) and starts as zeros.
+    """
+    blocks = tl.cdiv(queries, QUERIES)
+    block, pair = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    image, head = (pair // HEADS).to(tl.int64), pair % HEADS
+    query = tl.arange(0, QUERIES)
+    valid = block * QUERIES + query < queries
+    first = (image * queries + block * QUERIES) * HEADS + head
+    image_at = image * tokens * HEADS * DIM + head * DIM
+    locations += first * points * 2
+    weights += first * points
+    d_locations += first * points * 2
+    d_weights += first * points
+    list_at = query * (HEADS * points)
+    channel = tl.arange(0, CHUNK)
+    unit = 1.0
+    if FIXED:
+        unit = tl.load(unit_at)
+    g = ()
+    for chunk in tl.static_range(CHUNKS):
+        at = (query * (HEADS * DIM))[:, None] + (chunk * CHUNK + channel)[None, :]
+        there = valid[:, None] & (chunk * CHUNK + channel < DIM)[None, :]
+        g += (tl.load(grad + first * DIM + at, mask=there, other=0.0).to(tl.float32),)
+
+    for t in range(points):
+        width, height = tl.load(sides + 2 * t), tl.load(sides + 2 * t + 1)
+        row, start = tl.load(tokens_at + 2 * t), tl.load(tokens_at + 2 * t + 1)
+        x = tl.load(locations + 2 * (list_at + t), mask=valid, other=-9.0).to(tl.float32) * width - 0.5
+        y = tl.load(locations + 2 * (list_at + t) + 1, mask=valid, other=-9.0).to(tl.float32) * height - 0.5
+        weight = tl.load(weights + list_at + t, mask=valid, other=0.0).to(tl.float32)
+        column, line = cell_start(x, width), cell_start(y, height)
+        top_x, top_y, right, down = 1.0, 1.0, HEADS * DIM, row * (HEADS * DIM)
+        if THIN:
+            top_x, top_y = tl.minimum(width - 1, 1.0), tl.minimum(height - 1, 1.0)
+            right, down = tl.where(width > 1, right, 0), tl.where(height > 1, down, 0)
+        x = tl.where(x > -1, x - column, -9.0)                              # from the cell's first pixel; −9: outside
+        y = tl.where(y > -1, y - line, -9.0)
+        x0, x1, y0, y1 = tent(x, 1.0), tent(x - 1, top_x), tent(y, 1.0), tent(y - 1, top_y)
+        x, y = tl.floor(x), tl.floor(y)                                     # a slope is a difference between two pixels
+        slope_x0, slope_x1 = tent(x + 1, 1.0) - tent(x, 1.0), tent(x, top_x) - tent(x - 1, top_x)
+        slope_y0, slope_y1 = tent(y + 1, 1.0) - tent(y, 1.0), tent(y, top_y) - tent(y - 1, top_y)
+        token = start + line.to(tl.int32) * row + column.to(tl.int32)
+        corner_at = image_at + token * (HEADS * DIM)
+        g00 = tl.zeros((QUERIES, CHUNK), tl.float32)                        # g · v00 and so on, channel by channel
+        g01, g10, g11 = g00, g00, g00
+        for chunk in tl.static_range(CHUNKS):
+            at = corner_at[:, None] + (chunk * CHUNK + channel)[None, :]
+            there = (chunk * CHUNK + channel < DIM)[None, :]
+            g00 += g[chunk] * tl.load(value + at, mask=there, other=0.0).to(tl.float32)
+            g01 += g[chunk] * tl.load(value + at + right, mask=there, other=0.0).to(tl.float32)
+            g10 += g[chunk] * tl.load(value + at + down, mask=there, other=0.0).to(tl.float32)
+            g11 += g[chunk] * tl.load(value + at + (down + right), mask=there, other=0.0).to(tl.float32)
+            add(d_value + at, weight * y0 * x0, g[chunk], unit, there, FIXED)
+            add(d_value + at + right, weight * y0 * x1, g[chunk], unit, there, FIXED)
+            add(d_value + at + down, weight * y1 * x0, g[chunk], unit, there, FIXED)
+            add(d_value + at + (down + right), weight * y1 * x1, g[chunk], unit, there, FIXED)
+        v00, v01, v10, v11 = tl.sum(g00, 1), tl.sum(g01, 1), tl.sum(g10, 1), tl.sum(g11, 1)
+        upper, lower = x0 * v00 + x1 * v01, x0 * v10 + x1 * v11
+        d_weight = y0 * upper + y1 * lower
+        d_y = weight * height * (slope_y0 * upper + slope_y1 * lower)
+        d_x = weight * width * (y0 * (slope_x0 * v00 + slope_x1 * v01) + y1 * (slope_x0 * v10 + slope_x1 * v11))
+        one = valid[:, None] & (channel == 0)[None, :]                      # one thread per query writes
+        at = (list_at + t)[:, None] + 0 * channel[None, :]
+        tl.store(d_weights + at, d_weight[:, None] + 0 * g00, mask=one)
+        tl.store(d_locations + 2 * at, d_x[:, None] + 0 * g00, mask=one)
+        tl.store(d_locations + 2 * at + 1, d_y[:, None] + 0 * g00, mask=one)
+
+
+def launch_shape(dim: int, channels_per_thread: int) -> dict:
+    """CHUNK, CHUNKS and QUERIES for a head dimension: 64 threads (2 warps) that hold so many channels each."""
+    chunk = 16 if dim % 16 == 0 else 8 if dim % 8 == 0 else min(16, triton.next_power_of_2(dim))
+    while dim > 8 * chunk:
+        chunk *= 2                                                          # more than 8 chunks need too many registers
+    return dict(CHUNK=chunk, CHUNKS=triton.cdiv(dim, chunk), QUERIES=64 * min(channels_per_thread, chunk) // chunk, num_warps=2)
+
+
+@lru_cache(maxsize=64)
+def make_tables(sizes: tuple, points: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each of the T points W and H (T, 2) float32, and W and the first token of its level (T, 2) int32."""
+    level = torch.repeat_interleave(torch.tensor(points))
+    shapes = torch.tensor(sizes).view(-1, 2)
+    tokens = shapes.prod(1)
+    sides = shapes.flip(1)[level]
+    tokens_at = torch.stack([sides[:, 0], (tokens.cumsum(0) - tokens)[level]], 1)
+    return sides.to(device, torch.float32), tokens_at.to(device, torch.int32)
+
+
+def triton_forward(value: Tensor, sizes: Sequence, points: Sequence, locations: Tensor, weights: Tensor) -> Tensor:
+    """Eq. 3 by `forward_kernel`. Kernels know no strides: everything is made contiguous."""
+    value, locations, weights = value.contiguous(), locations.contiguous(), weights.contiguous()
+    batch, tokens, heads, dim = value.shape
+    queries, count = locations.shape[1], locations.shape[3]
+    out = value.new_empty(batch, queries, heads * dim)
+    shape = launch_shape(dim, 16 // value.element_size())
+    with torch.cuda.device_of(value):
+        forward_kernel[(triton.cdiv(queries, shape["QUERIES"]) * batch * heads,)](
+            value, *make_tables(tuple(sizes), tuple(points), value.device), locations, weights, out,
+            queries, tokens, count, HEADS=heads, DIM=dim, THIN=min(sizes) == 1, **shape)
+    return out
+
+
+def triton_backward(grad: Tensor, value: Tensor, sizes: Sequence, points: Sequence, locations: Tensor,
+                    weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by `backward_kernel`."""
+    grad, value, locations, weights = grad.contiguous(), value.contiguous(), locations.contiguous(), weights.contiguous()
+    batch, tokens, heads, dim = value.shape
+    queries, count = locations.shape[1], locations.shape[3]
+    fixed = torch.are_deterministic_algorithms_enabled()
+    unit = largest_unit(grad, weights, queries * count) if fixed else grad          # not read unless fixed
+    d_value = torch.zeros_like(value, dtype=torch.int64 if fixed else torch.float32)
+    d_locations, d_weights = torch.empty_like(locations), torch.empty_like(weights)
+    shape = launch_shape(dim, 4)                                                     # 4: what one atomic instruction adds
+    with torch.cuda.device_of(value):
+        backward_kernel[(triton.cdiv(queries, shape["QUERIES"]) * batch * heads,)](
+            grad, value, *make_tables(tuple(sizes), tuple(points), value.device), locations, weights, unit,
+            d_value, d_locations, d_weights, queries, tokens, count,
+            HEADS=heads, DIM=dim, THIN=min(sizes) == 1, FIXED=fixed, **shape)
+    return (d_value / unit if fixed else d_value).to(value.dtype), d_locations, d_weights
+
+
+def largest_unit(grad: Tensor, weights: Tensor, count: int) -> Tensor:
+    """(1,) float32: the power of two by which `count` gradients of one pixel may be multiplied and stay below 2⁶²."""
+    bound = grad.abs().max().float() * weights.abs().max().float() * count
+    return torch.exp2((62 - bound.clamp(min=2.0 ** -60).log2()).floor()).view(1)
+
+
 # ----------------------------------------------------------------------------- the operator
+#
+# PyTorch knows deform_attn as an operator, so that torch.compile and torch.export keep it as one step and the FLOP
+# counter counts it. Which form runs is decided inside, see dispatch.py.
 
 
 @torch.library.custom_op("pose::deform_attn", mutates_args=())
-def operator(value: Tensor, sizes: Sequence[int], points: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
-    """deform_attn with checked arguments; sizes is H, W of level 0, H, W of level 1, …"""
-    return bag_forward(value, sizes, points, locations, weights)
+def forward_op(value: Tensor, sizes: Sequence[int], points: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
+    """Eq. 3 for checked arguments; sizes is H, W of level 0, H, W of level 1, …"""
+    if locations.numel() == 0:
+        return value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
+    form = bag_forward if value.dtype == torch.float64 else triton_forward
+    return choose("deform_attn", form, bag_forward, value, sizes, points, locations, weights)
 
 
-@operator.register_fake
+@torch.library.custom_op("pose::deform_attn_backward", mutates_args=())
+def backward_op(grad: Tensor, value: Tensor, sizes: Sequence[int], points: Sequence[int], locations: Tensor,
+                weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of value, locations and weights."""
+    if locations.numel() == 0:
+        return torch.zeros_like(value), torch.zeros_like(locations), torch.zeros_like(weights)
+    form = bag_backward if value.dtype == torch.float64 else triton_backward
+    return choose("deform_attn_backward", form, bag_backward, grad, value, sizes, points, locations, weights)
+
+
+@forward_op.register_fake
 def _(value, sizes, points, locations, weights):
     return value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
 
 
-@torch.library.custom_op("pose::deform_attn_backward", mutates_args=())
-def backward_operator(grad: Tensor, value: Tensor, sizes: Sequence[int], points: Sequence[int], locations: Tensor,
-                      weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, locations and weights."""
-    return bag_backward(grad, value, sizes, points, locations, weights)
-
-
-@backward_operator.register_fake
+@backward_op.register_fake
 def _(grad, value, sizes, points, locations, weights):
-    return torch.empty_like(value), torch.empty_like(locations), torch.empty_like(weights)
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (value, locations, weights))
 
 
-def save(ctx, inputs, output):
+def keep_inputs(ctx, inputs, output):
     value, ctx.sizes, ctx.points, locations, weights = inputs
     ctx.save_for_backward(value, locations, weights)
 
 
 def backward(ctx, grad):
     value, locations, weights = ctx.saved_tensors
-    d_value, d_locations, d_weights = backward_operator(grad, value, ctx.sizes, ctx.points, locations, weights)
+    d_value, d_locations, d_weights = backward_op(grad, value, ctx.sizes, ctx.points, locations, weights)
     return d_value, None, None, d_locations, d_weights
 
 
-operator.register_autograd(backward, setup_context=save)
+def no_second_derivative(ctx, *grads):
+    raise NotImplementedError("deform_attn has no second derivative: use deform_attn_plain where one is needed")
+
+
+forward_op.register_autograd(backward, setup_context=keep_inputs)
+backward_op.register_autograd(no_second_derivative)
+
+
+@register_flop_formula(torch.ops.pose.deform_attn)
+def forward_flops(value, sizes, points, locations, weights, **kwargs) -> int:
+    """5 multiply-adds per point and channel, four corners and the weight: the paper's 5·N_q·K·C."""
+    return 2 * 5 * math.prod(weights) * value[3]
+
+
+@register_flop_formula(torch.ops.pose.deform_attn_backward)
+def backward_flops(grad, value, sizes, points, locations, weights, **kwargs) -> int:
+    """A product and an addition for each corner instead of one: twice the forward pass."""
+    return 2 * forward_flops(value, sizes, points, locations, weights)
+
+
+# ----------------------------------------------------------------------------- what methods call
 
 
 def deform_attn(value: Tensor, shapes: Sequence, locations: Tensor, weights: Tensor, points: Sequence | None = None) -> Tensor:
-    """Eq. 3: what methods call."""
+    """Multi-scale deformable attention (eq. 3), differentiable once in value, locations and weights.
+
+    Takes    value (B, S, M, d), the levels one after the other; shapes [(H, W), …] of the levels, Python integers;
+             locations (B, Q, M, T, 2) or (B, Q, M, L, P, 2), xy in [0, 1]; weights (B, Q, M, T) or (B, Q, M, L, P);
+             points per level, e.g. [3, 6, 3], by default the same on all
+    Returns  (B, Q, M*d) in value's type, heads one after the other; empty if Q is 0
+    Raises   ValueError, with the numbers, for tensors that do not fit together
+    """
     locations, weights, points = by_point(locations, weights, points, len(shapes))
-    return operator(value, [side for shape in shapes for side in shape], points, locations, weights)
+    check(value, shapes, locations, weights, points)
+    if not torch.compiler.is_compiling() and plain_is_faster(value, locations):
+        return deform_attn_plain(value, shapes, locations, weights, points)
+    return forward_op(value, [side for shape in shapes for side in shape], points, locations, weights)
+
+
+def plain_is_faster(value: Tensor, locations: Tensor) -> bool:
+    """On a GPU without Triton always; on a CPU for small inputs, where the number of calls decides, not the work in them."""
+    if mode() == "triton":
+        return False
+    if value.is_cuda:
+        return value.dtype == torch.float64 or not use_triton(value)
+    return locations.numel() // 2 * value.shape[3] < (2 ** 18 if torch.is_grad_enabled() else 2 ** 16)
+
+
+def check(value: Tensor, shapes: Sequence, locations: Tensor, weights: Tensor, points: list):
+    """Raise ValueError if the arguments do not fit together."""
+    if value.ndim != 4 or locations.ndim != 5 or locations.shape[4] != 2 or weights.shape != locations.shape[:4]:
+        raise ValueError("deform_attn wants value (B, S, M, d), locations (B, Q, M, T, 2) and weights (B, Q, M, T), not "
+                         f"{tuple(value.shape)}, {tuple(locations.shape)} and {tuple(weights.shape)}")
+    batch, tokens, heads, dim = value.shape
+    if locations.shape[0] != batch or locations.shape[2] != heads:
+        raise ValueError(f"value has {batch} images and {heads} heads, locations {locations.shape[0]} and {locations.shape[2]}")
+    if sum(height * width for height, width in shapes) != tokens or min(min(shape) for shape in shapes) < 1:
+        raise ValueError(f"shapes {[tuple(shape) for shape in shapes]} do not hold the {tokens} tokens of value")
+    if len(points) != len(shapes) or min(points) < 1 or sum(points) != locations.shape[3]:
+        raise ValueError(f"points {points} on {len(shapes)} levels do not make the {locations.shape[3]} points of locations")
+    if not value.device == locations.device == weights.device:
+        raise ValueError(f"value is on {value.device}, locations on {locations.device}, weights on {weights.device}")
+    if not (value.is_floating_point() and locations.is_floating_point() and weights.is_floating_point()):
+        raise ValueError(f"value, locations and weights are {value.dtype}, {locations.dtype} and {weights.dtype}, not floating")
+    if tokens * heads * dim >= 2 ** 31:
+        raise ValueError(f"an image of {tokens} tokens with {heads} heads of {dim} has 2³¹ numbers or more: too large")
+
+
+def deform_attn_offsets(value: Tensor, shapes: Sequence, reference: Tensor, offsets: Tensor, logits: Tensor,
+                        points: Sequence | None = None) -> Tensor:
+    """`deform_attn` from what a layer predicts: weights are the softmax of the logits over all T points, and
+
+        location = xy + offset / (W, H)          reference (B, Q, 1 or L, 2): xy, offsets in pixels of the level
+        location = xy + offset · wh / 2P         reference (B, Q, 1 or L, 4): xy, wh, offsets in parts of the box
+
+    with one reference for all levels or one for each; offsets (B, Q, M, T, 2), logits (B, Q, M, T). Locations and
+    weights are float32 also where autocast made the offsets 16 bits (float64 for float64 values).
+    """
+    offsets, logits, points = by_point(offsets, logits, points, len(shapes))
+    real = torch.float64 if value.dtype == torch.float64 else torch.float32
+    reference, offsets = reference.to(real), offsets.to(real)
+    level = torch.repeat_interleave(torch.tensor(points)).to(value.device)
+    reference = reference[:, :, None] if reference.shape[2] == 1 else reference[:, :, level][:, :, None]    # (B, Q, 1, 1|T, 2|4)
+    if reference.shape[-1] == 2:
+        scale = 1 / torch.tensor(shapes, dtype=real, device=value.device).flip(1)[level]
+    else:
+        scale = reference[..., 2:] / (2 * torch.tensor(points, device=value.device)[level, None])
+    locations = reference[..., :2] + offsets * scale
+    return deform_attn(value, shapes, locations, logits.to(real).softmax(-1), points)
