@@ -55,6 +55,15 @@ from kernels.deform_attn import deform_attn
 # Configuration: every number of the paper. Each field is a flag, its comment the flag's help.
 # ---------------------------------------------------------------------------------------------------------
 
+# (channels in the stem, out of the stem), then per stage (in, middle, out, blocks, layers per block)
+BACKBONES = {
+    "T": ((8, 16), [(16, 16, 32, 1, 2), (32, 24, 64, 1, 2), (64, 40, 128, 1, 3), (128, 64, 256, 1, 3)]),
+    "B0": ((16, 16), [(16, 16, 64, 1, 3), (64, 32, 256, 1, 3), (256, 64, 512, 2, 3), (512, 128, 1024, 1, 3)]),
+    "B2": ((24, 32), [(32, 32, 96, 1, 4), (96, 64, 384, 1, 4), (384, 128, 768, 3, 4), (768, 256, 1536, 1, 4)]),
+    "B4": ((32, 48), [(48, 48, 128, 1, 6), (128, 96, 512, 1, 6), (512, 192, 1024, 3, 6), (1024, 384, 2048, 1, 6)]),
+    "B5": ((32, 64), [(64, 64, 128, 1, 6), (128, 128, 512, 2, 6), (512, 256, 1024, 5, 6), (1024, 512, 2048, 2, 6)]),
+}
+
 
 @dataclass(frozen=True)
 class Config:
@@ -112,6 +121,24 @@ class Config:
     eval_batch: int = 32           # images per evaluation batch
     seed: int = 0                  # all random numbers follow from it
 
+    def __post_init__(self):
+        """Raises UserError for values that no run could use."""
+        runtime.check_choice(self, backbone=BACKBONES, schedule=("constant", "cosine"), amp=runtime.AMP)
+        runtime.check_range(self, 1, 4, "levels")
+        runtime.check_range(self, 1, math.inf, "dim heads encoder_ffn depth layers decoder_ffn points queries size "
+                            "epochs batch accum eval_every eval_batch")
+        runtime.check_range(self, 1e-6, math.inf, "expansion reg_scale lr clip")
+        runtime.check_range(self, 0, math.inf, "dn_queries lr_backbone weight_decay warmup drop_epoch ema_warmup "
+                            "multiscale aug_from mosaic_until aug_until workers seed")
+        runtime.check_range(self, 0, 1, "ema jitter zoom_out mosaic")
+        if self.dim % (2 * self.heads) or self.dim % 4:
+            raise runtime.UserError(f"--dim {self.dim} does not split over {self.heads} heads: choose a multiple of "
+                                    f"{math.lcm(4, 2 * self.heads)}")
+        if self.size % 32:
+            raise runtime.UserError(f"--size {self.size}: expected a multiple of 32")
+        if self.batch % self.accum:
+            raise runtime.UserError(f"--batch {self.batch} does not split into {self.accum} micro-batches (--accum)")
+
 
 def _presets() -> dict[str, Config]:
     s = Config("B0", lab=True, dim=256, expansion=0.5, depth=1, layers=3, epochs=100, lr_backbone=1e-4,
@@ -122,7 +149,7 @@ def _presets() -> dict[str, Config]:
                 multiscale=6, mosaic_until=34, aug_until=60)
     l = Config(accum=2)
     x = Config("B5", dim=384, encoder_ffn=2048, reg_scale=8.0, lr_backbone=5e-5)
-    tiny = replace(s, backbone="T", lab=False, frozen_norm=False, dim=96, encoder_ffn=192, expansion=0.5,
+    tiny = replace(s, backbone="T", lab=False, frozen_norm=False, dim=96, heads=4, encoder_ffn=192, expansion=0.5,
                    decoder_ffn=192, queries=10, size=160, dn_queries=4, epochs=8, lr=1e-3, lr_backbone=1e-3,
                    schedule="cosine", warmup=100, clip=1.0, ema=0.995, ema_warmup=100, multiscale=0,
                    mosaic=0.0, zoom_out=0.0, workers=2, eval_every=2, eval_batch=50)
@@ -136,15 +163,6 @@ def _presets() -> dict[str, Config]:
 
 
 PRESETS: dict[str, Config] = _presets()
-
-# (channels in the stem, out of the stem), then per stage (in, middle, out, blocks, layers per block)
-BACKBONES = {
-    "T": ((16, 16), [(16, 16, 32, 1, 2), (32, 24, 64, 1, 2), (64, 40, 128, 1, 3), (128, 64, 256, 1, 3)]),
-    "B0": ((16, 16), [(16, 16, 64, 1, 3), (64, 32, 256, 1, 3), (256, 64, 512, 2, 3), (512, 128, 1024, 1, 3)]),
-    "B2": ((24, 32), [(32, 32, 96, 1, 4), (96, 64, 384, 1, 4), (384, 128, 768, 3, 4), (768, 256, 1536, 1, 4)]),
-    "B4": ((32, 48), [(48, 48, 128, 1, 6), (128, 96, 512, 1, 6), (512, 192, 1024, 3, 6), (1024, 384, 2048, 1, 6)]),
-    "B5": ((32, 64), [(64, 64, 128, 1, 6), (128, 128, 512, 2, 6), (512, 256, 1024, 5, 6), (1024, 512, 2048, 2, 6)]),
-}
 
 # ---------------------------------------------------------------------------------------------------------
 # Backbone: HGNetv2
@@ -758,8 +776,6 @@ class DETRPose(nn.Module):
 
     def __init__(self, cfg: Config, skeleton: Skeleton):
         super().__init__()
-        if cfg.dim % (2 * cfg.heads):
-            raise runtime.UserError(f"dim {cfg.dim} does not split over {cfg.heads} heads: pass a --heads that divides it")
         self.cfg, self.skeleton = cfg, skeleton
         keypoints, dim = skeleton.num_keypoints, cfg.dim
         self.backbone = HGNetv2(cfg.backbone, cfg.levels, cfg.frozen_norm, cfg.lab)
@@ -929,7 +945,7 @@ def match(outputs: list[tuple[str, Tensor, Tensor]], targets: list[Targets], sig
     costs = torch.stack([match_cost(logits.float(), keypoints.float(), people, sigmas)
                          for _, logits, keypoints in outputs]).cpu().numpy()                  # (O, B, Q, P)
     if not np.isfinite(costs).all():
-        raise FloatingPointError("the matching cost is not finite")
+        raise FloatingPointError("the matching cost")
     ends = np.cumsum([0] + [len(t) for t in targets])
     matchings = []
     for cost in costs:
@@ -1246,7 +1262,7 @@ def build_optimizer(model: DETRPose, cfg: Config) -> torch.optim.AdamW:
     backbone = list(model.backbone.parameters())
     rest = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
     groups = [dict(params=backbone, initial_lr=cfg.lr_backbone), dict(params=rest, initial_lr=cfg.lr)]
-    return torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    return torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
 
 
 def lr_scale(step: int, steps: int, epoch: int, cfg: Config) -> float:
@@ -1270,22 +1286,22 @@ def batch_losses(net: nn.Module, images: Tensor, targets: list[Targets], cfg: Co
                  ranks: runtime.Ranks, sigmas: Tensor) -> dict[str, Tensor]:
     """Forward pass and loss terms of one batch. Raises FloatingPointError if one of them is not finite."""
     side = input_side(cfg, epoch, step)
-    images = images.to(ranks.device, non_blocking=True)
+    images = images.to(ranks.device, non_blocking=True, memory_format=torch.channels_last)
     if side != cfg.size:
         images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
     targets = [t.to(ranks.device) for t in targets]
     with runtime.autocast(ranks.device, cfg.amp):
         result = net(images, targets)
     losses = criterion(result, targets, sigmas, cfg.ksvf) | dict(unused=result["unused"])
-    wrong = [name for name, value in losses.items() if not torch.isfinite(value)]
-    if wrong:
-        raise FloatingPointError(f"{', '.join(wrong[:5])} not finite")
+    finite = torch.stack([*losses.values()]).isfinite().tolist()        # one wait for the GPU, not one per term
+    if not all(finite):
+        raise FloatingPointError(", ".join([name for name, good in zip(losses, finite) if not good][:5]))
     return losses
 
 
 def train(cfg: Config, args) -> None:
     """Train, evaluate, keep everything in the run folder. Runs alone or under torchrun; Ctrl-C saves and leaves."""
-    ranks, stop = runtime.init_distributed(args.device), runtime.Stopper()
+    ranks = runtime.init_distributed(args.device)
     if cfg.batch % (cfg.accum * ranks.world):
         raise runtime.UserError(f"--batch {cfg.batch} does not split over {ranks.world} processes x {cfg.accum} "
                                 "micro-batches: choose a multiple")
@@ -1297,77 +1313,87 @@ def train(cfg: Config, args) -> None:
         model = DETRPose(cfg, data.skeleton)
         if cfg.init and not args.saved:
             load_init(model, cfg.init)
-    model.to(ranks.device)
+    model.to(ranks.device, memory_format=torch.channels_last)
     ema = runtime.Ema(model, cfg.ema, cfg.ema_warmup)
     optimizer = build_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=cfg.amp == "fp16" and ranks.device.type == "cuda")
-    at = dict(epoch=0, batch=0, step=0, best=-1.0)               # batch: micro-batches done in this epoch
+    at = dict(epoch=0, done=0, step=0, best=-math.inf)           # done: optimiser steps of this epoch
     parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
     if args.saved:
         runtime.restore(parts, args.saved)
         at = {name: args.saved[name] for name in at}
     run = runtime.Run("detrpose", cfg, args, ranks)
+    args.saved = None                                            # its memory is ours again
     run.say(f"{data.report()}\n{held_out.report()}\nwriting to {run.folder}")
     net = runtime.distribute(model, ranks)
 
     data, micro = data.training(), cfg.batch // (cfg.accum * ranks.world)
-    per_epoch = len(runtime.epoch_batches(len(data), micro, cfg.seed, 0, ranks)) // cfg.accum * cfg.accum
+    per_epoch = len(runtime.epoch_batches(len(data), micro, cfg.accum, cfg.seed, 0, ranks))
     steps = cfg.epochs * per_epoch // cfg.accum
+
+    def save_last(save) -> None:
+        save("last.pt", **at, skeleton=data.skeleton.to_dict(), **runtime.states(parts))
+
+    stop = runtime.Stopper()
+    if at["epoch"] >= cfg.epochs:
+        run.say(f"all {cfg.epochs} epochs are done; --epochs {2 * cfg.epochs} would go on")
     for epoch in range(at["epoch"], cfg.epochs):
-        todo = runtime.epoch_batches(len(data), micro, cfg.seed, epoch, ranks)[at["batch"]:per_epoch]
+        todo = runtime.epoch_batches(len(data), micro, cfg.accum, cfg.seed, epoch, ranks)[at["done"] * cfg.accum:]
         loader = DataLoader(TrainImages(data, cfg, epoch), batch_sampler=todo, num_workers=cfg.workers,
                             collate_fn=collate, worker_init_fn=runtime.ignore_signals,
                             pin_memory=ranks.device.type == "cuda")
-        bar = tqdm(loader, f"epoch {epoch + 1}/{cfg.epochs}", per_epoch, initial=at["batch"],
+        bar = tqdm(loader, f"epoch {epoch + 1}/{cfg.epochs}", per_epoch, initial=per_epoch - len(todo),
                    disable=ranks.rank > 0, dynamic_ncols=True)
         net.train()
-        for images, targets, skipped in bar:
-            run.skipped(skipped)
-            runtime.seed_all(cfg.seed, epoch, at["batch"], ranks.rank)
+        for i, (images, targets, skipped) in enumerate(bar, per_epoch - len(todo)):
+            run.bad_files(sum(skipped, []))
+            runtime.seed_all(cfg.seed, epoch, i, ranks.rank)
             factor = lr_scale(at["step"], steps, epoch, cfg)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             try:
                 losses = batch_losses(net, images, targets, cfg, epoch, at["step"], ranks, model.sigmas)
             except FloatingPointError as error:
-                raise runtime.UserError(f"{error} at step {at['step']}, images {[t.image_id for t in targets]}: try "
-                                        f"--amp no or a lower --lr; {run.folder}/last.pt is from before") from None
+                raise run.not_finite(str(error), at["step"], [t.image_id for t in targets]) from None
             scaler.scale(sum(losses.values()) / cfg.accum).backward()
-            at["batch"] += 1
-            if at["batch"] % cfg.accum:
+            if (i + 1) % cfg.accum:
                 continue
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+            if not (norm.isfinite() or scaler.is_enabled()):     # a scaler leaves such steps out by itself
+                raise run.not_finite("the gradient", at["step"], [t.image_id for t in targets])
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             ema.update(model)
-            at["step"] += 1
+            at.update(step=at["step"] + 1, done=at["done"] + 1)
 
             if at["step"] % 20 == 0:                             # reading numbers makes a GPU wait
-                final = {name: float(losses[name]) for name in ("loss_vfl", "loss_keypoints", "loss_oks")}
-                total = float(sum(losses.values()))
+                final = {name: losses[name].item() for name in ("loss_vfl", "loss_keypoints", "loss_oks")}
+                total = sum(losses.values()).item()
                 run.log(step=at["step"], epoch=epoch, loss=total, **final, grad_norm=float(norm), lr=group["lr"])
                 bar.set_postfix(loss=f"{total:.1f}", keypoints=f"{final['loss_keypoints']:.2f}")
-            if stop(ranks) or run.save_is_due():
-                run.try_save("last.pt", **at, skeleton=data.skeleton.to_dict(), **runtime.states(parts))
-            if stop.asked:
-                run.say(f"stopped; go on with --resume {run.folder}")
+            if stop(ranks):
+                save_last(run.save)
+                run.say(f"stopped and saved; go on with --resume {run.folder}")
                 return
+            if run.save_is_due():
+                save_last(run.try_save)
 
-        at.update(epoch=epoch + 1, batch=0)
         last = epoch + 1 == cfg.epochs
         if last or (epoch + 1) % cfg.eval_every == 0:
+            save_last(run.try_save)                              # a kill while evaluating costs nothing
             table, predictions = evaluate(ema.module, held_out, cfg, ranks)
             run.log(step=at["step"], epoch=epoch, **table)
-            run.say(f"epoch {epoch + 1}: {metrics.format_table(table)}")
+            run.say(f"epoch {epoch + 1}\n{metrics.format_table(table)}")
             if table["AP"] > at["best"]:
                 at["best"] = table["AP"]
                 run.try_save("best.pt", **at, skeleton=data.skeleton.to_dict(), model=ema.module.state_dict(),
                              metrics=table)
             run.draw(held_out, predictions)
-        save = run.save if last else run.try_save                # at the very end a full disk is an error
-        save("last.pt", **at, skeleton=data.skeleton.to_dict(), **runtime.states(parts))
+        run.bad_files(runtime.gather_lists([*run.bad, *held_out.bad]))
+        at.update(epoch=epoch + 1, done=0)
+        save_last(run.save if last else run.try_save)            # at the very end a full disk is an error
 
 
 def count_parameters(model: nn.Module) -> int:

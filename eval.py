@@ -13,7 +13,9 @@ A checkpoint of ours names its method and size; a released one is recognised by 
 import argparse
 import importlib
 import json
+import re
 import time
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -43,14 +45,17 @@ def load_model(source: str, method: str, preset: str) -> tuple[ModuleType, nn.Mo
     Raises UserError when there is no such file or name, when it cannot be read, or when no method has such tensors.
     """
     path = Path(source)
+    if path.is_dir():
+        path = next((path / name for name in ("best.pt", "last.pt") if (path / name).exists()), path / "best.pt")
     if not path.exists():
         if path.suffix:
-            raise UserError(f"there is no checkpoint {source}")
-        path = weights.fetch(source)
-        method = method or weights.RELEASES[source].method
-        if not method:
+            raise UserError(f"there is no checkpoint {path}")
+        release = weights.RELEASES.get(source)
+        if release and not release.method:
             raise UserError(f"{source} are weights to start from, for --init; they find no poses by themselves")
-    path = runtime.find_last(str(path))
+        if release and release.method not in METHODS:
+            raise UserError(f"{source} is of method {release.method}; known are {', '.join(METHODS)}")
+        path = weights.fetch(source)                    # or UserError: did you mean ...
     saved = runtime.read_own(path)
     return from_run(saved, method, preset, path) if saved else from_release(path, method, preset)
 
@@ -78,8 +83,7 @@ def from_release(path: Path, method: str, preset: str) -> tuple[ModuleType, nn.M
         if found:
             break
     else:
-        raise UserError(f"{path} has no tensors of {method or ', '.join(METHODS)}: "
-                        "weights to start from belong to --init of a method")
+        raise UserError(f"{path} has no tensors of {method or ', '.join(METHODS)}: start weights belong to --init")
     own_preset, keypoints = found
     if keypoints not in SKELETON_OF:
         raise UserError(f"{path} has {keypoints} keypoints; released weights have {sorted(SKELETON_OF)}")
@@ -103,12 +107,13 @@ def evaluate_dataset(module: ModuleType, model: nn.Module, args: argparse.Namesp
                             runtime.numbers(args.sigmas))
     if ranks.rank == 0:
         print(data.report())
+        runtime.make_folder(args.out)                   # before the work, not after it
+    chosen = {name: getattr(args, name) for name in ("workers", "eval_batch") if getattr(args, name) is not None}
     start = time.perf_counter()
-    table, predictions = module.evaluate(model, data, model.cfg, ranks)
+    table, predictions = module.evaluate(model, data, runtime.resolve(model.cfg, **chosen), ranks)
     seconds = time.perf_counter() - start
     if ranks.rank > 0:
         return
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "results.json").write_text(json.dumps(metrics.to_results(predictions)))
     draw.draw_predictions(data, predictions, count=12).save(args.out / "predictions.png")
     print(metrics.format_table(metrics.keypoint_errors(predictions, data)))
@@ -135,46 +140,59 @@ def find_pictures(paths: list[str]) -> list[Path]:
     return found
 
 
+def output_names(pictures: list[Path]) -> list[str]:
+    """What each picture is called in the results: its name, or its whole path where names are not unique."""
+    stems = Counter(path.stem for path in pictures)
+    return [path.name if stems[path.stem] == 1 else path.as_posix() for path in pictures]
+
+
 def frames_of(path: Path) -> list[Image.Image]:
     """The frames of a GIF, or the one picture of another file, upright and RGB. Raises BadImage."""
-    if path.suffix.lower() == ".gif":
+    if path.suffix.lower() != ".gif":
+        return [load_image(path, rotate=True)]
+    try:
         with Image.open(path) as gif:
             return [frame.convert("RGB") for frame in ImageSequence.Iterator(gif)]
-    return [load_image(path, rotate=True)]
+    except Exception as error:                          # decoders raise all kinds of errors on damaged files
+        raise BadImage(path, str(error) or type(error).__name__) from None
 
 
 def draw_pictures(module: ModuleType, model: nn.Module, args: argparse.Namespace, device: torch.device) -> None:
     """Draw the people of each picture into args.out; a GIF becomes a GIF, --gif joins everything into one."""
+    pictures, out = find_pictures(args.images), runtime.make_folder(args.out)
+    if any(out.samefile(path.parent) for path in pictures):
+        raise UserError(f"--out {out} holds the pictures themselves: choose another folder for the drawn ones")
     model = module.fuse(model).to(device)
-    args.out.mkdir(parents=True, exist_ok=True)
     results, everything, people, bad = [], [], 0, 0
-    pictures = find_pictures(args.images)
-    for path in tqdm(pictures, "pictures", dynamic_ncols=True, disable=len(pictures) == 1):
+    bar = tqdm(pictures, "pictures", dynamic_ncols=True, disable=len(pictures) == 1)
+    for path, name in zip(bar, output_names(pictures)):
         try:
             frames = frames_of(path)
-        except (BadImage, OSError) as error:
-            tqdm.write(f"skipped: {error}")
+        except BadImage as error:
             bad += 1
+            tqdm.write(f"skipped ({bad} so far): {error}")
             continue
-        names = [path.name if len(frames) == 1 else f"{path.name}#{i}" for i in range(len(frames))]
+        names = [name if len(frames) == 1 else f"{name}#{i}" for i in range(len(frames))]
         predictions = [module.predict(model, module.to_batch([frame], [name], model.cfg))[0]
                        for frame, name in zip(frames, names)]
         confident = [keep_confident(p, args.threshold) for p in predictions]
         drawn = [draw.draw_people(frame, p.keypoints, p.keypoint_scores, model.skeleton, p.boxes, p.scores)
                  for frame, p in zip(frames, confident)]
+        target = out / (path.stem if name == path.name else re.sub(r"\W+", "_", name).strip("_"))
         if len(drawn) > 1:
-            draw.save_gif(drawn, args.out / path.name)
+            draw.save_gif(drawn, target.with_name(target.name + ".gif"))
         else:
-            drawn[0].save(args.out / f"{path.stem}.png")
+            drawn[0].save(target.with_name(target.name + ".png"))
         everything += drawn if args.gif else []
         people += sum(len(p.scores) for p in confident)
         results += metrics.to_results(predictions)
     if bad == len(pictures):
         raise UserError(f"none of the {bad} pictures could be read")
     if everything:
-        draw.save_gif(everything, args.out / "all.gif")
-    (args.out / "results.json").write_text(json.dumps(results))
-    print(f"{people} people of score {args.threshold:g} or more in {len(pictures) - bad} pictures; drawn into {args.out}")
+        draw.save_gif(everything, out / "all.gif")
+    (out / "results.json").write_text(json.dumps(results))
+    print(f"{people} people of score {args.threshold:g} or more in {len(pictures) - bad} pictures"
+          f"{f', {bad} could not be read' if bad else ''}; drawn into {out}")
 
 
 def keep_confident(p: Prediction, threshold: float) -> Prediction:
@@ -187,7 +205,7 @@ def keep_confident(p: Prediction, threshold: float) -> Prediction:
 
 
 def main() -> None:
-    parser = runtime.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runtime.Parser(description=__doc__)
     parser.add_argument("checkpoint", help="a run's .pt file or folder, a released file, or a released name")
     parser.add_argument("--method", default="", help=f"of a released file: {', '.join(METHODS)} (default: by its tensors)")
     parser.add_argument("--preset", default="", help="of a released file (default: by its tensors)")
@@ -198,14 +216,18 @@ def main() -> None:
     parser.add_argument("--threshold", type=float, default=0.5, help="smallest score that is drawn (default 0.5)")
     parser.add_argument("--gif", action="store_true", help="also join the drawn pictures into all.gif")
     parser.add_argument("--out", type=Path, default=Path("runs/eval"), help="folder for what is written")
+    parser.add_argument("--workers", type=int, help="image loading processes per GPU (default: the model's own)")
+    parser.add_argument("--eval_batch", type=int, help="images of the dataset at once (default: the model's own)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     args = parser.parse_args()
 
     ranks = runtime.init_distributed(args.device)
-    module, model, trained_for = load_model(args.checkpoint, args.method, args.preset)
+    with runtime.rank_zero_first(ranks):                # it fetches
+        module, model, trained_for = load_model(args.checkpoint, args.method, args.preset)
     model.to(ranks.device).eval()
     if args.images:
-        draw_pictures(module, model, args, ranks.device)
+        if ranks.rank == 0:                             # pictures are too few to share
+            draw_pictures(module, model, args, ranks.device)
         return
     args.data = args.data or trained_for
     if not args.data:

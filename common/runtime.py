@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -42,17 +42,22 @@ class UserError(ValueError):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call `main`; a `UserError` ends in one line and exit code 2, a second Ctrl-C in exit code 130."""
+    """Call `main`. What the user can mend ends in one line and exit code 2, Ctrl-C outside of training in 130.
+
+    Exit code 0 is also that of a training which was asked to stop, saved and left: nothing went wrong.
+    """
     try:
         main()
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        message = str(error).rsplit("UserError: ", 1)[-1]       # a loader process puts its traceback before it
+        if isinstance(error, torch.OutOfMemoryError):
+            message = f"{message.split('. ')[0]}: choose a smaller --batch, for training also a larger --accum"
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():                                   # not after an error: the others may wait for us
+        dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -63,8 +68,14 @@ def run_main(main: Callable[[], None]) -> None:
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are a `UserError` and which knows what a mistyped flag was meant to be."""
 
-    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_known_args(self, argv: list[str] | None = None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
         argv = [with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
+        return super().parse_known_args(argv, namespace)
+
+    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
         args, unknown = self.parse_known_args(argv)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
@@ -88,7 +99,7 @@ def with_underscores(word: str) -> str:
 def field_help(config_class: type) -> dict[str, str]:
     """The comment behind each field of a dataclass, by field name."""
     found = re.findall(r"^    (\w+): [^#\n]*#\s*(.*)$", inspect.getsource(config_class), re.MULTILINE)
-    return {name: comment.replace("%", "%%") for name, comment in found}
+    return dict(found)
 
 
 def parse(config_class: type[ConfigT], presets: dict[str, ConfigT], description: str,
@@ -97,20 +108,19 @@ def parse(config_class: type[ConfigT], presets: dict[str, ConfigT], description:
 
     Every field of the config is a flag, its comment the help text. args: train, preset, resume, out, device, and
     `saved`, the checkpoint that is resumed, or None.
-    Raises UserError for an unknown flag, preset or value.
+    Raises UserError for an unknown flag, preset or value, and for a checkpoint that cannot be resumed.
     """
-    first = Parser(add_help=False)
-    first.parse_args = first.parse_known_args                   # only these two flags count for the defaults
-    first.add_argument("--preset", default=None)
+    first = Parser(add_help=False)                              # only these two flags count for the defaults
+    first.add_argument("--preset", default="")
     first.add_argument("--resume", default="")
-    known, _ = first.parse_known_args([with_underscores(w) for w in (sys.argv[1:] if argv is None else argv)])
+    known, _ = first.parse_known_args(argv)
     saved = load_checkpoint(find_last(known.resume)) if known.resume else None
     preset = known.preset or (saved["preset"] if saved else "tiny")
     if preset not in presets:
         raise UserError(f"there is no preset {preset}: choose from {', '.join(presets)}")
-    defaults = config_class(**saved["config"]) if saved else presets[preset]
+    defaults = config_to_resume(config_class, saved, preset) if saved else presets[preset]
 
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description)
     parser.add_argument("--train", action="store_true", help="train; without it: a summary of the presets")
     parser.add_argument("--preset", default=preset, help=f"one of {', '.join(presets)} (default tiny)")
     parser.add_argument("--resume", default="", help="run folder or last.pt: go on exactly where it stopped")
@@ -119,7 +129,7 @@ def parse(config_class: type[ConfigT], presets: dict[str, ConfigT], description:
     comments = field_help(config_class)
     for field in fields(config_class):
         value = getattr(defaults, field.name)
-        text = f"{comments.get(field.name, '')} (default {value if value != '' else 'none'})"
+        text = f"{comments.get(field.name, '')} (default {value if value != '' else 'none'})".replace("%", "%%")
         kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(value, bool)
                 else dict(type=type(value), metavar=type(value).__name__))
         parser.add_argument(f"--{field.name}", default=value, help=text, **kind)
@@ -127,6 +137,49 @@ def parse(config_class: type[ConfigT], presets: dict[str, ConfigT], description:
     config = config_class(**{field.name: getattr(args, field.name) for field in fields(config_class)})
     return config, argparse.Namespace(train=args.train or bool(args.resume), preset=preset, resume=args.resume,
                                       out=args.out, device=args.device, saved=saved)
+
+
+def config_to_resume(config_class: type[ConfigT], saved: dict, preset: str) -> ConfigT:
+    """The config of a checkpoint. Raises UserError if it is of another method, preset or version of the code."""
+    method = Path(inspect.getfile(config_class)).stem
+    if saved["method"] != method:
+        raise UserError(f"the checkpoint is of method {saved['method']}: go on with python {saved['method']}.py")
+    if saved["preset"] != preset:
+        raise UserError(f"the checkpoint is of preset {saved['preset']}, not {preset}: leave --preset out")
+    return resolve(config_class(), **saved["config"])
+
+
+def resolve(config: ConfigT, **overrides: Any) -> ConfigT:
+    """A copy of a config with some fields changed. Raises UserError for a field that does not exist."""
+    names = {field.name for field in fields(config)}
+    for name in overrides.keys() - names:
+        near = difflib.get_close_matches(name, names, 1)
+        raise UserError(f"there is no option {name}" + (f": did you mean {near[0]}?" if near else ""))
+    return replace(config, **overrides)
+
+
+def check_range(config: Any, low: float, high: float, names: str) -> None:
+    """Raises UserError unless low ≤ value ≤ high for each of the fields; NaN and infinity are never right."""
+    for name in names.split():
+        value = getattr(config, name)
+        if not (low <= value <= high and math.isfinite(value)):
+            raise UserError(f"--{name} {value}: expected a number from {low} to {high}" if high < math.inf else
+                            f"--{name} {value}: expected at least {low}")
+
+
+def check_choice(config: Any, **choices: Iterable[str]) -> None:
+    """Raises UserError unless each field has one of its choices."""
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise UserError(f"--{name} {getattr(config, name)}: choose from {', '.join(allowed)}")
+
+
+def numbers(text: str) -> list[float] | None:
+    """"0.1,0.2" → [0.1, 0.2]; nothing → None. Raises UserError."""
+    try:
+        return [float(word) for word in text.split(",")] if text else None
+    except ValueError:
+        raise UserError(f"expected numbers with commas between them, got {text!r}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -145,10 +198,9 @@ def pick_device(name: str) -> torch.device:
     """auto → the first GPU if there is one. Raises UserError when a GPU is asked for but absent."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:<number>") from None
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:<number>")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {name}: no GPU that torch {torch.__version__} can use; take --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -220,38 +272,37 @@ def seed_all(*where: int) -> None:
     torch.manual_seed(seed)
 
 
-def epoch_batches(count: int, batch: int, seed: int, epoch: int, ranks: Ranks) -> list[list[int]]:
-    """This process's batches of an epoch over `count` images, in a new order each epoch.
+def epoch_batches(count: int, micro: int, accum: int, seed: int, epoch: int, ranks: Ranks) -> list[list[int]]:
+    """This process's micro-batches of an epoch over `count` images, in a new order each epoch.
 
-    The order is one for all processes; each takes every world-th index of a global batch of batch·world images,
-    so N processes see together what one would see. The rest that fills no batch waits for the next epoch; a set
-    smaller than one batch is repeated until it fills one.
+    The order is one for all processes; an optimiser step takes its next micro·world·accum images, and each process
+    every world-th of them, so N processes see together what one would see. The rest that fills no step waits for
+    the next epoch; a set smaller than one step is repeated until it fills one.
     """
     order = np.random.default_rng([seed, epoch]).permutation(count)
-    size = batch * ranks.world
-    order = np.resize(order, max(size, count // size * size))
-    return [part[ranks.rank::ranks.world].tolist() for part in order.reshape(-1, size)]
+    step = micro * ranks.world * accum
+    order = np.resize(order, max(step, count // step * step))
+    return [part[ranks.rank::ranks.world].tolist() for part in order.reshape(-1, micro * ranks.world)]
 
 
 class Stopper:
     """Turns Ctrl-C and SIGTERM into a question that the loop asks after each step; a second Ctrl-C is immediate."""
 
     def __init__(self):
-        self.asked = False
+        self.asked = math.inf                                   # when
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: Any) -> None:
-        if self.asked and number == signal.SIGINT:
+        if number == signal.SIGINT and time.monotonic() > self.asked + 1:    # torchrun repeats the first at once
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked = min(self.asked, time.monotonic())
 
     def __call__(self, ranks: Ranks) -> bool:
         """True on every process as soon as one was asked to stop."""
-        if ranks.world == 1:
-            return self.asked
-        return bool(mean_over_ranks(torch.tensor(float(self.asked), device=ranks.device)) > 0)
+        asked = self.asked < math.inf
+        return asked if ranks.world == 1 else bool(mean_over_ranks(torch.tensor(float(asked), device=ranks.device)) > 0)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -292,17 +343,20 @@ def save_checkpoint(path: Path, content: dict) -> None:
 
     Raises UserError when the disk is full or the folder cannot be written; the file from before is then intact.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.part")
     try:
         with open(beside, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except (OSError, RuntimeError) as error:                    # torch reports a failed write as RuntimeError
-        beside.unlink(missing_ok=True)
-        raise UserError(f"cannot save {path}: {error}. What was saved there before is intact; free some space "
-                        "and go on with --resume") from None
+    except (OSError, RuntimeError) as error:                    # torch makes a RuntimeError of a failed write
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        before = ", what was saved there before is intact" if path.exists() else ""
+        raise UserError(f"cannot save {path} (is the disk full?): {reason}{before}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -324,7 +378,8 @@ def read_own(path: Path) -> dict | None:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:                                           # whoever reads it next says what it is
         return None
-    return content if isinstance(content, dict) and "method" in content else None
+    ours = isinstance(content, dict) and {"method", "preset", "config", "skeleton", "model"} <= content.keys()
+    return content if ours else None
 
 
 def states(parts: dict) -> dict:
@@ -333,22 +388,23 @@ def states(parts: dict) -> dict:
 
 
 def restore(parts: dict, saved: dict) -> None:
-    """Put the states of a checkpoint back. Raises UserError when it was made by another model."""
+    """Put the states of a checkpoint back. Raises UserError when it was made by another model.
+
+    Of an optimiser that is what it remembers of each weight; its settings (learning rate, ...) stay those of the
+    config, where a flag may have changed them.
+    """
+    if missing := parts.keys() - saved.keys():
+        raise UserError(f"the checkpoint has no {', '.join(sorted(missing))}: go on from last.pt; best.pt is for eval.py")
     for name, part in parts.items():
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in getattr(part, "param_groups", [])]
         try:
             part.load_state_dict(saved[name])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise UserError(f"the checkpoint does not fit: its {name} differs ({str(error).splitlines()[0]} "
-                            f"{''.join(str(error).splitlines()[1:2]).strip()[:200]}); resume with the flags it was "
-                            "made with, from last.pt") from None
-
-
-def numbers(text: str) -> list[float] | None:
-    """"0.1,0.2" → [0.1, 0.2]; nothing → None. Raises UserError."""
-    try:
-        return [float(word) for word in text.split(",")] if text else None
-    except ValueError:
-        raise UserError(f"expected numbers with commas between them, got {text!r}") from None
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"the checkpoint does not fit: its {name} differs ({reason}); resume with the flags that "
+                            "it was made with") from None
+        for group, own in zip(getattr(part, "param_groups", []), settings):
+            group.update(own)
 
 
 def ignore_signals(worker: int) -> None:
@@ -363,57 +419,75 @@ def find_last(where: str) -> Path:
     return path / "last.pt" if path.is_dir() else path
 
 
+def make_folder(path: Path) -> Path:
+    """The folder, made if need be. Raises UserError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error}; choose another with --out") from None
+    return path
+
+
+@contextlib.contextmanager
+def goes_on(path: Path) -> Iterator[None]:
+    """A file that cannot be written in the middle of a run is a warning: the disk may have room again later."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        print(f"warning: {path} is not written: {' '.join(str(error).split())}", file=sys.stderr)
+
+
 class Run:
-    """A run folder: config.json, log.jsonl, curves.png, predictions.png, last.pt, best.pt. Only rank 0 writes."""
+    """A run folder: config.json, log.jsonl, curves.png, predictions.png, last.pt, best.pt. Only rank 0 writes.
+
+    Raises UserError if the folder cannot be written, or holds a run that is not the one to resume.
+    """
 
     def __init__(self, method: str, config: Any, args: argparse.Namespace, ranks: Ranks):
         self.writes = ranks.rank == 0
         name = f"{method}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.folder = Path(args.out) if args.out else (
-            find_last(args.resume).parent if args.resume else Path("runs") / name)
+        last = find_last(args.resume)
+        self.folder = Path(args.out) if args.out else last.parent if args.resume else Path("runs") / name
         self.header = dict(method=method, preset=args.preset, config=asdict(config))
-        self.rows: list[dict] = []
+        self.rows: list[dict] = args.saved["rows"] if args.resume else []
         self.last_save = time.monotonic()
-        self.known_bad: set[str] = set()
-        if not self.writes:
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.json").write_text(json.dumps(self.header, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write the run folder {self.folder}: {error}; choose another with --out") from None
-        if args.resume:
-            self._keep_rows_up_to(args.saved["step"])
+        if self.writes:
+            make_folder(self.folder)
+            if (self.folder / "last.pt").exists() and not (args.resume and last.parent.samefile(self.folder)):
+                raise UserError(f"{self.folder} holds another run: go on with --resume {self.folder}, or choose "
+                                "another --out")
+            # without the rows that a killed run wrote after its last checkpoint: it will write them again
+            self._write("log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows), "w")
+            self._write("config.json", json.dumps(self.header, indent=1) + "\n", "w")
+        self.bad = {row["bad"] for row in self.rows if "bad" in row}
 
-    def _keep_rows_up_to(self, step: int) -> None:
-        """Forget what a killed run logged after its last checkpoint: the resumed run will log it again."""
-        log = self.folder / "log.jsonl"
-        lines = log.read_text().splitlines() if log.is_file() else []
-        for line in lines:
-            try:
-                self.rows.append(json.loads(line))
-            except json.JSONDecodeError:                        # the line that the kill cut in half
-                continue
-        self.rows = [row for row in self.rows if row["step"] <= step]
-        log.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+    def _write(self, name: str, text: str, mode: str) -> None:
+        with goes_on(self.folder / name), open(self.folder / name, mode, encoding="utf-8") as file:
+            file.write(text)
 
     def log(self, **row: float | int | str) -> None:
         """Append one row to log.jsonl; values are plain numbers and text."""
         self.rows.append(row)
         if self.writes:
-            with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+            self._write("log.jsonl", json.dumps(row) + "\n", "a")
 
     def say(self, text: str) -> None:
         if self.writes:
             tqdm.write(text)
 
-    def skipped(self, reasons: Sequence[Sequence[str]]) -> None:
+    def bad_files(self, messages: Iterable[str]) -> None:
         """Name each unreadable file once, on the screen and in log.jsonl."""
-        for reason in {text for texts in reasons for text in texts} - self.known_bad:
-            self.known_bad.add(reason)
-            self.say(f"skipped ({len(self.known_bad)} so far): {reason}")
-            self.log(step=self.rows[-1]["step"] if self.rows else 0, skipped=reason)
+        for message in dict.fromkeys(messages):
+            if message not in self.bad:
+                self.bad.add(message)
+                tqdm.write(f"bad file ({len(self.bad)} so far): {message}")
+                self.log(step=self.rows[-1]["step"] if self.rows else 0, bad=message)
+
+    def not_finite(self, what: str, step: int, images: list) -> UserError:
+        """The error that ends a run whose numbers are not finite."""
+        last = self.folder / "last.pt"
+        return UserError(f"{what} not finite at step {step}, images {images}: try --amp no or a lower --lr"
+                         + f"; {last} is from before" * last.exists())
 
     def save_is_due(self, seconds: float = 600) -> bool:
         """True when the last save is long ago, so that a crash costs minutes; only ever on the writing process."""
@@ -422,26 +496,18 @@ class Run:
     def draw(self, data: Any, predictions: list) -> None:
         """curves.png of the log, predictions.png of the first images of a dataset with people."""
         if self.writes:
-            draw.plot_curves([row for row in self.rows if "skipped" not in row], self.folder / "curves.png")
-            draw.draw_predictions(data, predictions, count=12).save(self.folder / "predictions.png")
+            with goes_on(self.folder / "curves.png"):
+                draw.plot_curves([row for row in self.rows if "bad" not in row], self.folder / "curves.png")
+            with goes_on(self.folder / "predictions.png"):
+                draw.draw_predictions(data, predictions, count=12).save(self.folder / "predictions.png")
 
     def save(self, name: str, **content: Any) -> None:
+        """Raises UserError; the file from before is then intact."""
         if self.writes:
-            save_checkpoint(self.folder / name, {**self.header, **content})
+            save_checkpoint(self.folder / name, {**self.header, "rows": self.rows, **content})
             self.last_save = time.monotonic()
 
     def try_save(self, name: str, **content: Any) -> None:
         """As `save`, in the middle of a run: a full disk is said, and the run goes on."""
-        try:
+        with goes_on(self.folder / name):
             self.save(name, **content)
-        except UserError as error:
-            print(f"warning: {error}", file=sys.stderr)
-
-
-def resolve(config: ConfigT, **overrides: Any) -> ConfigT:
-    """A copy of a config with some fields changed. Raises UserError for a field that does not exist."""
-    names = {field.name for field in fields(config)}
-    for name in overrides.keys() - names:
-        near = difflib.get_close_matches(name, names, 1)
-        raise UserError(f"there is no option {name}" + (f": did you mean {near[0]}?" if near else ""))
-    return replace(config, **overrides)

@@ -24,6 +24,18 @@ def pose_data() -> Path:
     return Path(os.environ["POSE_DATA"])
 
 
+TINY = ("--size 64 --dim 32 --layers 1 --decoder_ffn 32 --encoder_ffn 32 --queries 5 --dn_queries 2 --workers 0 "
+        "--eval_every 1").split()               # a DETRPose that takes a step in a few hundredths of a second
+
+
+@pytest.fixture(scope="session")
+def puppets_folder(tmp_path_factory) -> Path:
+    """24 + 8 puppets in COCO layout; a test that changes files takes a copy."""
+    from data import puppets
+    counts = {"train": 24, "val": 8}
+    return puppets.make(tmp_path_factory.mktemp("puppets"), "coco", size=64, workers=1, progress=False, counts=counts)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds():
     random.seed(0)

@@ -1,0 +1,363 @@
+"""Flags, checkpoints, exact resume, averages, order, processes: what every training loop stands on."""
+import errno
+import io
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import detrpose
+from common import runtime
+from common.datasets import open_dataset
+from common.runtime import UserError
+from tests.conftest import TINY
+
+
+@dataclass(frozen=True)
+class Config:
+    """What `parse` is tried with; as a checkpoint's method it is called test_runtime, after this file."""
+    size: int = 8               # side, 100 % of it
+    lr_backbone: float = 0.1    # learning rate
+    fdr: bool = True            # off: offsets
+    amp: str = "no"             # precision
+
+
+PRESETS = {"tiny": Config(size=16, lr_backbone=0.2), "big": Config(size=32, lr_backbone=0.3)}
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """No pictures (they take longer than the training), and the signal handlers of before."""
+    monkeypatch.setattr(runtime.Run, "draw", lambda *args: None)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def parse(*argv: str):
+    return runtime.parse(Config, PRESETS, "A method.", list(argv))
+
+
+def last_line(capsys, call) -> str:
+    """The single line with which `call` ends under run_main, exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        runtime.run_main(call)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert end.value.code == 2 and len(lines) == 1
+    return lines[0]
+
+
+# ------------------------------------------------------------------------------------------ flags
+
+
+def test_every_field_is_a_flag_whose_help_is_its_comment(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    for config, presets in (Config, PRESETS), (detrpose.Config, detrpose.PRESETS):
+        with pytest.raises(SystemExit) as end:
+            runtime.parse(config, presets, "A method.", ["--help"])
+        text, comments = capsys.readouterr().out, runtime.field_help(config)
+        assert end.value.code == 0 and comments.keys() == {field.name for field in fields(config)}
+        for name, comment in comments.items():
+            assert f"--{name}" in text and f"{comment} (default " in text
+
+
+def test_flags_take_dashes_or_underscores_and_values_after_an_equals_sign():
+    for spelling in ("--lr-backbone 2", "--lr_backbone 2", "--lr-backbone=2"):
+        assert parse(*spelling.split())[0].lr_backbone == 2
+    assert parse("--no-fdr")[0].fdr is parse("--no_fdr")[0].fdr is False and parse("--fdr")[0].fdr is True
+    assert parse("--amp", "with-dash")[0].amp == "with-dash" and parse("--amp=a-b")[0].amp == "a-b"
+
+
+def test_precedence_is_class_preset_checkpoint_command_line(tmp_path):
+    saved = dict(method="test_runtime", preset="big", skeleton={}, model={}, config=dict(size=64, amp="bf16"))
+    torch.save(saved, tmp_path / "last.pt")
+    assert parse()[0] == Config(16, 0.2, True, "no")                        # tiny changes two fields of the class
+    assert parse("--preset", "big", "--size", "5")[0] == Config(5, 0.3, True, "no")
+    config, args = parse("--resume", str(tmp_path), "--amp", "fp16")
+    assert (config.size, config.amp, args.preset, args.train) == (64, "fp16", "big", True)
+
+
+@pytest.mark.parametrize("argv, message", [
+    ("--bacth 4", "unknown flag --bacth: did you mean --batch?"),
+    ("--no-frd", "unknown flag --no-frd: did you mean --no-fdr?"), ("--siz 32", "did you mean --size?"),
+    ("train", "did you mean --train?"), ("--batch four", "--batch: invalid int value: 'four'"),
+    ("--batch 1.5", "invalid int"), ("--lr fast", "invalid float value"), ("--lr", "expected one argument"),
+    ("--preset tny", "there is no preset tny: choose from tiny, n, s"), ("--amp foo", "--amp foo: choose from no, bf16"),
+    ("--schedule foo", "--schedule foo: choose from constant, cosine"), ("--backbone foo", "choose from T, B0"),
+    ("--batch 0", "--batch 0: expected at least 1"), ("--epochs 0", "--epochs 0"), ("--accum 0", "--accum 0"),
+    ("--lr -1", "--lr -1.0: expected"), ("--lr nan", "--lr nan"), ("--clip 0", "--clip"), ("--workers -1", "--workers -1"),
+    ("--mosaic 2", "--mosaic 2.0: expected a number from 0 to 1"), ("--heads 5", "choose a multiple of 20"),
+    ("--size 100", "multiple of 32"), ("--batch 6 --accum 4", "does not split into 4 micro-batches"),
+    ("--resume nowhere", "there is no checkpoint nowhere"), ("--init", "expected one argument")])
+def test_a_wrong_command_line_is_one_line_that_says_what_to_do(argv, message, capsys):
+    line = last_line(capsys, lambda: runtime.parse(detrpose.Config, detrpose.PRESETS, "", argv.split()))
+    assert message in line
+
+
+@pytest.mark.parametrize("device, message", [
+    ("gpu", "expected auto, cpu, cuda"), ("mps", "expected auto"), ("cuda", "no GPU that torch"), ("cuda:7", "--device cuda:7")])
+def test_a_device_that_is_not_there_is_one_line(device, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=message):
+        runtime.pick_device(device)
+    assert runtime.pick_device("auto") == torch.device("cpu")
+
+
+def test_errors_of_loader_processes_memory_and_disk_are_one_line_too(capsys):
+    def fail(error):
+        raise error
+    wrapped = "Caught UserError in DataLoader worker process 0.\nTraceback\n  x\ncommon.runtime.UserError: no image"
+    assert last_line(capsys, lambda: fail(UserError(wrapped))) == "error: no image"
+    assert "smaller --batch" in last_line(capsys, lambda: fail(torch.OutOfMemoryError("CUDA out of memory. Tried")))
+    assert "No space left" in last_line(capsys, lambda: fail(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(SystemExit) as end:
+        runtime.run_main(lambda: fail(KeyboardInterrupt()))
+    assert end.value.code == 130
+
+
+# ------------------------------------------------------------------------------------------ seeds, order, average
+
+
+def test_seeds_are_a_function_of_the_numbers_alone():
+    def draws(*where):
+        runtime.seed_all(*where)
+        return random.random(), np.random.rand(), torch.rand(()).item()
+    assert draws(0, 3, 1) == draws(0, 3, 1)
+    assert len({draws(*where) for where in ((0, 3, 1), (0, 31), (1, 3, 1), (0, 3), (3, 0, 1))}) == 5
+    assert draws(0)[1] == pytest.approx(0.309532208)                          # the same on every machine and every day
+
+
+def rank(i: int, world: int) -> runtime.Ranks:
+    return runtime.Ranks(i, world, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("count, step", [(23, 4), (24, 8), (100, 12), (3, 8), (1, 4)])
+def test_the_images_of_a_step_do_not_depend_on_the_number_of_processes(count, step):
+    alone = runtime.epoch_batches(count, step, 1, 0, 5, rank(0, 1))
+    assert alone != runtime.epoch_batches(count, step, 1, 0, 6, rank(0, 1)) or count == 1
+    assert alone != runtime.epoch_batches(count, step, 1, 1, 5, rank(0, 1)) or count == 1
+    for world, accum in ((2, 1), (4, 1), (1, 4), (2, 2)):
+        each = [runtime.epoch_batches(count, step // world // accum, accum, 0, 5, rank(i, world)) for i in range(world)]
+        assert all(len(batches) == len(alone) * accum for batches in each)
+        for k, whole in enumerate(alone):
+            parts = [part for batches in each for part in batches[k * accum:(k + 1) * accum]]
+            assert sorted(sum(parts, [])) == sorted(whole)
+
+
+def test_an_epoch_has_every_image_at_most_once_and_a_tiny_set_fills_a_step():
+    batches = runtime.epoch_batches(23, 2, 2, 0, 0, rank(0, 1))
+    assert len(batches) == 10 and len(set(sum(batches, []))) == 20          # 3 of 23 wait for the next epoch
+    seen = {i for epoch in range(9) for batch in runtime.epoch_batches(23, 2, 2, 0, epoch, rank(0, 1)) for i in batch}
+    assert seen == set(range(23))
+    assert runtime.epoch_batches(1, 2, 2, 0, 0, rank(0, 1)) == [[0, 0], [0, 0]]
+    small = runtime.epoch_batches(3, 4, 2, 0, 0, rank(0, 1))
+    assert len(small) == 2 and sorted(np.bincount(sum(small, []))) == [2, 3, 3]
+
+
+def test_the_average_follows_its_formula_and_copies_what_is_no_fraction():
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    ema = runtime.Ema(model, decay=0.9, warmup=5)
+    expected, history = ema.module[0].weight.clone(), []
+    for n in range(1, 8):
+        with torch.no_grad():
+            model[0].weight.normal_()
+            model[1].running_mean.fill_(n)
+        model[1].num_batches_tracked.fill_(10 * n)
+        ema.update(model)
+        d = 0.9 * (1 - math.exp(-n / 5))
+        expected = d * expected + (1 - d) * model[0].weight
+        history.append(ema.module[1].running_mean[0].item())
+    torch.testing.assert_close(ema.module[0].weight, expected)
+    assert ema.module[1].num_batches_tracked == 70 and ema.updates == 7
+    assert history == sorted(history) and 4 < history[-1] < 7               # lags behind, buffers too
+    assert not any(p.requires_grad for p in ema.parameters()) and not ema.module.training
+
+
+def test_one_process_is_its_own_mean_and_its_own_list():
+    value = torch.tensor([1.0, 2.0])
+    assert torch.equal(runtime.mean_over_ranks(value), value) and runtime.gather_lists([1, "a"]) == [1, "a"]
+
+
+# ------------------------------------------------------------------------------------------ checkpoints
+
+
+def plain(value) -> bool:
+    if isinstance(value, dict):
+        return all(type(key) in (str, int) and plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(plain, value))
+    return isinstance(value, torch.Tensor) or value is None or type(value) in (str, int, float, bool)
+
+
+@pytest.fixture
+def old(tmp_path):
+    """A file that was saved before, which nothing may spoil."""
+    runtime.save_checkpoint(tmp_path / "last.pt", dict(step=1, model=torch.ones(5)))
+    yield tmp_path / "last.pt"
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"], "no half file is left"
+
+
+def full_disk(content, file):
+    file.write(b"half of it")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("where, name, fail", [
+    ("torch", "save", full_disk), ("os", "replace", lambda *args: full_disk(0, io.BytesIO())),
+    ("os", "fsync", lambda *args: full_disk(0, io.BytesIO()))])
+def test_a_save_that_fails_keeps_the_old_file_and_says_so(old, monkeypatch, where, name, fail):
+    monkeypatch.setattr(getattr(runtime, where), name, fail)
+    with pytest.raises(UserError, match=r"cannot save .*last.pt.*No space left.*before is intact"):
+        runtime.save_checkpoint(old, dict(step=2))
+    monkeypatch.undo()
+
+
+def test_a_really_full_disk_keeps_the_old_file(old):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))              # as `ulimit -f`
+    try:
+        with pytest.raises(UserError, match="cannot save .*File too large.*intact"):
+            runtime.save_checkpoint(old, dict(step=2, model=torch.ones(100_000)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_kill_in_the_middle_of_a_save_keeps_the_old_file(old, monkeypatch):
+    def kill(content, file):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(torch, "save", kill)
+    with pytest.raises(KeyboardInterrupt):
+        runtime.save_checkpoint(old, dict(step=2))
+    monkeypatch.undo()
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_what_is_no_checkpoint_of_ours_is_refused_and_never_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = dict(method="m", preset="p", config={}, skeleton={}, model={"w": torch.ones(9)})
+    torch.save(good, "good.pt")
+    Path("cut.pt").write_bytes(Path("good.pt").read_bytes()[:-300])
+    Path("empty.pt").touch()
+    Path("text.pt").write_text("hello")
+    torch.save(good | {"more": Hostile()}, "hostile.pt")
+    torch.save({"model": {}}, "foreign.pt")
+    assert runtime.load_checkpoint(Path("good.pt"))["preset"] == "p"
+    for name in ("cut", "empty", "text", "hostile", "foreign"):
+        with pytest.raises(UserError, match=f"{name}.pt is no checkpoint of ours, or it is cut short"):
+            runtime.load_checkpoint(Path(f"{name}.pt"))
+    assert not Path("ran").exists()
+
+
+# ------------------------------------------------------------------------------------------ training runs
+
+FLAGS = [*TINY, "--train", "--epochs", "2", "--batch", "2", "--device", "cpu"]         # 11 steps per epoch
+
+
+def train(data: Path, out: Path, *flags: str) -> dict:
+    """Train in this process; the content of last.pt."""
+    words = flags if "--resume" in flags else (*FLAGS, "--data", str(data), "--out", str(out), *flags)
+    detrpose.train(*runtime.parse(detrpose.Config, detrpose.PRESETS, "", list(words)))
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def whole_run(puppets_folder, tmp_path_factory):
+    """accum → (last.pt, rows of the log) of a run that was never cut."""
+    done = {}
+
+    def get(accum: str):
+        if accum not in done:
+            folder = tmp_path_factory.mktemp("whole")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(runtime.Run, "draw", lambda *args: None)
+                done[accum] = train(puppets_folder, folder, "--accum", accum), (folder / "log.jsonl").read_text()
+        return done[accum]
+    return get
+
+
+def assert_equal(a, b, where=""):
+    """The same structure with the same bits."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        [assert_equal(a[key], b[key], f"{where}.{key}") for key in a]
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        [assert_equal(x, y, f"{where}[{i}]") for i, (x, y) in enumerate(zip(a, b))]
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+class Killed(BaseException):
+    """As SIGKILL: nothing gets a chance to save or to close."""
+
+
+def cut(monkeypatch, how: str):
+    """Let the next run end early, at its 7th step or in the evaluation after the first epoch."""
+    losses, evaluate, save, calls = detrpose.batch_losses, detrpose.evaluate, runtime.Run.save, []
+
+    def step(*args):
+        calls.append(0)
+        if len(calls) == 7 and how.startswith("SIG"):
+            signal.raise_signal(getattr(signal, how))
+        if len(calls) == 7 and how == "kill in a step":
+            raise Killed
+        return losses(*args)
+
+    def evaluation(*args):
+        if how == "kill while evaluating":
+            raise Killed
+        return evaluate(*args)
+
+    def saving(self, name, **content):
+        if how == "kill after evaluating" and content["epoch"] == 1:
+            raise Killed
+        save(self, name, **content)
+
+    monkeypatch.setattr(detrpose, "batch_losses", step)
+    monkeypatch.setattr(detrpose, "evaluate", evaluation)
+    monkeypatch.setattr(runtime.Run, "save", saving)
+    monkeypatch.setattr(runtime.Run, "save_is_due", lambda self: len(calls) in (3, 4))
+
+
+@pytest.mark.parametrize("how, accum, workers", [
+    ("SIGTERM", "1", "0"), ("SIGINT", "2", "1"), ("kill in a step", "1", "1"), ("kill in a step", "2", "0"),
+    ("kill while evaluating", "1", "0"), ("kill after evaluating", "1", "0")])
+def test_a_run_that_is_cut_and_resumed_ends_with_the_same_bits(
+        how, accum, workers, puppets_folder, whole_run, tmp_path, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        cut(patch, how)
+        try:
+            train(puppets_folder, tmp_path / "run", "--accum", accum, "--workers", workers)
+            assert how.startswith("SIG") and f"go on with --resume {tmp_path / 'run'}" in capsys.readouterr().out
+        except Killed:
+            with open(tmp_path / "run" / "log.jsonl", "a") as log:
+                log.write('{"step": 6, "loss')                              # a line that the kill cut in half
+    before = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert 0 < before["step"] < 22 and plain(before)
+    after, (expected, rows) = train(puppets_folder, tmp_path / "run", "--resume", str(tmp_path / "run")), whole_run(accum)
+    assert after["step"] == 22
+    for part in ("model", "ema", "optimizer", "epoch", "step", "best", "rows"):
+        assert_equal(after[part], expected[part], part)
+    assert (tmp_path / "run" / "log.jsonl").read_text() == rows and rows.count('"AP"') == 2 and rows.count('"loss"') == 1
