@@ -361,3 +361,252 @@ def test_a_run_that_is_cut_and_resumed_ends_with_the_same_bits(
     for part in ("model", "ema", "optimizer", "epoch", "step", "best", "rows"):
         assert_equal(after[part], expected[part], part)
     assert (tmp_path / "run" / "log.jsonl").read_text() == rows and rows.count('"AP"') == 2 and rows.count('"loss"') == 1
+
+
+@pytest.fixture(scope="module")
+def short_run(puppets_folder, tmp_path_factory):
+    """The folder of a finished run of one epoch with one step; take a copy to change it."""
+    folder = tmp_path_factory.mktemp("short") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime.Run, "draw", lambda *args: None)
+        train(puppets_folder, folder, "--epochs", "1", "--batch", "23")
+    return folder
+
+
+def resume_line(capsys, data: Path, folder: Path, *flags: str) -> str:
+    return last_line(capsys, lambda: train(data, folder, "--resume", *flags))
+
+
+def test_a_checkpoint_that_does_not_fit_is_one_line_and_stays_what_it_was(short_run, puppets_folder, tmp_path, capsys):
+    folder = Path(shutil.copytree(short_run, tmp_path / "run"))
+    last, saved = folder / "last.pt", torch.load(folder / "last.pt", weights_only=True)
+    before, run = last.read_bytes(), str(folder)
+    assert "its model differs" in resume_line(capsys, puppets_folder, folder, run, "--dim", "64")
+    assert "leave --preset out" in resume_line(capsys, puppets_folder, folder, run, "--preset", "n")
+    assert "optimizer" in (line := resume_line(capsys, puppets_folder, folder, str(folder / "best.pt"))) and "last.pt" in line
+    assert last.read_bytes() == before
+    torch.save(saved | {"method": "querypose"}, last)
+    assert "go on with python querypose.py" in resume_line(capsys, puppets_folder, folder, run)
+    torch.save(saved | {"config": saved["config"] | {"layer": 1}}, last)
+    assert "no option layer: did you mean layers?" in resume_line(capsys, puppets_folder, folder, run)
+    last.write_bytes(before[:-1000])
+    assert "cut short or damaged" in resume_line(capsys, puppets_folder, folder, run)
+
+
+def test_a_finished_run_says_so_and_goes_on_with_more_epochs_and_another_learning_rate(
+        short_run, puppets_folder, tmp_path, capsys):
+    folder = Path(shutil.copytree(short_run, tmp_path / "run"))
+    assert train(puppets_folder, folder, "--resume", str(folder))["step"] == 1
+    assert "all 1 epochs are done" in capsys.readouterr().out
+    more = train(puppets_folder, folder, "--resume", str(folder), "--epochs", "2", "--lr", "0.5", "--weight_decay", "0.25")
+    assert more["step"] == 2 and more["config"]["lr"] == 0.5
+    assert [group["initial_lr"] for group in more["optimizer"]["param_groups"]] == [1e-3, 0.5]
+    assert {group["weight_decay"] for group in more["optimizer"]["param_groups"]} == {0.25}
+    assert [row["step"] for row in map(json.loads, open(folder / "log.jsonl"))] == [1, 2]
+
+
+def test_a_folder_with_another_run_is_never_written_over(short_run, puppets_folder, tmp_path, capsys):
+    before = (short_run / "last.pt").read_bytes()
+    assert "holds another run" in last_line(capsys, lambda: train(puppets_folder, short_run))
+    other = Path(shutil.copytree(short_run, tmp_path / "other"))
+    flags = str(other), "--out", str(short_run), "--epochs", "2"
+    assert "holds another run" in resume_line(capsys, puppets_folder, other, *flags)
+    (tmp_path / "file").touch()
+    assert "cannot make the folder" in last_line(capsys, lambda: train(puppets_folder, tmp_path / "file"))
+    assert (short_run / "last.pt").read_bytes() == before
+
+
+def test_a_full_disk_is_a_warning_during_the_run_and_an_error_at_its_end(puppets_folder, tmp_path, capsys, monkeypatch):
+    flags, saves = ("--epochs", "3", "--batch", "23"), []
+
+    def save(path, content):
+        saves.append(path.name)
+        if len(saves) > 1:                                                  # the disk fills up after the first save
+            raise UserError(f"cannot save {path}")
+        real(path, content)
+
+    real = runtime.save_checkpoint
+    monkeypatch.setattr(runtime, "save_checkpoint", save)
+    with pytest.raises(SystemExit) as end:
+        runtime.run_main(lambda: train(puppets_folder, tmp_path / "run", *flags))
+    captured = capsys.readouterr()
+    assert end.value.code == 2 and captured.err.count("warning: ") == len(saves) - 2 >= 5 and "epoch 3" in captured.out
+    monkeypatch.undo()
+    monkeypatch.setattr(runtime.Run, "draw", lambda *args: None)
+    assert train(puppets_folder, tmp_path / "run", "--resume", str(tmp_path / "run"))["step"] == 3
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(puppets_folder, tmp_path, capsys, monkeypatch):
+    def write(name, text, mode):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    args = dict(preset="tiny", out=str(tmp_path / "run"), resume="", saved=None)
+    run = runtime.Run("detrpose", detrpose.PRESETS["tiny"], type("Args", (), args), rank(0, 1))
+    shutil.rmtree(run.folder)
+    run.log(step=1, loss=2.0)
+    assert "log.jsonl is not written" in capsys.readouterr().err and run.rows == [dict(step=1, loss=2.0)]
+
+
+@pytest.mark.parametrize("what", ["loss_keypoints", "the gradient"])
+def test_a_loss_that_is_not_finite_stops_with_its_name_and_the_images(what, puppets_folder, tmp_path, capsys, monkeypatch):
+    losses, calls = detrpose.criterion, []
+
+    def broken(*args):
+        terms, calls[:] = losses(*args), [*calls, 0]
+        if len(calls) == 13:                                                # the second step of the second epoch
+            bad = torch.tensor(math.nan)
+            terms["loss_keypoints"] = (terms["loss_keypoints"] * bad if what == "loss_keypoints" else
+                                       terms["loss_keypoints"] + (terms["loss_keypoints"].detach() * 0).sqrt() * 0
+                                       + (terms["loss_keypoints"] - terms["loss_keypoints"]).sqrt())
+        return terms
+
+    monkeypatch.setattr(detrpose, "criterion", broken)
+    line = last_line(capsys, lambda: train(puppets_folder, tmp_path))
+    ids = {int(word) for word in line.split("images [")[1].split("]")[0].split(", ")}
+    assert f"{what} not finite at step 12" in line and f"{tmp_path / 'last.pt'} is from before" in line and "--lr" in line
+    assert len(ids) == 2 and ids <= set(open_dataset(str(puppets_folder), "train").ids.tolist())
+    monkeypatch.undo()
+    saved = runtime.load_checkpoint(tmp_path / "last.pt")
+    assert saved["step"] == 11 and all(value.isfinite().all() for value in saved["model"].values())
+
+
+# ------------------------------------------------------------------------------------------ data at the edges
+
+
+def annotations(folder: Path, split: str, change) -> Path:
+    """`change` an annotation file; the data folder."""
+    file = folder / "annotations" / f"person_keypoints_{split}2017.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    return folder
+
+
+def test_bad_pictures_among_good_ones_are_named_once_and_the_run_goes_on(puppets_folder, tmp_path, capsys):
+    data = Path(shutil.copytree(puppets_folder, tmp_path / "data"))
+    bad = [sorted((data / split).iterdir())[3] for split in ("train2017", "val2017")]
+    bad[0].write_bytes(b"no picture")
+    bad[1].write_bytes(bad[1].read_bytes()[:300])
+    assert train(data, tmp_path / "run", "--batch", "23")["step"] == 2
+    rows = [json.loads(line) for line in open(tmp_path / "run" / "log.jsonl")]
+    named = [row["bad"] for row in rows if "bad" in row]
+    assert len(named) == 2 and all(str(path) in text for path, text in zip(bad, named))
+    out = capsys.readouterr().out
+    assert f"bad file (1 so far): cannot read image {bad[0]}: this is not an image" in out and "(2 so far)" in out
+
+
+def test_one_image_trains_and_evaluates(puppets_folder, tmp_path):
+    data = Path(shutil.copytree(puppets_folder, tmp_path / "data"))
+    for split in ("train", "val"):
+        annotations(data, split, lambda content: content.update(images=content["images"][2:3]))
+    flags = "--epochs", "2", "--batch", "4", "--accum", "2", "--mosaic", "1", "--aug_from", "0"
+    assert train(data, tmp_path / "run", *flags)["step"] == 2
+    assert (tmp_path / "run" / "best.pt").exists()
+
+
+def test_images_without_people_are_left_out_of_training_and_kept_in_evaluation(puppets_folder, tmp_path, capsys):
+    data = Path(shutil.copytree(puppets_folder, tmp_path / "data"))
+
+    def keep_people_of_three(content):
+        ids = {image["id"] for image in content["images"][2:5]}
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
+    annotations(data, "train", keep_people_of_three)
+    annotations(data, "val", lambda content: content["annotations"].clear())
+    assert train(data, tmp_path / "run", "--batch", "3", "--epochs", "1")["step"] == 1      # 3 images make 1 step
+    assert (tmp_path / "run" / "best.pt").exists() and "n/a" in capsys.readouterr().out
+    annotations(data, "train", lambda content: content["annotations"].clear())
+    assert "nothing to train on" in last_line(capsys, lambda: train(data, tmp_path / "again"))
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-pose_denoising"], ["--no-ksvf", "--no-fdr", "--no-pose_lqe"]])
+def test_a_batch_without_people_has_a_finite_loss_and_a_gradient_everywhere(flags):
+    cfg, _ = runtime.parse(detrpose.Config, detrpose.PRESETS, "", [*TINY, *flags])
+    model = detrpose.DETRPose(cfg, detrpose.get_skeleton("coco")).train()
+    nobody = detrpose.Targets(*(torch.zeros(0, *shape) for shape in ((17, 2), (17,), (4,), ())))
+    losses = detrpose.batch_losses(model, torch.rand(2, 3, 64, 64), [nobody, nobody], cfg, 0, 0, rank(0, 1), model.sigmas)
+    total = sum(losses.values())
+    total.backward()
+    assert total.isfinite() and total > 0
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+# ------------------------------------------------------------------------------------------ signals and processes
+
+
+def test_one_ctrl_c_asks_and_a_second_one_is_immediate(monkeypatch):
+    stop, clock = runtime.Stopper(), [100.0]
+    monkeypatch.setattr(runtime.time, "monotonic", lambda: clock[0])
+    assert not stop(rank(0, 1))
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)                  # torchrun hands on the same Ctrl-C that the terminal sends
+    signal.raise_signal(signal.SIGTERM)
+    assert stop(rank(0, 1))
+    clock[0] += 2
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def one_step(data: str, ranks: runtime.Ranks) -> dict:
+    """Gradients of a first step on 8 images and the evaluation, shared by the processes; norms are constants."""
+    words = [*TINY, "--no-pose_denoising", "--frozen_norm", "--batch", "8", "--jitter", "0", "--data", data]
+    cfg, _ = runtime.parse(detrpose.Config, detrpose.PRESETS, "", words)
+    runtime.seed_all(0)
+    model = detrpose.DETRPose(cfg, detrpose.get_skeleton("coco"))
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)                # the outputs start at zero
+    net = runtime.distribute(model.train(), ranks)
+    [module.eval() for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    images = detrpose.TrainImages(open_dataset(data, "train").training(), cfg, epoch=0)
+    batch = runtime.epoch_batches(len(images), 8 // ranks.world, 1, 0, 0, ranks)[0]
+    tensors, targets, _ = detrpose.collate([images[i] for i in batch])
+    losses = detrpose.batch_losses(net, tensors, targets, cfg, 0, 0, ranks, model.sigmas)
+    sum(losses.values()).backward()
+    table, predictions = detrpose.evaluate(model, open_dataset(data, "val"), cfg, ranks)
+    return dict(gradients={name: p.grad for name, p in model.named_parameters()}, table=table, count=len(predictions),
+                people={int(p.image_id): float(p.keypoints.sum()) for p in predictions})
+
+
+def as_a_rank(data: str, out: str) -> None:
+    """What each process of the test below runs: the step, then a training that only the second is asked to end."""
+    ranks = runtime.init_distributed("cpu")
+    result = one_step(data, ranks)
+    if ranks.rank == 0:
+        torch.save(result, Path(out) / "step.pt")
+    losses, calls = detrpose.batch_losses, []
+
+    def step(*args):
+        calls.append(0)
+        if len(calls) == 7 and ranks.rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return losses(*args)
+
+    detrpose.batch_losses, runtime.Run.draw = step, lambda *args: None
+    sorted((Path(data) / "train2017").iterdir())[4 + ranks.rank].write_bytes(b"")
+    words = [*FLAGS, "--batch", "4", "--seed", "3", "--data", data, "--out", f"{out}/run"]
+    detrpose.train(*runtime.parse(detrpose.Config, detrpose.PRESETS, "", words))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs a torch with libuv there")
+def test_two_processes_give_the_gradient_and_the_table_of_one_and_stop_together(puppets_folder, tmp_path):
+    data, root = Path(shutil.copytree(puppets_folder, tmp_path / "data")), Path(__file__).parents[1]
+    alone = one_step(str(data), rank(0, 1))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
+               "tests.test_runtime", str(data), str(tmp_path)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    both = torch.load(tmp_path / "step.pt", weights_only=True)
+    largest = max(g.abs().max() for g in alone["gradients"].values())
+    for name, gradient in alone["gradients"].items():
+        torch.testing.assert_close(both["gradients"][name], gradient, rtol=1e-3, atol=1e-6 * float(largest))
+    assert both["table"] == alone["table"] and both["count"] == alone["count"] == 8
+    assert both["people"] == pytest.approx(alone["people"], rel=1e-5)
+    assert "stopped and saved; go on with --resume" in done.stdout
+    resumed = runtime.load_checkpoint(tmp_path / "run" / "last.pt")
+    assert (resumed["step"], resumed["done"]) == (7, 2)
+    spoiled, said = sorted((data / "train2017").iterdir())[4:6], [row["bad"] for row in resumed["rows"] if "bad" in row]
+    assert len(said) == 2 and all(any(str(path) in text for text in said) for path in spoiled)
+    assert train(data, tmp_path / "run", "--resume", str(tmp_path / "run"))["step"] == 10   # one process goes on
+
+
+if __name__ == "__main__":
+    as_a_rank(*sys.argv[1:])
