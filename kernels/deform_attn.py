@@ -404,7 +404,9 @@ def backward_kernel(grad, value, sides, tokens_at, locations, weights, unit_at, 
     query = tl.arange(0, QUERIES)
     valid = block * QUERIES + query < queries
     first = (image * queries + block * QUERIES) * HEADS + head
-    image_at = image * tokens * HEADS * DIM + head * DIM
+    value += image * tokens * HEADS * DIM + head * DIM
+    d_value += image * tokens * HEADS * DIM + head * DIM
+    grad += first * DIM
     locations += first * points * 2
     weights += first * points
     d_locations += first * points * 2
@@ -416,9 +418,9 @@ def backward_kernel(grad, value, sides, tokens_at, locations, weights, unit_at, 
         unit = tl.load(unit_at)
     g = ()
     for chunk in tl.static_range(CHUNKS):
-        at = (query * (HEADS * DIM))[:, None] + (chunk * CHUNK + channel)[None, :]
-        there = valid[:, None] & (chunk * CHUNK + channel < DIM)[None, :]
-        g += (tl.load(grad + first * DIM + at, mask=there, other=0.0).to(tl.float32),)
+        mask = valid[:, None] & (chunk * CHUNK + channel < DIM)[None, :]
+        rows = grad + (query * (HEADS * DIM))[:, None]
+        g += (tl.load(rows + (chunk * CHUNK + channel)[None, :], mask=mask, other=0.0).to(tl.float32),)
 
     for t in range(points):
         width, height = tl.load(sides + 2 * t), tl.load(sides + 2 * t + 1)
@@ -438,7 +440,7 @@ def backward_kernel(grad, value, sides, tokens_at, locations, weights, unit_at, 
         slope_x0, slope_x1 = tent(x + 1, 1.0) - tent(x, 1.0), tent(x, top_x) - tent(x - 1, top_x)
         slope_y0, slope_y1 = tent(y + 1, 1.0) - tent(y, 1.0), tent(y, top_y) - tent(y - 1, top_y)
         token = start + line.to(tl.int32) * row + column.to(tl.int32)
-        corner_at = image_at + token * (HEADS * DIM)
+        corner_at = token * (HEADS * DIM)                                   # channel 0 of v00, for each query
         g00 = tl.zeros((QUERIES, CHUNK), tl.float32)                        # g · v00 and so on, channel by channel
         g01, g10, g11 = g00, g00, g00
         for chunk in tl.static_range(CHUNKS):
@@ -457,19 +459,29 @@ def backward_kernel(grad, value, sides, tokens_at, locations, weights, unit_at, 
         d_weight = y0 * upper + y1 * lower
         d_y = weight * height * (slope_y0 * upper + slope_y1 * lower)
         d_x = weight * width * (y0 * (slope_x0 * v00 + slope_x1 * v01) + y1 * (slope_x0 * v10 + slope_x1 * v11))
-        one = valid[:, None] & (channel == 0)[None, :]                      # one thread per query writes
-        at = (list_at + t)[:, None] + 0 * channel[None, :]
-        tl.store(d_weights + at, d_weight[:, None] + 0 * g00, mask=one)
-        tl.store(d_locations + 2 * at, d_x[:, None] + 0 * g00, mask=one)
-        tl.store(d_locations + 2 * at + 1, d_y[:, None] + 0 * g00, mask=one)
+        tl.store(d_weights + list_at + t, d_weight, mask=valid)
+        tl.store(d_locations + 2 * (list_at + t), d_x, mask=valid)
+        tl.store(d_locations + 2 * (list_at + t) + 1, d_y, mask=valid)
 
 
-def launch_shape(dim: int, channels_per_thread: int) -> dict:
-    """CHUNK, CHUNKS and QUERIES for a head dimension: 64 threads (2 warps) that hold so many channels each."""
-    chunk = 16 if dim % 16 == 0 else 8 if dim % 8 == 0 else min(16, triton.next_power_of_2(dim))
+def forward_shape(dim: int, bits: int) -> dict:
+    """Launch of `forward_kernel`: two warps, a thread holds 128 bits of a row."""
+    return launch_shape(dim, width=16, channels=128 // bits, warps=2)
+
+
+def backward_shape(dim: int) -> dict:
+    """Launch of `backward_kernel`: narrower chunks, since a point costs more; four channels, the most that one atomic
+    instruction adds; and one warp, so that gradients on their way to memory need not pass from warp to warp."""
+    return launch_shape(dim, width=8, channels=4, warps=1)
+
+
+def launch_shape(dim: int, width: int, channels: int, warps: int) -> dict:
+    """CHUNK is `width`, less for small heads, more if there were over 8 chunks (registers); QUERIES follows."""
+    chunk = min(width, triton.next_power_of_2(dim))
     while dim > 8 * chunk:
-        chunk *= 2                                                          # more than 8 chunks need too many registers
-    return dict(CHUNK=chunk, CHUNKS=triton.cdiv(dim, chunk), QUERIES=64 * min(channels_per_thread, chunk) // chunk, num_warps=2)
+        chunk *= 2
+    queries = 32 * warps * min(channels, chunk) // chunk
+    return dict(CHUNK=chunk, CHUNKS=triton.cdiv(dim, chunk), QUERIES=queries, num_warps=warps)
 
 
 @lru_cache(maxsize=64)
@@ -489,7 +501,7 @@ def triton_forward(value: Tensor, sizes: Sequence, points: Sequence, locations: 
     batch, tokens, heads, dim = value.shape
     queries, count = locations.shape[1], locations.shape[3]
     out = value.new_empty(batch, queries, heads * dim)
-    shape = launch_shape(dim, 16 // value.element_size())
+    shape = forward_shape(dim, 8 * value.element_size())
     with torch.cuda.device_of(value):
         forward_kernel[(triton.cdiv(queries, shape["QUERIES"]) * batch * heads,)](
             value, *make_tables(tuple(sizes), tuple(points), value.device), locations, weights, out,
@@ -507,7 +519,7 @@ def triton_backward(grad: Tensor, value: Tensor, sizes: Sequence, points: Sequen
     unit = largest_unit(grad, weights, queries * count) if fixed else grad          # not read unless fixed
     d_value = torch.zeros_like(value, dtype=torch.int64 if fixed else torch.float32)
     d_locations, d_weights = torch.empty_like(locations), torch.empty_like(weights)
-    shape = launch_shape(dim, 4)                                                     # 4: what one atomic instruction adds
+    shape = backward_shape(dim)
     with torch.cuda.device_of(value):
         backward_kernel[(triton.cdiv(queries, shape["QUERIES"]) * batch * heads,)](
             grad, value, *make_tables(tuple(sizes), tuple(points), value.device), locations, weights, unit,
