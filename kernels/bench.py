@@ -1,11 +1,487 @@
 """Benchmark of the kernels: correctness first, then speed at the real sizes of the five methods.
 
-    python -m kernels.bench                     on this machine's GPU, else its CPU
-    python -m kernels.bench --check             only the largest error per case
-    python -m kernels.bench --threads 1         CPU threads (ratios in the documentation are for 1)
-    python -m kernels.bench --json bench.jsonl  the rows of the table as JSON lines
+    python -m kernels.bench                        on this machine's GPU, else on its CPU
+    python -m kernels.bench --check                only the largest error of each case
+    python -m kernels.bench --compile              registers, spills and instructions for sm_90; needs no GPU, but Triton
+    python -m kernels.bench --threads 1            CPU threads (ratios that we quote are for one)
+    python -m kernels.bench --only deform_attn     one kernel
+    python -m kernels.bench --json rows.jsonl      the rows of the table as JSON lines, too
+    python -m kernels.bench --picture roof.png     where the rows are under the GPU's roofline
 
-How a kernel takes part: a section of this file makes `Case` objects (see the class) in a function that `SECTIONS`
-lists by kernel name. Everything else (timing, table, JSON) is common to all kernels and knows none of them.
+On a CPU a row compares our form with the published PyTorch formulation of the same thing, run in turns; `ratio` above
+1 means that ours is faster. On a GPU it compares the Triton kernel with the PyTorch twin and with every peer that can
+be imported, and says which share of the floor is reached: the floor is the least time that moving each tensor once,
+the arithmetic, or the reads from the L1 cache would take.
+
+How a kernel takes part: a section of this file with two functions, one that returns `Case` objects (what to time) and
+one that returns `Build` objects (what to compile), named in SECTIONS. Timing, table, JSON and picture know no kernel.
 """
-SECTIONS = {}       # name -> function () -> list of Case; filled below, by one section per kernel
+import argparse
+import datetime
+import importlib
+import json
+import math
+import re
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from kernels import deform_attn as msda
+from kernels.dispatch import HAS_TRITON, triton
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}      # relative norm, against float64
+SECONDS = 3.0                                                                      # per row, at least 5 rounds
+ROUNDS = 30
+
+
+@dataclass
+class Work:
+    """What a call must at least do, for the floor."""
+    bytes: float            # each tensor moved once between memory and chip
+    flop: float             # arithmetic in float32
+    gathered: float = 0     # bytes read through the L1 caches
+    exps: float = 0         # exponentials
+
+
+@dataclass
+class Case:
+    """One call of a kernel at a real size."""
+    kernel: str
+    size: str                                   # for the table
+    make: Callable                              # (device, dtype) -> arguments; what needs a gradient is a leaf
+    ours: Callable                              # the public function, Triton on a GPU
+    plain: Callable                             # the oracle, also in float64
+    obvious: Callable                           # the published PyTorch formulation
+    work: Callable                              # (bytes per number) -> {"forward": Work, "backward": Work}
+    peers: dict[str, Callable] = field(default_factory=dict)        # operators of others, same arguments
+    dtypes: tuple = (torch.float32, torch.bfloat16)                 # on a GPU; a CPU runs float32
+
+
+@dataclass
+class Build:
+    """A Triton kernel to compile. Pointers are given as "*bf16", integers as "i32"; all pointers are aligned to 16 bytes."""
+    kernel: str
+    name: str                                   # for the table
+    function: Callable
+    signature: dict[str, str]                   # of the arguments that are no constants
+    constants: dict
+    warps: int
+    samples: float                              # points (or steps · channels) that one turn of a program's main loop does
+
+# ----------------------------------------------------------------------------- deformable attention
+
+
+def published_deform_attn(value: Tensor, shapes: list, locations: Tensor, weights: Tensor, points: list) -> Tensor:
+    """The formulation that everybody uses on a CPU: grid_sample per level, stack, multiply by the weights, sum."""
+    batch, _, heads, dim = value.shape
+    queries, samples = locations.shape[1], []
+    grids = (2 * locations - 1).split(points, 3)
+    for level, (height, width), grid in zip(value.split([h * w for h, w in shapes], 1), shapes, grids):
+        level = level.flatten(2).transpose(1, 2).reshape(batch * heads, dim, height, width)
+        grid = grid.transpose(1, 2).flatten(0, 1)
+        samples.append(F.grid_sample(level, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
+    stacked = torch.stack(samples, -2).flatten(-2) if len(set(points)) == 1 else torch.cat(samples, -1)
+    weights = weights.transpose(1, 2).reshape(batch * heads, 1, queries, sum(points))
+    return (stacked * weights).sum(-1).view(batch, heads * dim, queries).transpose(1, 2).contiguous()
+
+
+def deform_attn_arguments(batch: int, queries: int | None, heads: int, dim: int, shapes: list, points: list) -> Callable:
+    """Random arguments. queries None: every token is a query, looking about itself, as in an encoder."""
+
+    def make(device: torch.device, dtype: torch.dtype) -> tuple:
+        random = torch.Generator().manual_seed(0)
+        tokens, count = sum(h * w for h, w in shapes), sum(points)
+        size = torch.tensor([(w, h) for (h, w), n in zip(shapes, points) for _ in range(n)])
+        if queries is None:
+            axes = [torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij") for h, w in shapes]
+            centre = torch.cat([torch.stack([x, y], -1).reshape(-1, 2) for y, x in axes]).expand(batch, -1, 2)
+        else:
+            centre = torch.rand(batch, queries, 2, generator=random)
+        near = 2 * torch.randn(*centre.shape[:2], heads, count, 2, generator=random)           # pixels
+        pixel = centre[:, :, None, None] * size - 0.5 + near
+        fraction = (pixel - pixel.floor()).clamp(2e-3, 1 - 2e-3)         # no rounding moves a point to another cell
+        locations = (pixel.floor() + fraction + 0.5) / size
+        weights = torch.randn(locations.shape[:-1], generator=random).softmax(-1)
+        value = torch.randn(batch, tokens, heads, dim, generator=random)
+        leaves = value.to(device, dtype), locations.to(device), weights.to(device, dtype)
+        value, locations, weights = (x.requires_grad_() for x in leaves)
+        return value, shapes, locations, weights, points
+
+    return make
+
+
+def deform_attn_work(batch: int, queries: int | None, heads: int, dim: int, shapes: list, points: list) -> Callable:
+    """Bytes and arithmetic: value, locations (float32), weights and out once; backward writes a gradient for each too."""
+    tokens = sum(h * w for h, w in shapes)
+    queries = queries or tokens
+    value, out, samples = batch * tokens * heads * dim, batch * queries * heads * dim, batch * queries * heads * sum(points)
+
+    def work(size: int) -> dict[str, Work]:
+        forward = size * (value + out + samples) + 8 * samples
+        return {"forward": Work(forward, 10 * samples * dim, 4 * samples * dim * size),
+                "backward": Work(2 * forward + 4 * value, 20 * samples * dim, 4 * samples * dim * (size + 4))}
+
+    return work
+
+
+def official_deform_attn(module) -> Callable:
+    """The CUDA extension of Deformable DETR. float32 only, equal points on all levels."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value, shapes, starts, locations, weights):
+            ctx.save_for_backward(value, shapes, starts, locations, weights)
+            return module.ms_deform_attn_forward(value, shapes, starts, locations, weights, 64)
+
+        @staticmethod
+        def backward(ctx, grad):
+            grads = module.ms_deform_attn_backward(*ctx.saved_tensors, grad.contiguous(), 64)
+            return grads[0], None, None, grads[1], grads[2]
+
+    def call(value, shapes, locations, weights, points):
+        sides = torch.tensor(shapes, device=value.device)
+        starts = sides.prod(1).cumsum(0) - sides.prod(1)
+        split = (len(points), points[0])
+        return Function.apply(value.float(), sides, starts, locations.unflatten(3, split), weights.float().unflatten(3, split))
+
+    return call
+
+
+def msda_triton_deform_attn(module) -> Callable:
+    """The package msda-triton: float32 only, equal points on all levels."""
+
+    def call(value, shapes, locations, weights, points):
+        split = (len(points), points[0])
+        out = module.multiscale_deformable_attention(
+            value.float(), torch.tensor(shapes, device=value.device), locations.unflatten(3, split),
+            weights.float().unflatten(3, split), padding_mode="zeros", align_corners=False)
+        return out.flatten(2)
+
+    return call
+
+
+def deform_attn_cases() -> list[Case]:
+    """The sizes of DETRPose (640 x 640) and DiffusionRegPose (800 x 1200), and of the embedded data."""
+    detr, clip = [(80, 80), (40, 40), (20, 20)], [(100, 150), (50, 75), (25, 38), (13, 19)]
+    small = [(20, 20), (10, 10), (5, 5)]
+    sizes = {"DETRPose-n decoder": (1, 1080, 8, 16, detr[1:], [6, 6]),
+             "DETRPose-L decoder": (1, 1080, 8, 32, detr, [4] * 3),
+             "DETRPose-X decoder": (1, 1080, 8, 48, detr, [4] * 3),
+             "DETRPose-L training, B 4": (4, 1800, 8, 32, detr, [4] * 3),
+             "DiffusionRegPose decoder": (1, 1800, 8, 32, clip, [4] * 4),
+             "DiffusionRegPose encoder": (1, None, 8, 32, clip, [4] * 4),
+             "tiny, Q 50, d 8": (1, 50, 4, 8, small[:2], [4] * 2),
+             "tiny, Q 100, d 16, B 4": (4, 100, 4, 16, small[:2], [4] * 2),
+             "tiny, Q 300, d 16": (1, 300, 8, 16, small, [4] * 3)}
+    if torch.cuda.is_available():
+        sizes["DETRPose-L decoder, B 16"] = (16, 1080, 8, 32, detr, [4] * 3)
+        sizes["DiffusionRegPose encoder, B 16"] = (16, None, 8, 32, clip, [4] * 4)
+    peers = found({"official CUDA": ("MultiScaleDeformableAttention", official_deform_attn),
+                   "msda_triton": ("msda_triton", msda_triton_deform_attn)})
+    return [Case("deform_attn", name, deform_attn_arguments(*size), msda.deform_attn, msda.deform_attn_plain,
+                 published_deform_attn, deform_attn_work(*size), peers) for name, size in sizes.items()]
+
+
+def deform_attn_builds() -> list[Build]:
+    """Both kernels for every type and head dimension of the methods."""
+    builds = []
+    for kind, bits in (("fp32", 32), ("bf16", 16), ("fp16", 16)):
+        for dim in (16, 32, 48, 64):
+            pointers = {name: "*" + kind for name in ("value", "out", "grad", "weights")}
+            pointers |= {name: "*fp32" for name in ("locations", "sides", "unit_at", "d_value", "d_locations")}
+            pointers |= {"d_weights": "*" + kind, "tokens_at": "*i32", "queries": "i32", "tokens": "i32", "points": "i32"}
+            for name, function, shape in (("forward", msda.forward_kernel, msda.forward_shape(dim, bits)),
+                                          ("backward", msda.backward_kernel, msda.backward_shape(dim))):
+                warps = shape.pop("num_warps")
+                constants = dict(HEADS=8, DIM=dim, THIN=False, **shape) | ({"FIXED": False} if name == "backward" else {})
+                builds.append(Build("deform_attn", f"{name} d {dim} {kind}", function, pointers, constants, warps, shape["QUERIES"]))
+    return builds
+
+
+SECTIONS = {"deform_attn": (deform_attn_cases, deform_attn_builds)}
+
+# ----------------------------------------------------------------------------- correctness
+
+
+def gradients(form: Callable, arguments: tuple, grad: Tensor | None = None) -> list[Tensor]:
+    """[out, gradient of each leaf], for the upstream gradient `grad` (fixed random numbers if None)."""
+    out = form(*arguments)
+    if grad is None:
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device, out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves(arguments), grad.to(out.dtype))]
+
+
+def leaves(arguments: tuple) -> list[Tensor]:
+    return [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
+
+
+def error(case: Case, device: torch.device, dtype: torch.dtype) -> float:
+    """Largest relative norm of the difference from the plain form in float64 on the same (rounded) numbers."""
+    arguments = case.make(device, dtype)
+    exact = tuple(x.detach().double().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in arguments)
+    ours, plain = gradients(case.ours, arguments), gradients(case.plain, exact)
+    return max(((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item() for a, b in zip(ours, plain))
+
+
+def check(cases: list[Case], device: torch.device) -> list[dict]:
+    """Print the error of each case and type; SystemExit if one is too large."""
+    rows = []
+    for case in cases:
+        for dtype in case.dtypes if device.type == "cuda" else (torch.float32,):
+            wrong = error(case, device, dtype)
+            rows.append(dict(kernel=case.kernel, size=case.size, dtype=name_of(dtype), error=wrong))
+            print(f"{case.kernel:15} {case.size:32} {name_of(dtype):9} largest error {wrong:.1e}", flush=True)
+            if not wrong < TOLERANCE[dtype]:
+                raise SystemExit(f"wrong result: the error may be {TOLERANCE[dtype]:.0e} at most")
+    return rows
+
+
+# ----------------------------------------------------------------------------- speed
+
+
+def runner(form: Callable, arguments: tuple, direction: str) -> Callable:
+    """A function without arguments that does one call: "inference" without gradients, or "training" with the backward pass."""
+    if direction == "training":
+        grad = torch.ones_like(form(*arguments))
+        return lambda: torch.autograd.grad(form(*arguments), leaves(arguments), grad)
+
+    def inference():
+        with torch.no_grad():
+            return form(*arguments)
+
+    return inference
+
+
+def cpu_times(first: Callable, second: Callable) -> tuple[float, float, int]:
+    """Median milliseconds of two functions that are called in turns, so that a busy machine slows both; and the rounds."""
+    first(), second()
+    times, start = ([], []), time.perf_counter()
+    while len(times[0]) < 5 or time.perf_counter() - start < SECONDS:
+        for call, list_ in zip((first, second), times):
+            begin = time.perf_counter()
+            call()
+            list_.append(1e3 * (time.perf_counter() - begin))
+    return *(sorted(t)[len(t) // 2] for t in times), len(times[0])
+
+
+def cpu_rows(case: Case) -> list[dict]:
+    """Our form against the published formulation, without and with gradients."""
+    arguments, rows = case.make(torch.device("cpu"), torch.float32), []
+    for direction in ("inference", "training"):
+        ours, theirs, rounds = cpu_times(*(runner(form, arguments, direction) for form in (case.ours, case.obvious)))
+        rows.append(dict(kernel=case.kernel, size=case.size, dtype="float32", direction=direction, ms=ours,
+                         against="published", against_ms=theirs, ratio=theirs / ours, rounds=rounds))
+        print(f"{case.kernel:15} {case.size:32} {direction:9} {ours:9.2f} ms  published {theirs:9.2f} ms  "
+              f"ratio {theirs / ours:5.2f}  ({rounds} rounds)", flush=True)
+    return rows
+
+
+def gpu_times(calls: dict[str, Callable]) -> dict[str, tuple[float, float]]:
+    """For each call, in turns: median milliseconds on the GPU (L2 cache warm) and peak memory in MB."""
+    peak = {}
+    for name, call in calls.items():
+        call(), torch.cuda.synchronize(), torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        peak[name] = (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+    events = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            call()                                                      # what lies in the L2 cache is its own
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record(), call(), end.record()
+            events[name].append((begin, end))
+    torch.cuda.synchronize()
+    times = {name: sorted(begin.elapsed_time(end) for begin, end in pairs) for name, pairs in events.items()}
+    return {name: (times[name][ROUNDS // 2], peak[name]) for name in calls}
+
+
+@dataclass
+class Chip:
+    """Speeds of the GPU: measured bandwidth of a copy, and what its clock allows."""
+    bandwidth: float        # bytes/s
+    flops: float            # float32 flop/s: 128 multiply-adds per cycle and multiprocessor
+    l1: float               # bytes/s: 128 per cycle and multiprocessor
+    exps: float             # 1/s: 16 per cycle and multiprocessor
+
+
+def measure_chip() -> Chip:
+    properties = torch.cuda.get_device_properties(0)
+    cycles = properties.multi_processor_count * 1e3 * getattr(properties, "clock_rate", 1.98e6)
+    source = torch.empty(2 ** 28, device="cuda")
+    target = torch.empty_like(source)
+    ms, _ = gpu_times({"copy": lambda: target.copy_(source)})["copy"]
+    return Chip(2 * source.numel() * 4 / ms * 1e3, 256 * cycles, 128 * cycles, 16 * cycles)
+
+
+def floor(work: Work, chip: Chip) -> tuple[float, str]:
+    """The least milliseconds, and what binds."""
+    bounds = {"memory": work.bytes / chip.bandwidth, "arithmetic": work.flop / chip.flops, "L1": work.gathered / chip.l1,
+              "exp": work.exps / chip.exps}
+    name = max(bounds, key=bounds.get)
+    return 1e3 * bounds[name], name
+
+
+def gpu_rows(case: Case, chip: Chip) -> list[dict]:
+    """The Triton form against the twin and the peers, for each type, without and with gradients."""
+    rows = []
+    for dtype in case.dtypes:
+        arguments = case.make(torch.device("cuda"), dtype)
+        for direction in ("inference", "training"):
+            forms = {"ours": case.ours, "twin": case.plain, **case.peers}
+            times = gpu_times({name: runner(form, arguments, direction) for name, form in forms.items()})
+            work = case.work(arguments[0].element_size())
+            parts = [work["forward"]] + ([work["backward"]] if direction == "training" else [])
+            (ms, peak), least, binds = times.pop("ours"), sum(floor(w, chip)[0] for w in parts), floor(parts[-1], chip)[1]
+            moved, flop = sum(w.bytes for w in parts), sum(w.flop for w in parts)
+            rows.append(dict(kernel=case.kernel, size=case.size, dtype=name_of(dtype), direction=direction, ms=ms, peak_mb=peak,
+                             gb_per_s=moved / ms / 1e6, floor_ms=least, share=least / ms, binds=binds, gflops=flop / ms / 1e6,
+                             flop_per_byte=flop / moved, ratios={name: t / ms for name, (t, _) in times.items()}))
+            print(f"{case.kernel:15} {case.size:32} {name_of(dtype):9} {direction:9} {ms:8.3f} ms {moved / ms / 1e6:7.0f} GB/s "
+                  f"{100 * least / ms:4.0f}% of the {binds} floor, {peak:6.0f} MB;  "
+                  + "  ".join(f"{name} {t / ms:.2f}x" for name, (t, _) in times.items()), flush=True)
+    return rows
+
+
+# ----------------------------------------------------------------------------- compiled code
+
+
+def compile_build(build: Build, capability: int = 90) -> dict:
+    """Registers, spilled bytes, shared bytes, and instructions of the main loop per sample, for sm_80, sm_90, …
+
+    Needs Triton, whose wheel brings NVIDIA's assembler and disassembler, but no GPU. The process must not run with
+    TRITON_INTERPRET=1. The instructions are one warp's, counted in the loop with the most instructions: a program's
+    warps times them, divided by its samples.
+    """
+    names = build.function.arg_names
+    signature = {name: "constexpr" if name in build.constants else build.signature[name] for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    source = triton.compiler.ASTSource(build.function, signature, {(names.index(n),): v for n, v in build.constants.items()}, aligned)
+    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+    cubin = triton.compile(source, target=target, options=dict(num_warps=build.warps)).asm["cubin"]
+    usage, code = disassemble(cubin, "--dump-resource-usage"), disassemble(cubin, "--dump-sass")
+    registers, stack, shared = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK", "SHARED"))
+    loop = max(loops(code), key=len, default=[])
+    return dict(kernel=build.kernel, build=build.name, sm=capability, registers=registers, spilled=stack, shared=shared,
+                per_sample=len(loop) * build.warps / build.samples, loop=dict(Counter(loop)))
+
+
+def disassemble(cubin: bytes, what: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "kernel.cubin").write_bytes(cubin)
+        return subprocess.run([tool, what, Path(folder) / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
+
+
+def loops(code: str) -> list[list[str]]:
+    """The instructions (names without options) from the target of each backward branch to the branch."""
+    lines = [(int(a, 16), text.strip()) for a, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", code)]
+    found = []
+    for address, text in lines:
+        jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if jump and int(jump[1], 16) < address:
+            body = [t for a, t in lines if int(jump[1], 16) <= a <= address]
+            found.append([re.sub(r"^@!?U?P\w+\s+", "", t).split()[0].split(".")[0] for t in body])
+    return found
+
+
+def compile_rows(builds: list[Build]) -> list[dict]:
+    """A row for each build, for sm_90."""
+    rows = []
+    for build in builds:
+        row = compile_build(build)
+        rows.append(row)
+        print(f"{row['kernel']:15} {row['build']:24} sm_{row['sm']} {row['registers']:4} registers {row['spilled']:4} bytes spilled "
+              f"{row['shared']:6} shared {row['per_sample']:6.1f} warp instructions per sample (counted, not timed)", flush=True)
+    return rows
+
+
+# ----------------------------------------------------------------------------- the rest
+
+
+def found(peers: dict[str, tuple]) -> dict[str, Callable]:
+    """name -> (module, function of the module that makes a form): the forms of the modules that can be imported."""
+    forms = {}
+    for name, (module, make) in peers.items():
+        try:
+            forms[name] = make(importlib.import_module(module))
+        except ImportError:
+            print(f"absent: {name} ({module} cannot be imported)")
+    return forms
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def roofline(rows: list[dict], chip: Chip, path: str):
+    """Draw GFLOP/s over flop per byte, both on logarithmic axes, under the roofs of memory and arithmetic."""
+    width, height, left, bottom = 1000, 700, 80, 60
+    low, high = math.log10(0.1), math.log10(1000)                           # flop per byte
+    top = math.log10(chip.flops / 1e9 * 2)
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+
+    def place(intensity: float, gflops: float) -> tuple[float, float]:
+        x = left + (math.log10(intensity) - low) / (high - low) * (width - left - 20)
+        return x, height - bottom - math.log10(max(gflops, 1)) / top * (height - bottom - 20)
+
+    knee = chip.flops / chip.bandwidth
+    draw.line([place(0.1, 0.1 * chip.bandwidth / 1e9), place(knee, chip.flops / 1e9), place(1000, chip.flops / 1e9)], "black", 2)
+    draw.text((left, height - 40), "flop per byte (0.1 to 1000)", "black")
+    draw.text((5, 5), f"GFLOP/s: roofs {chip.bandwidth / 1e9:.0f} GB/s and {chip.flops / 1e9:.0f} GFLOP/s", "black")
+    for i, row in enumerate(rows):
+        x, y = place(row["flop_per_byte"], row["gflops"])
+        draw.ellipse([x - 4, y - 4, x + 4, y + 4], "red" if row["direction"] == "training" else "blue")
+        draw.text((x + 6, y - 6), str(i + 1), "black")
+        text = f"{i + 1} {row['kernel']} {row['size']} {row['dtype']} {row['direction']}"
+        draw.text((width - 420, 60 + 11 * i), text, "black")
+    image.save(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only the largest error of each case")
+    parser.add_argument("--compile", action="store_true", help="registers, spills and instructions for sm_90, without a GPU")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--only", choices=list(SECTIONS), help="one kernel")
+    parser.add_argument("--json", help="file for the rows, one JSON object per line")
+    parser.add_argument("--picture", help="file for a picture of the roofline (GPU)")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    version = triton.__version__ if HAS_TRITON else "absent"
+    print(f"{name}; torch {torch.__version__}, Triton {version}; {datetime.date.today()}")
+    sections = [SECTIONS[args.only]] if args.only else list(SECTIONS.values())
+    if args.compile:
+        if not HAS_TRITON:
+            parser.error("--compile needs Triton: pip install triton")
+        rows = [row for _, builds in sections for row in compile_rows(builds())]
+    else:
+        cases = [case for make_cases, _ in sections for case in make_cases()]
+        rows = check(cases, device)
+        if not args.check and device.type == "cpu":
+            rows += [row for case in cases for row in cpu_rows(case)]
+        elif not args.check:
+            chip = measure_chip()
+            timed = [row for case in cases for row in gpu_rows(case, chip)]
+            rows += timed
+            if args.picture:
+                roofline(timed, chip, args.picture)
+    if args.json:
+        Path(args.json).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    main()
