@@ -137,7 +137,7 @@ def find_pictures(paths: list[str]) -> list[Path]:
         found += sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES) if path.is_dir() else [path]
     if not found:
         raise UserError(f"no pictures in {', '.join(paths)}: looked for {', '.join(sorted(PICTURES))}")
-    return found
+    return list(dict.fromkeys(found))                   # a file and its folder may both be given
 
 
 def output_names(pictures: list[Path]) -> list[str]:

@@ -1,0 +1,91 @@
+"""The commands as a user types them, each in a process of its own: what is printed, what is left, the exit code."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from common import runtime
+from tests.conftest import TINY
+
+ROOT = Path(__file__).parents[1]
+
+
+def start(*words) -> subprocess.Popen:
+    """`python words...` in the repository, one thread."""
+    return subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, encoding="utf-8",
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"})
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    """(exit code, output, errors); a traceback is never right."""
+    out, err = process.communicate(timeout=300)
+    assert "Traceback" not in err, err
+    return process.returncode, out, err
+
+
+def train(data: Path, folder: Path, *flags) -> subprocess.Popen:
+    return start("detrpose.py", "--train", *TINY, "--batch", 8, "--data", data, "--out", folder, "--device", "cpu", *flags)
+
+
+def wait_for_a_save(process: subprocess.Popen, folder: Path) -> None:
+    """Until last.pt is newer than now."""
+    last, end = folder / "last.pt", time.monotonic() + 120
+    before = last.stat().st_mtime_ns if last.exists() else 0
+    while not last.exists() or last.stat().st_mtime_ns == before:
+        assert time.monotonic() < end and process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of other processes are a Unix thing")
+def test_a_training_is_stopped_by_sigterm_resumed_killed_and_evaluated(puppets_folder, tmp_path):
+    folder = tmp_path / "run"
+    process = train(puppets_folder, folder, "--epochs", 500)
+    wait_for_a_save(process, folder)
+    process.send_signal(signal.SIGTERM)
+    code, out, _ = finish(process)
+    assert code == 0 and f"stopped and saved; go on with --resume {folder}" in out
+    assert "train: 24 images" in out and "AP50" in out
+    stopped = runtime.load_checkpoint(folder / "last.pt")
+
+    process = start("detrpose.py", "--resume", folder)                      # with the flags of the run
+    wait_for_a_save(process, folder)
+    process.kill()
+    process.communicate()
+    killed = runtime.load_checkpoint(folder / "last.pt")
+    assert killed["step"] > stopped["step"] and killed["config"]["epochs"] == 500
+    steps = [row["step"] for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "AP" in row]
+    assert steps == sorted(set(steps)) and {"config.json", "best.pt", "curves.png", "predictions.png"} <= set(os.listdir(folder))
+
+    code, out, _ = finish(start("eval.py", folder / "best.pt", "--out", tmp_path / "eval"))
+    assert code == 0 and "8 images in" in out and "nose" in out
+    assert sorted(os.listdir(tmp_path / "eval")) == ["predictions.png", "results.json"]
+
+
+@pytest.mark.parametrize("words, code, message", [
+    ("detrpose.py --bacth 4", 2, "error: unknown flag --bacth: did you mean --batch?"),
+    ("detrpose.py --train --data nowhere", 2, "error: there is no data folder nowhere"),
+    ("eval.py nothing.pt", 2, "error: there is no checkpoint nothing.pt"),
+    ("eval.py --help", 0, "draws people, writes COCO results")])
+def test_a_command_ends_with_its_message_and_exit_code(words, code, message):
+    ended, out, err = finish(start(*words.split()))
+    assert ended == code and message in (out if code == 0 else err)
+    assert code == 0 or err.count("\n") == 1, "one line, nothing else"
+
+
+def test_help_lists_every_flag():
+    code, out, _ = finish(start("detrpose.py", "--help"))
+    assert code == 0 and "DETRPose" in out and "--resume" in out and "--no-pose_denoising" in out
+
+
+@pytest.mark.slow
+def test_without_flags_a_summary_of_the_presets_is_printed():
+    code, out, _ = finish(start("detrpose.py"))
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
+    assert code == 0 and {"tiny", "n", "s", "m", "l", "x"} <= rows.keys() and rows["preset"][-1] == "GFLOPs"
+    assert 4.0 < float(rows["n"][2]) < 4.3 and 32 < float(rows["s"][-1]) < 34             # Table 2: 4.1 M; 33.1

@@ -1,0 +1,286 @@
+"""eval.py from the checkpoint to the table and to the drawn pictures, with every kind of wrong file."""
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+import detrpose
+from common import runtime, weights
+from common.datasets import Prediction, open_dataset
+from data import puppets
+from tests.conftest import TINY
+from tests.test_detrpose import official_state
+
+evaluation = importlib.import_module("eval")                 # `import eval` would hide Python's own
+
+
+@pytest.fixture(scope="module")
+def run(puppets_folder, tmp_path_factory) -> Path:
+    """The folder of a run of one step on the small puppets, whose model is then made sure that all it sees is people."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    words = [*TINY, "--train", "--batch", "23", "--epochs", "1", "--data", str(puppets_folder), "--out", str(folder)]
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    detrpose.train(*runtime.parse(detrpose.Config, detrpose.PRESETS, "", words))
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    for name, part in ("best.pt", "model"), ("last.pt", "ema"):
+        saved = torch.load(folder / name, weights_only=True)
+        [value.copy_(torch.tensor([-2.0, 2.0])) for key, value in saved[part].items() if "score_heads" in key and "bias" in key]
+        torch.save(saved, folder / name)
+    return folder
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path, capsys):
+    """call(words...) → (exit code, what was printed, results.json) of eval.py; it writes into tmp_path/drawn."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_it(*words):
+        out = [] if "--out" in words else ["--out", "drawn"]
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words), *out])
+        try:
+            runtime.run_main(evaluation.main)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        captured, results = capsys.readouterr(), tmp_path / "drawn" / "results.json"
+        errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+        assert (code, len(errors)) in ((0, 0), (2, 1)), captured.err
+        return code, (errors[0] if errors else captured.out), json.loads(results.read_text()) if results.exists() else None
+    return run_it
+
+
+def perfect(data, monkeypatch):
+    """Let the model predict exactly what is annotated in `data`."""
+    truth = {sample.image_id: sample for sample in (data[i] for i in range(len(data)))}
+
+    def predict(model, batch):
+        people = [truth[i].keypoints[(truth[i].keypoints[..., 2] > 0).any(1)] for i in batch["image_ids"]]
+        return [Prediction(i, p[..., :2], np.ones(p.shape[:2]), np.linspace(0.9, 0.5, len(p)))
+                for i, p in zip(batch["image_ids"], people)]
+    monkeypatch.setattr(detrpose, "predict", predict)
+
+
+# ------------------------------------------------------------------------------------------ datasets
+
+
+def test_a_perfect_model_gets_a_perfect_table_and_valid_coco_results(run, puppets_folder, call, monkeypatch):
+    perfect(open_dataset(str(puppets_folder), "val"), monkeypatch)
+    code, out, results = call(run / "best.pt")
+    lines = [line.split() for line in out.splitlines()]
+    table = dict(zip(*next((a, b) for a, b in zip(lines, lines[1:]) if a[:2] == ["AP", "AP50"])))
+    assert code == 0 and table["AP"] == table["AR"] == "1.000" and "8 images in" in out
+    assert next(line for line in lines if line[:1] == ["nose"])[2:4] == ["0.000", "1.000"]
+    assert all(set(result) == {"image_id", "category_id", "score", "keypoints"} for result in results)
+    truth = COCO(str(puppets_folder / "annotations" / "person_keypoints_val2017.json"))
+    score = COCOeval(truth, truth.loadRes(results), "keypoints")
+    score.evaluate(), score.accumulate(), score.summarize()
+    assert score.stats[0] == pytest.approx(1)
+    assert Image.open("drawn/predictions.png").size[0] > 64
+
+
+def test_best_and_last_hold_the_same_average_and_a_folder_means_best(run, call):
+    code, out, best = call(run / "best.pt")
+    assert code == 0 and len(best) > 0 and all(len(result["keypoints"]) == 51 for result in best)
+    assert call(run / "last.pt")[2] == call(run)[2] == best
+    assert len(call(run / "best.pt", "--eval_batch", 3, "--workers", 1)[2]) == len(best)
+    shutil.copytree(run, "copy")
+    os.remove("copy/best.pt")
+    assert call("copy")[2] == best
+
+
+def test_another_split_and_another_dataset_are_evaluated_on_request(run, puppets_folder, call, tmp_path):
+    assert "train: 24 images" in call(run, "--split", "train")[1]
+    other = puppets.make(tmp_path, "crowd", size=64, workers=1, progress=False, counts={"val": 2})
+    assert "val: 2 images" in call(run, "--data", other, "--split", "val")[1]
+    assert call(run, "--data", other, "--split", "nosuch")[:2][0] == 2
+    assert "there is no data folder nowhere" in call(run, "--data", "nowhere")[1]
+
+
+def test_data_with_other_keypoints_than_the_model_is_one_line_with_both_numbers(run, puppets_folder, call, tmp_path):
+    data = Path(shutil.copytree(puppets_folder, tmp_path / "data"))
+    file = data / "annotations" / "person_keypoints_val2017.json"
+    content = json.loads(file.read_text())
+    content["categories"][0].update(keypoints=["tip", "middle", "end"], skeleton=[])
+    for annotation in content["annotations"]:
+        annotation["keypoints"] = annotation["keypoints"][15:24]
+    file.write_text(json.dumps(content))
+    code, line, _ = call(run, "--data", data)
+    assert code == 2 and "3 keypoints" in line and "17" in line
+
+
+def test_an_unreadable_image_of_the_dataset_is_named_and_counts_as_empty(run, puppets_folder, call, tmp_path):
+    data = Path(shutil.copytree(puppets_folder, tmp_path / "data"))
+    broken = sorted((data / "val2017").iterdir())[2]
+    broken.write_bytes(broken.read_bytes()[:200])
+    code, out, results = call(run, "--data", data)
+    assert code == 0 and f"cannot read image {broken}" in out and "8 images in" in out
+    assert len({result["image_id"] for result in results}) == 7
+
+
+# ------------------------------------------------------------------------------------------ released weights
+
+
+@pytest.fixture(scope="module")
+def official(reference, tmp_path_factory) -> Path:
+    """A file as the authors publish them: preset n, its own tensor names, random weights."""
+    manifest = json.loads((reference / "detrpose" / "manifest_n.json").read_text())
+    state = official_state(manifest, 0)
+    state |= {"transformer.up": torch.tensor([0.5]), "transformer.reg_scale": torch.tensor([4.0])}
+    path = tmp_path_factory.mktemp("cache") / "detrpose_hgnetv2_n.pth"
+    torch.save({"model": state, "epoch": 3}, path)
+    return path
+
+
+def test_a_released_file_is_recognised_and_draws(official, call):
+    Image.new("RGB", (90, 60), "gray").save("photo.jpg")
+    code, out, results = call(official, "--images", "photo.jpg", "--threshold", 0)
+    assert code == 0 and "detrpose, preset n, 17 keypoints" in out and len(results) > 0
+    assert all(result["image_id"] == "photo.jpg" for result in results) and Path("drawn/photo.png").exists()
+    code, line, _ = call(official, "--preset", "l", "--images", "photo.jpg")
+    assert code == 2 and "do not fit the model" in line
+    assert "there is no preset q" in call(official, "--preset", "q", "--images", "photo.jpg")[1]
+    assert "add --data FOLDER, or --images PICTURE" in call(official)[1]
+
+
+def test_a_released_name_is_fetched_from_a_mirror_once(official, call, monkeypatch, tmp_path):
+    handler = partial(SimpleHTTPRequestHandler, directory=str(official.parent))
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *args: None)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        for name, value in dict(POSE_WEIGHTS_URL=f"http://127.0.0.1:{server.server_port}", no_proxy="127.0.0.1",
+                                POSE_CACHE=str(tmp_path / "cache")).items():
+            monkeypatch.setenv(name, value)
+        Image.new("RGB", (40, 40)).save("photo.png")
+        assert "drawn into drawn" in call("detrpose-n", "--images", "photo.png")[1]
+        server.shutdown()
+    assert (tmp_path / "cache" / official.name).read_bytes() == official.read_bytes()
+    assert call("detrpose-n", "--images", "photo.png")[0] == 0              # the server is gone
+
+
+def test_names_that_cannot_be_evaluated_are_refused_before_anything_is_fetched(call, monkeypatch):
+    monkeypatch.setattr(weights, "download", lambda *args: pytest.fail("fetched"))
+    assert "for --init" in call("dfine-l-obj365")[1]
+    assert "of method sdpose; known are detrpose" in call("sdpose-body")[1]
+    assert "did you mean detrpose-l" in call("detrpose-ll")[1]
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_files_that_are_no_checkpoint_are_one_line_each_and_never_run(run, official, call):
+    saved = torch.load(run / "best.pt", weights_only=True)
+    torch.save({"model": {"backbone.stem.stem1.conv.weight": torch.ones(2), "decoder.up": torch.ones(1)}}, "dfine.pth")
+    torch.save(saved | {"more": Hostile()}, "hostile.pt")
+    torch.save(saved | {"method": "querypose"}, "other.pt")
+    torch.save(saved | {"config": saved["config"] | {"dim": 64}}, "size.pt")
+    Path("text.pt").write_text("no checkpoint")
+    for path, size in (run / "best.pt", -500), (official, 1_000_000):
+        Path(f"cut_{path.name}").write_bytes(path.read_bytes()[:size])
+    for name, message in {"dfine.pth": "start weights belong to --init", "hostile.pt": "more than tensors", "other.pt":
+                          "of method querypose; known are detrpose", "size.pt": "do not fit the model", "text.pt":
+                          "neither a torch nor", "cut_best.pt": "cut short", f"cut_{official.name}": "cut short",
+                          "absent.pt": "there is no checkpoint absent.pt", ".": "no checkpoint best.pt"}.items():
+        code, line, _ = call(name)
+        assert code == 2 and message in line, line
+    assert not Path("ran").exists()
+
+
+def test_wrong_flags_are_one_line(run, official, call, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no GPU that torch" in call(run, "--device", "cuda")[1]
+    assert "leave --preset out" in call(run, "--preset", "l")[1]
+    assert "there is no method nosuch" in call(official, "--method", "nosuch")[1]
+    assert "did you mean --images?" in call(run, "--image", "a.jpg")[1]
+    assert "required: checkpoint" in call("--split", "val")[1]
+    assert "expected numbers with commas" in call(run, "--sigmas", "0.1;0.2")[1]
+    Path("file").touch()
+    assert "cannot make the folder" in call(run, "--out", "file")[1]
+
+
+# ------------------------------------------------------------------------------------------ pictures
+
+
+def make_pictures(folder: Path) -> dict[str, bool]:
+    """Pictures of every kind; name of the drawing → whether it is upright."""
+    folder.mkdir()
+    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                        # to be turned by a quarter
+    rgb.save(folder / "turned.jpg", exif=exif)
+    rgb.convert("L").save(folder / "gray.png")
+    rgb.convert("CMYK").save(folder / "cmyk.jpg")
+    rgb.convert("P").save(folder / "palette.png")
+    rgb.convert("RGBA").save(folder / "clear.WEBP")
+    Image.fromarray(np.arange(2400, dtype=np.uint16).reshape(40, 60) * 27).save(folder / "deep.png")
+    rgb.save(folder / "clip.gif", save_all=True, append_images=[rgb.rotate(90), rgb.rotate(180)])
+    Image.new("L", (60, 40)).save(folder / "still.gif")
+    (folder / "notes.txt").write_text("no picture")
+    return {"turned.png": True, "clip.gif": False} | {
+        f"{name}.png": False for name in ("gray", "cmyk", "palette", "clear", "deep", "still")}
+
+
+def test_pictures_of_every_kind_are_drawn_upright_and_listed(run, call, tmp_path):
+    expected = make_pictures(tmp_path / "in")
+    code, out, results = call(run, "--images", "in", "in/gray.png", "--threshold", 0, "--gif")
+    assert code == 0 and f"{len(results)} people of score 0 or more in 8 pictures; drawn into drawn" in out
+    drawn = {path.name: Image.open(path) for path in Path("drawn").iterdir() if path.suffix != ".json"}
+    drawn = {name: picture.height > picture.width for name, picture in drawn.items()}
+    assert drawn.pop("all.gif") is False and drawn == expected
+    assert Image.open("drawn/all.gif").n_frames == 10 and Image.open("drawn/clip.gif").n_frames == 3
+    names = {result["image_id"] for result in results}
+    assert {"turned.jpg", "clip.gif#0", "clip.gif#2", "still.gif"} <= names and len(names) == 10
+
+
+def test_a_bad_picture_among_good_ones_is_named_counted_and_skipped(run, call, tmp_path):
+    make_pictures(tmp_path / "in")
+    (tmp_path / "in" / "cmyk.jpg").write_bytes((tmp_path / "in" / "cmyk.jpg").read_bytes()[:300])
+    (tmp_path / "in" / "clip.gif").write_bytes((tmp_path / "in" / "clip.gif").read_bytes()[:-4000])
+    code, out, results = call(run, "--images", "in", "in/notes.txt")
+    assert code == 0 and "in 6 pictures, 3 could not be read" in out and "skipped (3 so far)" in out
+    for name in ("cmyk.jpg", "clip.gif", "notes.txt"):
+        assert f"cannot read image {Path('in') / name}: " in out
+    assert len({result["image_id"] for result in results}) == 6
+
+
+def test_no_picture_at_all_is_an_error(run, call, tmp_path):
+    make_pictures(tmp_path / "in")
+    Path("empty").mkdir()
+    assert "none of the 1 pictures could be read" in call(run, "--images", "in/notes.txt")[1]
+    assert "no pictures in empty: looked for .bmp" in call(run, "--images", "empty")[1]
+    assert "there is no picture or folder nowhere.jpg" in call(run, "--images", "nowhere.jpg")[1]
+    before = Path("in/gray.png").read_bytes()
+    assert "holds the pictures themselves" in call(run, "--images", "in/gray.png", "--out", "in")[1]
+    assert Path("in/gray.png").read_bytes() == before
+
+
+def test_pictures_of_the_same_name_do_not_overwrite_each_other(run, call):
+    for name in ("a/x.jpg", "a/x.png", "b/x.jpg", "b/y.jpg"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40, 40)).save(name)
+    code, _, results = call(run, "--images", "a", "b", "--threshold", 0)
+    assert {result["image_id"] for result in results} == {"a/x.jpg", "a/x.png", "b/x.jpg", "y.jpg"}
+    assert {path.name for path in Path("drawn").iterdir()} == {"a_x_jpg.png", "a_x_png.png", "b_x_jpg.png", "y.png",
+                                                               "results.json"}
+
+
+def test_only_confident_people_are_drawn_and_a_model_that_sees_nobody_is_no_error(run, call):
+    Image.new("RGB", (50, 50), "white").save("photo.png")
+    code, out, results = call(run, "--images", "photo.png", "--threshold", 1)
+    assert code == 0 and "0 people of score 1 or more in 1 pictures" in out and len(results) > 0
+    assert Image.open("drawn/photo.png").getextrema() == ((255, 255),) * 3
