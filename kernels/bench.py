@@ -36,6 +36,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from kernels import deform_attn as msda
+from kernels import selective_scan as scan
 from kernels.dispatch import HAS_TRITON, triton
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}      # relative norm, against float64
@@ -207,7 +208,88 @@ def deform_attn_builds() -> list[Build]:
     return builds
 
 
-SECTIONS = {"deform_attn": (deform_attn_cases, deform_attn_builds)}
+# ----------------------------------------------------------------------------- selective scan
+
+
+def published_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, delta_bias: Tensor,
+                   delta_softplus: bool) -> Tensor:
+    """The formulation that everybody uses on a CPU: factors of all steps by einsum, then a loop with an einsum per step."""
+    d = delta + delta_bias[:, None]
+    d = F.softplus(d) if delta_softplus else d
+    decay = torch.exp(torch.einsum("bel,en->beln", d, A))
+    gain = torch.einsum("bel,bnl,bel->beln", d, B, u)
+    state, outs = torch.zeros_like(decay[:, :, 0]), []
+    for step in range(u.shape[2]):
+        state = decay[:, :, step] * state + gain[:, :, step]
+        outs.append(torch.einsum("ben,bn->be", state, C[:, :, step]))
+    return (torch.stack(outs, 2) + u * D[:, None]) * F.silu(z)
+
+
+def selective_scan_arguments(batch: int, length: int, channels: int) -> Callable:
+    """Random arguments in the memory order of a Mamba block, A and step sizes as it initialises them; N = 16."""
+
+    def make(device: torch.device, dtype: torch.dtype) -> tuple:
+        random = torch.Generator().manual_seed(0)
+
+        def normal(*shape) -> Tensor:
+            return torch.randn(shape, generator=random)
+
+        u, delta, z = (normal(batch, length, channels).to(device, dtype).transpose(1, 2) for _ in range(3))
+        B, C = (normal(batch, length, 16).to(device, dtype).transpose(1, 2) for _ in range(2))
+        A, D, bias = -torch.arange(1.0, 17).repeat(channels, 1).to(device), normal(channels).to(device), normal(channels).to(device) - 4
+        return *(x.requires_grad_() for x in (u, delta, A, B, C, D, z, bias)), True
+
+    return make
+
+
+def selective_scan_work(batch: int, length: int, channels: int) -> Callable:
+    """Bytes and arithmetic: u, delta, z, out once; backward reads four and writes three of the kind; N = 16."""
+    numbers = batch * length * channels
+
+    def work(size: int) -> dict[str, Work]:
+        return {"forward": Work(4 * size * numbers, 80 * numbers, exps=16 * numbers),
+                "backward": Work(7 * size * numbers, 20 * 16 * numbers, exps=32 * numbers)}
+
+    return work
+
+
+def selective_scan_cases() -> list[Case]:
+    """DiffusionPose: spatial Mamba sees three frames of 209 tokens as three sequences, full-sequence Mamba as one of 627."""
+    sizes = {"DiffusionPose-S spatial": (3, 209, 768), "DiffusionPose-S sequence": (1, 627, 768),
+             "DiffusionPose-B spatial": (3, 209, 1536), "DiffusionPose-B sequence": (1, 627, 1536),
+             "one frame, E 768": (1, 209, 768)}
+    if torch.cuda.is_available():
+        sizes["DiffusionPose-B spatial, B 64"] = (192, 209, 1536)
+        sizes["DiffusionPose-B sequence, B 64"] = (64, 627, 1536)
+    peers = found({"mamba_ssm": ("mamba_ssm.ops.selective_scan_interface", lambda module: module.selective_scan_fn)})
+    return [Case("selective_scan", name, selective_scan_arguments(*size), scan.selective_scan, scan.selective_scan_plain,
+                 published_scan, selective_scan_work(*size), peers) for name, size in sizes.items()]
+
+
+def selective_scan_builds() -> list[Build]:
+    """Both kernels with everything on, for N = 16 and each type; and the forms that need most registers.
+
+    A sample is a step of a channel. The backward kernel's loop holds the detour, which every other turn takes, in full.
+    """
+    builds = []
+    for name, kind, states, wide, moves in (("all", "fp32", 16, 32, True), ("all", "bf16", 16, 32, True), ("small", "fp32", 16, 8, True),
+                                            ("N 64", "fp32", 64, 16, True), ("constant B, C", "fp32", 16, 16, False)):
+        for direction, function, steps in (("forward", scan.forward_kernel, scan.CHUNK), ("backward", scan.backward_kernel, scan.HALF)):
+            series = {"u_ptr", "delta_ptr", "z_ptr", "g_ptr", "out_ptr", "du_ptr", "ddelta_ptr", "dz_ptr"}
+            signature = {x: ("*" + kind if x in series else "*fp32") if x.endswith("_ptr") else "i32" for x in function.arg_names}
+            constants = dict(E=768, N=states, BLOCK_N=states, BLOCK_E=wide, ROUNDS=wide.bit_length() - 1, CHUNK=scan.CHUNK, HALF=scan.HALF,
+                             groups=1, SOFTPLUS=True, B_MOVES=moves, C_MOVES=moves, g_last_ptr=None,
+                             **{x + y: stride for x in "BC" for y, stride in (("_b", 209 * states), ("_g", 0), ("_l", states))},
+                             **{x: 768 for x in ("u_l", "delta_l", "z_l", "g_l")},
+                             **{x: None for x in (("dB_ptr", "dC_ptr") if moves else ("dBC_ptr",))})
+            constants = {x: value for x, value in constants.items() if x in function.arg_names}
+            builds.append(Build("selective_scan", f"{direction} {name} {kind}", function, signature, constants,
+                                max(1, states // 16), steps * wide))
+    return builds
+
+
+SECTIONS = {"deform_attn": (deform_attn_cases, deform_attn_builds),
+            "selective_scan": (selective_scan_cases, selective_scan_builds)}
 
 # ----------------------------------------------------------------------------- correctness
 

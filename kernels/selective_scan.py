@@ -22,7 +22,7 @@ Letters   B sequences  E channels  L steps  N states per channel  G groups of E/
           (the matrices B and C of the formula are written matrix_B, matrix_C where the letters would collide)
 Takes     u, delta, z (B, E, L);  A (E, N) real;  B, C each (B, N, L), (B, G, N, L) or constant (E, N);  D, delta_bias (E)
 Type      out has the type of u. All arithmetic is float32 (float64 if u is), under autocast too: a bfloat16 state drifts
-Memory    Of the states only every 8th is kept for the backward pass: N/8 floats per channel and step. The states between
+Memory    Of the states only every 6th is kept for the backward pass: N/6 floats per channel and step. The states between
           are computed again, a few at a time. (B, E, L) tensors that are views of (B, L, E) ones need no copy.
 Departs   The published operator ignores the gradient that arrives at last_state; here it takes part.
 """
@@ -37,7 +37,7 @@ from torch.utils.flop_counter import register_flop_formula
 from common.runtime import UserError
 from kernels.dispatch import choose, tl, triton
 
-CHUNK = 8               # the state before every 8th step is kept for the backward pass
+CHUNK = 6               # the state before every 6th step is kept for the backward pass
 
 # ----------------------------------------------------------------------------- the formula
 
@@ -109,15 +109,15 @@ def new_gradients(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: 
 # What makes the plain form slow is not the loop (a PyTorch call costs a microsecond) but (a) several calls per step, (b)
 # tensors of L·N numbers per channel, which do not stay in the cache, (c) automatic differentiation through a slice
 # x[:, l], whose backward pass fills a tensor of the size of x with zeros, at every step. Hence:
-#   * 8 steps at a time, and as many channels as make BLOCK numbers per step: two or three buffers that stay in the cache;
+#   * 6 steps at a time, and as many channels as make BLOCK numbers per step: two or three buffers that stay in the cache;
 #   * in such a chunk, a = exp(d A) and b = d u B of all steps in one call each, then one in-place call per step:
 #     h_l = b_l is increased by a_l h_{l-1}; then one product with C for all steps;
 #   * the backward pass is written by hand. It takes the chunks from the last to the first, builds the states of a chunk
 #     again from the one before it, which the forward pass has kept, and walks back with one call per step as well.
-# Buffers are (B, 8, N, E): channels last, so that d (…, 1, E) and B (…, N, 1) both spread over long rows. Dividing by
+# Buffers are (B, 6, N, E): channels last, so that d (…, 1, E) and B (…, N, 1) both spread over long rows. Dividing by
 # running products of a instead of walking would need no loop, but they underflow, and are no faster.
 
-BLOCK = 3 * 2 ** 13     # numbers per step and buffer: 8 steps of it in float32 are 0.8 MB
+BLOCK = 3 * 2 ** 13     # numbers per step and buffer: 6 steps of it in float32 are 0.6 MB
 
 
 class Piece:
@@ -192,7 +192,7 @@ def add_matrix_grad(grad: Tensor, x: Tensor, factor: Tensor):
 
 def forward_twin(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor], z: Optional[Tensor],
                  delta_bias: Optional[Tensor], delta_softplus: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """out (B, E, L), last state (B, E, N), and the states before steps 0, 8, 16, … (B, ⌈L/8⌉, N, E) if they are to be saved."""
+    """out (B, E, L), last state (B, E, N), and the states before steps 0, 6, 12, … (B, ⌈L/6⌉, N, E) if they are to be saved."""
     real, (_, E, L) = work_type(u.dtype), u.shape
     out, last, states = new_outputs(u, A, save)
     for rows, channels in blocks(u, A, B, C):
@@ -308,7 +308,7 @@ def walk_back(a: Tensor, G: Tensor, carry: Tensor):
 # so that the loads of several steps are under way at once. Offsets past the end are clamped, not masked: clamped loads
 # read something harmless twice; what must not count is zeroed (d = 0 leaves a state as it is) or not stored.
 
-STEPS = 4                                           # steps that are unrolled together: half a chunk
+HALF = CHUNK // 2                                   # steps whose states the backward kernel has in registers at once
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -364,7 +364,7 @@ def existing(C, N: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def where_am_i(E: tl.constexpr, groups, BLOCK_E: tl.constexpr):
+def where_am_i(E: tl.constexpr, groups: tl.constexpr, BLOCK_E: tl.constexpr):
     """This program's sequence, group, channels (clamped), and of how many in the group each is the how manieth."""
     width = E // groups
     per_group = tl.cdiv(width, BLOCK_E)
@@ -381,10 +381,10 @@ def inside(lane, width, step, L):
 
 
 @triton.jit
-def forward_kernel(u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, out_ptr, last_ptr, states_ptr, L, groups,
-                   u_b, u_l, delta_b, delta_l, z_b, z_l, B_b, B_g, B_l, C_b, C_g, C_l,
-                   E: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-                   CHUNK: tl.constexpr, STEPS: tl.constexpr, SOFTPLUS: tl.constexpr, B_MOVES: tl.constexpr, C_MOVES: tl.constexpr):
+def forward_kernel(u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, out_ptr, last_ptr, states_ptr, L,
+                   u_b, delta_b, z_b, B_b, B_g, B_l, C_b, C_g, C_l,
+                   u_l: tl.constexpr, delta_l: tl.constexpr, z_l: tl.constexpr, groups: tl.constexpr, E: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+                   CHUNK: tl.constexpr, SOFTPLUS: tl.constexpr, B_MOVES: tl.constexpr, C_MOVES: tl.constexpr):
     """Eq. 2 for BLOCK_E channels of one sequence. x_b, x_g, x_l: strides of x along sequences, groups, steps.
 
     B_MOVES, C_MOVES: the matrix is one per step (B, groups, L, N); else it is constant (N, E). Pointers may be None.
@@ -406,19 +406,17 @@ def forward_kernel(u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr
         states_ptr += b * tl.cdiv(L, CHUNK) * (N * E)
 
     h = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-    for i in range(tl.cdiv(L, STEPS)):
-        start = tl.cast(i * STEPS, tl.int32)                                # a tensor in the interpreter too
+    for i in range(tl.cdiv(L, CHUNK)):
+        start = tl.cast(i * CHUNK, tl.int32)                                # a tensor in the interpreter too
         if states_ptr is not None:
-            if start % CHUNK == 0:
-                kept = at(states_ptr, start // CHUNK, N * E)
-                tl.store(tile(kept, e, N, E, BLOCK_N), h, exists)
+            tl.store(tile(states_ptr, e, N, E, BLOCK_N), h, exists)
+            states_ptr += N * E
         out = ()                                    # stored after all loads: a store in between would hold up the next load
-        for k in tl.static_range(STEPS):
-            l = tl.minimum(start + k, L - 1)
-            x = tl.load(at(delta_ptr, l, delta_l)).to(tl.float32) + bias
-            u = tl.load(at(u_ptr, l, u_l)).to(tl.float32)
-            d = softplus(x) if SOFTPLUS else x
-            d = tl.where(start + k < L, d, 0.0)
+        for k in tl.static_range(CHUNK):
+            there, l = inside(lane, width, start + k, L), tl.minimum(start + k, L - 1)
+            x = tl.load(delta_ptr + k * delta_l, there, 0.0).to(tl.float32) + bias
+            u = tl.load(u_ptr + k * u_l, there, 0.0).to(tl.float32)
+            d = tl.where(there, softplus(x) if SOFTPLUS else x, 0.0)
             if B_MOVES:
                 B = matrix_row(at(B_ptr, l, B_l), N, BLOCK_N)
             if C_MOVES:
@@ -426,11 +424,14 @@ def forward_kernel(u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr
             h = tl.exp2(d[None, :] * A) * h + (d * u)[None, :] * B                                            # eq. 2a
             y = tl.sum(h * C, 0) + D * u                                                                      # eq. 2b
             if z_ptr is not None:
-                z = tl.load(at(z_ptr, l, z_l)).to(tl.float32)
+                z = tl.load(z_ptr + k * z_l, there, 0.0).to(tl.float32)
                 y *= z * sigmoid(z)
             out = out + (y,)
-        for k in tl.static_range(STEPS):
-            tl.store(at(out_ptr, start + k, E), out[k], inside(lane, width, start + k, L))
+        for k in tl.static_range(CHUNK):
+            tl.store(out_ptr + k * E, out[k], inside(lane, width, start + k, L))
+        u_ptr, delta_ptr, out_ptr = u_ptr + CHUNK * u_l, delta_ptr + CHUNK * delta_l, out_ptr + CHUNK * E
+        if z_ptr is not None:
+            z_ptr += CHUNK * z_l
     tl.store(tile(last_ptr + b * (N * E), e, N, E, BLOCK_N), h, exists)
 
 
@@ -462,10 +463,10 @@ def sum_lanes(x, rounds: tl.constexpr):
 
 @triton.jit
 def backward_kernel(g_ptr, g_last_ptr, u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, states_ptr,
-                    du_ptr, ddelta_ptr, dA_ptr, dB_ptr, dC_ptr, dBC_ptr, dD_ptr, dz_ptr, dbias_ptr, L, groups,
-                    g_b, g_l, u_b, u_l, delta_b, delta_l, z_b, z_l, B_b, B_g, B_l, C_b, C_g, C_l,
-                    E: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, ROUNDS: tl.constexpr,
-                    CHUNK: tl.constexpr, STEPS: tl.constexpr, SOFTPLUS: tl.constexpr, B_MOVES: tl.constexpr, C_MOVES: tl.constexpr):
+                    du_ptr, ddelta_ptr, dA_ptr, dB_ptr, dC_ptr, dBC_ptr, dD_ptr, dz_ptr, dbias_ptr, L,
+                    g_b, u_b, delta_b, z_b, B_b, B_g, B_l, C_b, C_g, C_l,
+                    g_l: tl.constexpr, u_l: tl.constexpr, delta_l: tl.constexpr, z_l: tl.constexpr, groups: tl.constexpr, E: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, ROUNDS: tl.constexpr,
+                    CHUNK: tl.constexpr, HALF: tl.constexpr, SOFTPLUS: tl.constexpr, B_MOVES: tl.constexpr, C_MOVES: tl.constexpr):
     """The formulas of backward_twin for BLOCK_E = 2^ROUNDS channels of one sequence; names and strides as in forward_kernel.
 
     Sums over this program's steps or channels, for the host to add: dA, dB, dC (B, N, E), the last two for constant
@@ -485,10 +486,12 @@ def backward_kernel(g_ptr, g_last_ptr, u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_
         dC = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     if B_MOVES or C_MOVES:
         dBC_ptr += tl.program_id(0).to(tl.int64) * L * (2 * BLOCK_N)
-    g_ptr, u_ptr, delta_ptr = g_ptr + b * g_b + e, u_ptr + b * u_b + e, delta_ptr + b * delta_b + e
-    du_ptr, ddelta_ptr = du_ptr + b * L * E + e, ddelta_ptr + b * L * E + e
+    halves = tl.cdiv(L, HALF)
+    last = (halves - 1).to(tl.int64) * HALF
+    g_ptr, u_ptr, delta_ptr = g_ptr + b * g_b + last * g_l + e, u_ptr + b * u_b + last * u_l + e, delta_ptr + b * delta_b + last * delta_l + e
+    du_ptr, ddelta_ptr = du_ptr + (b * L + last) * E + e, ddelta_ptr + (b * L + last) * E + e
     if z_ptr is not None:
-        z_ptr, dz_ptr = z_ptr + b * z_b + e, dz_ptr + b * L * E + e
+        z_ptr, dz_ptr = z_ptr + b * z_b + last * z_l + e, dz_ptr + (b * L + last) * E + e
     states_ptr += b * tl.cdiv(L, CHUNK) * (N * E)
 
     dA = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
@@ -497,49 +500,44 @@ def backward_kernel(g_ptr, g_last_ptr, u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_
     carry = dA                                                              # exp(d_{l+1} A) G_{l+1}
     if g_last_ptr is not None:
         carry = tl.load(tile(g_last_ptr + b * (N * E), e, N, E, BLOCK_N), exists, 0.0)
-    fours = tl.cdiv(L, STEPS)
-    for i in range(fours):
-        start = tl.cast((fours - 1 - i) * STEPS, tl.int32)
-        chunk = start // CHUNK
-        h = tl.load(tile(at(states_ptr, chunk, N * E), e, N, E, BLOCK_N))
-        if start % CHUNK != 0:                                          # the detour over the four steps before
-            for k in tl.static_range(STEPS):
-                l = start - STEPS + k
-                x = tl.load(at(delta_ptr, l, delta_l)).to(tl.float32) + bias
+    for i in range(halves):
+        start = tl.cast((halves - 1 - i) * HALF, tl.int32)
+        h = tl.load(tile(at(states_ptr, start // CHUNK, N * E), e, N, E, BLOCK_N))
+        if start % CHUNK != 0:                                              # the detour over the four steps before
+            for k in tl.static_range(-HALF, 0):
+                x = tl.load(delta_ptr + k * delta_l).to(tl.float32) + bias
                 d = softplus(x) if SOFTPLUS else x
                 if B_MOVES:
-                    B = matrix_row(at(B_ptr, l, B_l), N, BLOCK_N)
-                h = tl.exp2(d[None, :] * A) * h + (d * tl.load(at(u_ptr, l, u_l)).to(tl.float32))[None, :] * B
+                    B = matrix_row(at(B_ptr, start + k, B_l), N, BLOCK_N)
+                h = tl.exp2(d[None, :] * A) * h + (d * tl.load(u_ptr + k * u_l).to(tl.float32))[None, :] * B
         before, ds, us = (h,), (), ()                                       # per step: h_{l-1}, d_l, u_l
-        for k in tl.static_range(STEPS):
-            l = tl.minimum(start + k, L - 1)
-            x = tl.load(at(delta_ptr, l, delta_l)).to(tl.float32) + bias
-            d = softplus(x) if SOFTPLUS else x
-            d = tl.where(start + k < L, d, 0.0)
-            u = tl.load(at(u_ptr, l, u_l)).to(tl.float32)
+        for k in tl.static_range(HALF):
+            there = inside(lane, width, start + k, L)
+            x = tl.load(delta_ptr + k * delta_l, there, 0.0).to(tl.float32) + bias
+            d = tl.where(there, softplus(x) if SOFTPLUS else x, 0.0)
+            u = tl.load(u_ptr + k * u_l, there, 0.0).to(tl.float32)
             ds, us = ds + (d,), us + (u,)
-            if k < STEPS - 1:
+            if k < HALF - 1:
                 if B_MOVES:
-                    B = matrix_row(at(B_ptr, l, B_l), N, BLOCK_N)
+                    B = matrix_row(at(B_ptr, tl.minimum(start + k, L - 1), B_l), N, BLOCK_N)
                 h = tl.exp2(d[None, :] * A) * h + (d * u)[None, :] * B
                 before = before + (h,)
 
-        for k in tl.static_range(STEPS - 1, -1, -1):
-            l = tl.minimum(start + k, L - 1)
-            counts = inside(lane, width, start + k, L)
+        for k in tl.static_range(HALF - 1, -1, -1):
+            there, l = inside(lane, width, start + k, L), tl.minimum(start + k, L - 1)
             d, u = ds[k], us[k]
             if B_MOVES:
                 B = matrix_row(at(B_ptr, l, B_l), N, BLOCK_N)
             if C_MOVES:
                 C = existing(matrix_row(at(C_ptr, l, C_l), N, BLOCK_N), N, BLOCK_N)
             a = tl.exp2(d[None, :] * A)
-            h = before[k + 1] if k < STEPS - 1 else a * before[k] + (d * u)[None, :] * B
-            gy = tl.where(counts, tl.load(at(g_ptr, l, g_l)).to(tl.float32), 0.0)
+            h = before[k + 1] if k < HALF - 1 else a * before[k] + (d * u)[None, :] * B
+            gy = tl.load(g_ptr + k * g_l, there, 0.0).to(tl.float32)
             if z_ptr is not None:
-                z = tl.load(at(z_ptr, l, z_l)).to(tl.float32)
+                z = tl.load(z_ptr + k * z_l, there, 0.0).to(tl.float32)
                 s = sigmoid(z)
                 y = tl.sum(h * C, 0) + D * u
-                tl.store(at(dz_ptr, l, E), gy * y * s * (1 + z * (1 - s)), counts)
+                tl.store(dz_ptr + k * E, gy * y * s * (1 + z * (1 - s)), there)
                 gy *= z * s
             G = gy[None, :] * C + carry
             carry = a * G
@@ -558,10 +556,15 @@ def backward_kernel(g_ptr, g_last_ptr, u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_
                 tl.store(at(dBC_ptr, l, 2 * BLOCK_N) + row, both, inside(row, 2 * BLOCK_N, start + k, L))
             dD += gy * u
             if SOFTPLUS:
-                dd *= sigmoid(tl.load(at(delta_ptr, l, delta_l)).to(tl.float32) + bias)
-            dbias += tl.where(counts, dd, 0.0)
-            tl.store(at(ddelta_ptr, l, E), dd, counts)
-            tl.store(at(du_ptr, l, E), D * gy + d * GB, counts)
+                dd *= sigmoid(tl.load(delta_ptr + k * delta_l, there, 0.0).to(tl.float32) + bias)
+            dbias += tl.where(there, dd, 0.0)
+            tl.store(ddelta_ptr + k * E, dd, there)
+            tl.store(du_ptr + k * E, D * gy + d * GB, there)
+
+        g_ptr, u_ptr, delta_ptr = g_ptr - HALF * g_l, u_ptr - HALF * u_l, delta_ptr - HALF * delta_l
+        du_ptr, ddelta_ptr = du_ptr - HALF * E, ddelta_ptr - HALF * E
+        if z_ptr is not None:
+            z_ptr, dz_ptr = z_ptr - HALF * z_l, dz_ptr - HALF * E
 
     tl.store(tile(dA_ptr + b * (N * E), e, N, E, BLOCK_N), dA, exists)
     if not B_MOVES:
@@ -579,19 +582,21 @@ def fits_triton(u: Tensor, A: Tensor) -> bool:
     return u.dtype != torch.float64 and A.shape[1] <= 256 and u.numel() > 0
 
 
-def channels_per_program(channels: int) -> int:
-    """32 keep a warp busiest per instruction. For few channels in all, smaller programs spread over more of the GPU."""
-    return 32 if channels > 2 ** 14 else 16 if channels > 2 ** 13 else 8
+def channels_per_program(channels: int, many_registers: bool = False) -> int:
+    """How many of all `channels` (of all sequences) a program takes: 32, where a lane has a channel to itself.
+
+    16 or 8 share a channel among 2 or 4 lanes: more programs, if there are few channels, and fewer registers per lane.
+    """
+    most = 32 if channels > 2 ** 14 else 16 if channels > 2 ** 13 else 8
+    return min(most, 16) if many_registers else most
 
 
-def launch_sizes(u: Tensor, A: Tensor, groups: int) -> tuple[int, int, dict]:
+def launch_sizes(u: Tensor, A: Tensor, groups: int, wide: int) -> tuple[int, int, dict]:
     """Number of programs per group of a sequence, in all, and the sizes that the kernels are compiled for."""
     (batch, E, _), N = u.shape, A.shape[1]
-    wide = channels_per_program(batch * E)
     per_group = -(-(E // groups) // wide)
     high = 1 << (N - 1).bit_length()
-    return per_group, batch * groups * per_group, dict(E=E, N=N, BLOCK_N=high, BLOCK_E=wide, CHUNK=CHUNK, STEPS=STEPS,
-                                              num_warps=max(1, high // 16))
+    return per_group, batch * groups * per_group, dict(E=E, N=N, BLOCK_N=high, BLOCK_E=wide, CHUNK=CHUNK, num_warps=max(1, high // 16))
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -617,18 +622,18 @@ def forward_triton(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     out, last, states = new_outputs(u, A, save)
     series = [channels_last(u), channels_last(delta), None if z is None else channels_last(z)]
     (B_rows, B_strides), (C_rows, C_strides) = matrix_for_kernel(B, groups), matrix_for_kernel(C, groups)
-    _, programs, sizes = launch_sizes(u, A, groups)
+    _, programs, sizes = launch_sizes(u, A, groups, channels_per_program(u.shape[0] * u.shape[1]))
     with torch.cuda.device_of(u):
         forward_kernel[(programs,)](
             series[0], series[1], A.t().to(torch.float32).contiguous(), B_rows, C_rows, D, series[2], delta_bias,
-            out, last, states if save else None, u.shape[2], groups, *strides(series), *B_strides, *C_strides,
-            SOFTPLUS=delta_softplus, B_MOVES=B.ndim > 2, C_MOVES=C.ndim > 2, **sizes)
+            out, last, states if save else None, u.shape[2], *strides(series, 0), *B_strides, *C_strides, *strides(series, 1),
+            groups=groups, SOFTPLUS=delta_softplus, B_MOVES=B.ndim > 2, C_MOVES=C.ndim > 2, **sizes)
     return out, last, states
 
 
-def strides(series: list[Optional[Tensor]]) -> list[int]:
-    """Of each (B, L, E): from one sequence to the next and from one step to the next."""
-    return [stride for x in series for stride in ((0, 0) if x is None else x.stride()[:2])]
+def strides(series: list[Optional[Tensor]], axis: int) -> list[int]:
+    """Of each (B, L, E), from one sequence (axis 0) or step (axis 1) to the next; 0 for an absent one."""
+    return [0 if x is None else x.stride(axis) for x in series]
 
 
 def backward_triton(grad_out: Tensor, grad_last: Optional[Tensor], u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
@@ -639,8 +644,9 @@ def backward_triton(grad_out: Tensor, grad_last: Optional[Tensor], u: Tensor, de
     grads = new_gradients(u, delta, A, B, C, D, z, delta_bias)
     series = [channels_last(grad_out), channels_last(u), channels_last(delta), None if z is None else channels_last(z)]
     (B_rows, B_strides), (C_rows, C_strides) = matrix_for_kernel(B, groups), matrix_for_kernel(C, groups)
-    per_group, programs, sizes = launch_sizes(u, A, groups)
     B_moves, C_moves, new = B.ndim > 2, C.ndim > 2, states.new_empty
+    wide = channels_per_program(batch * E, many_registers=N > 16 or not (B_moves and C_moves))
+    per_group, programs, sizes = launch_sizes(u, A, groups, wide)
     dA, dB, dC = (new(batch, N, E) if wanted else None for wanted in (True, not B_moves, not C_moves))
     dD, dbias = (None if x is None else new(batch, E) for x in (D, delta_bias))
     dBC = new(batch, groups, per_group, L, 2, sizes["BLOCK_N"]) if B_moves or C_moves else None
@@ -649,7 +655,7 @@ def backward_triton(grad_out: Tensor, grad_last: Optional[Tensor], u: Tensor, de
             series[0], None if grad_last is None else grad_last.transpose(1, 2).contiguous(), series[1], series[2],
             A.t().to(torch.float32).contiguous(), B_rows, C_rows, D, series[3], delta_bias, states,
             grads[0], grads[1], dA, dB, dC, dBC, dD, grads[6] if z is not None else None, dbias,
-            L, groups, *strides(series), *B_strides, *C_strides, ROUNDS=sizes["BLOCK_E"].bit_length() - 1,
+            L, *strides(series, 0), *B_strides, *C_strides, *strides(series, 1), groups=groups, HALF=HALF, ROUNDS=sizes["BLOCK_E"].bit_length() - 1,
             SOFTPLUS=delta_softplus, B_MOVES=B_moves, C_MOVES=C_moves, **sizes)
     grads[2].copy_(dA.sum(0).t())
     for grad, constant, which in ((grads[3], dB, 0), (grads[4], dC, 1)):
