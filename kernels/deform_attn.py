@@ -62,7 +62,7 @@ def deform_attn_plain(value: Tensor, shapes: Sequence, locations: Tensor, weight
         level = level.flatten(2).transpose(1, 2).reshape(batch * heads, dim, height, width)
         samples.append(F.grid_sample(level, xy, align_corners=False))                     # (B*M, d, Q, P)
     out = (torch.cat(samples, -1) * weights[:, None]).sum(-1)                             # eq. 3
-    return out.view(batch, heads * dim, -1).transpose(1, 2).to(value.dtype)               # (B, Q, M*d)
+    return out.view(batch, heads * dim, locations.shape[1]).transpose(1, 2).to(value.dtype)      # (B, Q, M*d)
 
 
 def by_point(locations: Tensor, weights: Tensor, points: Sequence | None, levels: int) -> tuple[Tensor, Tensor, list]:
@@ -265,9 +265,10 @@ def spread(g: Tensor, cell: Tensor, share: Tensor, sizes: Sequence, rows: int, b
             last = min(first + CHUNK, end)
             low, high = int(begin[first]), int(begin[last])
             for corner, shift in enumerate((0, right, down, right + down)):
-                sums = bag(g, source[low:high], begin[first:last] - low, share[corner, low:high])
-                stop = min(last + shift, end)                                             # no points in the last cells
-                out[first + shift:stop] += sums[:stop - first - shift]
+                cells = min(last, end - shift) - first                                    # the last ones have no points
+                if low < high and cells > 0:
+                    sums = bag(g, source[low:high], begin[first:last] - low, share[corner, low:high])
+                    out[first + shift:first + shift + cells] += sums[:cells]
         start = end
     return out
 
