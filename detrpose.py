@@ -57,7 +57,6 @@ from kernels.deform_attn import deform_attn
 
 # (channels in the stem, out of the stem), then per stage (in, middle, out, blocks, layers per block)
 BACKBONES = {
-    "T": ((8, 16), [(16, 16, 32, 1, 2), (32, 24, 64, 1, 2), (64, 40, 128, 1, 3)]),     # strides 4, 8, 16
     "B0": ((16, 16), [(16, 16, 64, 1, 3), (64, 32, 256, 1, 3), (256, 64, 512, 2, 3), (512, 128, 1024, 1, 3)]),
     "B2": ((24, 32), [(32, 32, 96, 1, 4), (96, 64, 384, 1, 4), (384, 128, 768, 3, 4), (768, 256, 1536, 1, 4)]),
     "B4": ((32, 48), [(48, 48, 128, 1, 6), (128, 96, 512, 1, 6), (512, 192, 1024, 3, 6), (1024, 384, 2048, 1, 6)]),
@@ -68,7 +67,7 @@ BACKBONES = {
 @dataclass(frozen=True)
 class Config:
     # model (Sec. 3, Table 1)
-    backbone: str = "B4"           # HGNetv2 size: T (ours, for the embedded data), B0, B2, B4, B5
+    backbone: str = "B4"           # HGNetv2 size: B0, B2, B4, B5
     lab: bool = False              # learnable affine block after each activation of the backbone
     frozen_norm: bool = True       # backbone norms keep their ImageNet statistics; off to train from nothing
     levels: int = 3                # L, feature maps used: the backbone's coarsest ones
@@ -117,6 +116,7 @@ class Config:
     # files and machine
     data: str = "puppets"          # puppets (made on first use) or a folder in COCO or CrowdPose layout
     sigmas: str = ""               # OKS sigmas of your own keypoints, e.g. 0.03,0.08,0.08
+    processes: int = 1             # training processes when there is no GPU and no torchrun
     workers: int = 4               # image loading processes per GPU; 0: none
     eval_every: int = 1            # epochs between evaluations
     eval_batch: int = 32           # images per evaluation batch
@@ -127,7 +127,7 @@ class Config:
         runtime.check_choice(self, backbone=BACKBONES, schedule=("constant", "cosine"), amp=runtime.AMP)
         runtime.check_range(self, 1, 4, "levels")
         runtime.check_range(self, 1, math.inf, "dim heads encoder_ffn depth layers decoder_ffn points queries size "
-                            "epochs batch accum eval_every eval_batch")
+                            "epochs batch accum processes eval_every eval_batch")
         runtime.check_range(self, 1e-6, math.inf, "expansion reg_scale lr clip")
         runtime.check_range(self, 0, math.inf, "dn_queries lr_backbone weight_decay warmup drop_epoch ema_warmup "
                             "multiscale aug_from mosaic_until aug_until workers seed")
@@ -150,10 +150,10 @@ def _presets() -> dict[str, Config]:
                 multiscale=6, mosaic_until=34, aug_until=60)
     l = Config(accum=2)
     x = Config("B5", dim=384, encoder_ffn=2048, reg_scale=8.0, lr_backbone=5e-5)
-    tiny = replace(s, backbone="T", lab=False, frozen_norm=False, levels=2, dim=96, heads=4, encoder_ffn=192,
-                   decoder_ffn=192, points=3, queries=16, size=128, mean_pose=True, dn_queries=4, epochs=6, batch=8,
-                   lr=1e-3, lr_backbone=1e-3, schedule="cosine", warmup=100, clip=1.0, ema=0.995, ema_warmup=100,
-                   multiscale=0, mosaic=0.0, zoom_out=0.0, workers=1, eval_every=3, eval_batch=50)
+    tiny = replace(s, lab=False, frozen_norm=False, dim=96, heads=4, encoder_ffn=192, decoder_ffn=192, points=2,
+                   queries=16, size=128, mean_pose=True, dn_queries=4, epochs=6, batch=8, lr=1e-3, lr_backbone=1e-3,
+                   schedule="cosine", warmup=100, clip=1.0, ema=0.995, ema_warmup=100, multiscale=0, mosaic=0.0,
+                   zoom_out=0.0, processes=2, workers=0, eval_every=3, eval_batch=50)
     crowd = dict(lr_backbone=1e-5, accum=2)                # SPEC of the released CrowdPose recipe
     return {"tiny": tiny, "n": n, "s": s, "m": m, "l": l, "x": x,
             "n-crowdpose": replace(n, **crowd, epochs=284, mosaic_until=136, aug_until=264),
@@ -289,7 +289,7 @@ class Stage(nn.Module):
 
 
 class HGNetv2(nn.Module):
-    """Image (B, 3, H, W) → the last `levels` maps of stride 4, 8, 16, 32 (T ends at 16). H and W divisible by 32."""
+    """Image (B, 3, H, W) → the last `levels` maps of stride 4, 8, 16, 32. H and W divisible by 32."""
 
     def __init__(self, name: str, levels: int, frozen: bool, lab: bool):
         super().__init__()
@@ -917,7 +917,7 @@ def start_on_rays(attention: DeformableAttention) -> None:
     angle = torch.arange(attention.heads) * 2 * math.pi / attention.heads
     ray = torch.stack([angle.cos(), angle.sin()], -1)
     ray = ray / ray.abs().max(-1, keepdim=True).values
-    steps = (torch.arange(attention.points) % 4 + 1) * float(__import__("os").environ.get("RAY", 1))
+    steps = torch.arange(attention.points) % 4 + 1
     bias = repeat(ray[:, None] * steps[:, None], "m p xy -> (m l p xy)", l=attention.levels)
     with torch.no_grad():
         attention.sampling_offsets.bias.copy_(bias)
@@ -1437,7 +1437,7 @@ def summary(skeleton: str = "coco") -> str:
 def main() -> None:
     cfg, args = runtime.parse(Config, PRESETS, __doc__)
     if args.train:
-        train(cfg, args)
+        runtime.launch(train, cfg, args, cfg.processes)
     else:
         print(f"{__doc__}\n{summary()}")
 

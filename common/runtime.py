@@ -12,11 +12,13 @@ import difflib
 import hashlib
 import inspect
 import json
+import logging
 import math
 import os
 import random
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -52,8 +54,13 @@ def run_main(main: Callable[[], None]) -> None:
         message = str(error).rsplit("UserError: ", 1)[-1]       # a loader process puts its traceback before it
         if isinstance(error, torch.OutOfMemoryError):
             message = f"{message.split('. ')[0]}: choose a smaller --batch, for training also a larger --accum"
+        time.sleep(5 * (int(os.environ.get("RANK", 0)) > 0))    # rank 0 may say the same, which then ends us
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not (dist.is_initialized() and re.search("Connection (closed|reset) by peer", str(error))):
+            raise
+        sys.exit(1)                                             # another process has ended, and said why
     except KeyboardInterrupt:
         sys.exit(130)
     if dist.is_initialized():                                   # not after an error: the others may wait for us
@@ -219,6 +226,45 @@ def init_distributed(device: str) -> Ranks:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     return Ranks(rank, world, chosen)
+
+
+def launch(train: Callable, config: Any, args: argparse.Namespace, processes: int) -> None:
+    """Call train(config, args); on a CPU in several processes, joined as torchrun would join them.
+
+    Layers of a small model are too small to share: two processes of one thread are faster than one of two threads.
+    Under torchrun, on a GPU, or with one process it is a plain call.
+    """
+    if processes == 1 or "RANK" in os.environ or pick_device(args.device).type != "cpu":
+        return train(config, args)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    group = torch.multiprocessing.start_processes(
+        _one_of_many, (train, config, args, processes, port), processes, join=False, start_method="spawn")
+
+    def pass_on(number: int, frame: Any) -> None:
+        for child in group.pids() if sys.platform != "win32" else []:   # there Ctrl-C reaches them by itself
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
+    try:
+        while not group.join():
+            pass
+    except torch.multiprocessing.ProcessExitedException as error:
+        if error.signal_name:
+            raise UserError(f"a process was ended by {error.signal_name}: was the memory full? Go on with --resume, "
+                            "a smaller --batch or --processes 1") from None
+        sys.exit(error.exit_code)                               # it has said why
+
+
+def _one_of_many(rank: int, train: Callable, config: Any, args: argparse.Namespace, world: int, port: int) -> None:
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                       MASTER_PORT=str(port))
+    torch.set_num_threads(max(1, torch.get_num_threads() // world))
+    run_main(lambda: train(config, args))
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ def pose_data() -> Path:
     return Path(os.environ["POSE_DATA"])
 
 
-TINY = ("--size 64 --dim 32 --layers 1 --decoder_ffn 32 --encoder_ffn 32 --queries 5 --dn_queries 2 --workers 0 "
+TINY = ("--size 64 --dim 32 --layers 1 --decoder_ffn 32 --encoder_ffn 32 --queries 5 --dn_queries 2 --processes 1 --workers 0 "
         "--eval_every 1").split()               # a DETRPose that takes a step in a few hundredths of a second
 
 
