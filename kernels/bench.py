@@ -272,9 +272,11 @@ def selective_scan_builds() -> list[Build]:
     A sample is a step of a channel. The backward kernel's loop holds the detour, which every other turn takes, in full.
     """
     builds = []
-    for name, kind, states, wide, moves in (("all", "fp32", 16, 32, True), ("all", "bf16", 16, 32, True), ("small", "fp32", 16, 8, True),
-                                            ("N 64", "fp32", 64, 16, True), ("constant B, C", "fp32", 16, 16, False)):
-        for direction, function, steps in (("forward", scan.forward_kernel, scan.CHUNK), ("backward", scan.backward_kernel, scan.HALF)):
+    both = (("forward", scan.forward_kernel, scan.CHUNK), ("backward", scan.backward_kernel, scan.HALF))
+    for name, kind, states, wide, moves, kernels in (("E 768", "fp32", 16, 32, True, both), ("E 768", "bf16", 16, 32, True, both),
+                                                     ("few channels", "fp32", 16, 8, True, both), ("N 64", "fp32", 64, 16, True, both[1:]),
+                                                     ("constant B, C", "fp32", 16, 16, False, both[1:])):
+        for direction, function, steps in kernels:
             series = {"u_ptr", "delta_ptr", "z_ptr", "g_ptr", "out_ptr", "du_ptr", "ddelta_ptr", "dz_ptr"}
             signature = {x: ("*" + kind if x in series else "*fp32") if x.endswith("_ptr") else "i32" for x in function.arg_names}
             constants = dict(E=768, N=states, BLOCK_N=states, BLOCK_E=wide, ROUNDS=wide.bit_length() - 1, CHUNK=scan.CHUNK, HALF=scan.HALF,

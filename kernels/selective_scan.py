@@ -288,25 +288,28 @@ def walk_back(a: Tensor, G: Tensor, carry: Tensor):
 # ----------------------------------------------------------------------------- the kernels
 #
 # A GPU runs thousands of small programs. Here a program owns a few neighbouring channels (32, or fewer if that left
-# most of the GPU idle) of one sequence and walks along time, like one block of the twin, but with everything in registers:
+# most of the GPU idle) of one sequence and walks along time, as one block of the twin does, with everything in registers:
 #
 #       the tile h, (N, channels):   lane 0   lane 1   …  lane 31         a warp is 32 lanes that go in step;
 #           state 1                  h[1,0]   h[1,1]      h[1,31]         a lane has registers of its own
 #           …                          …        …           …
 #           state N                  h[N,0]   h[N,1]      h[N,31]         Σ_n runs down a lane: no communication
 #
-# Read and written once per step and channel: u, delta, z, out. They lie channels last, so that a warp's 32 numbers are
-# one piece of memory; other layouts are copied first. B_l and C_l (N numbers each) are the same for all lanes.
-# Where the time goes: not into memory, but into instructions, 16 exponentials and 80 multiplications and additions per
-# step and channel (N = 16). The published CUDA operator gives each channel 128 threads that scan over time in parallel
-# and combine: log-many passes over pairs (a, b). Walking does each product once: 5 instructions per step and channel
-# instead of 21 (`python -m kernels.bench` counts them); with hundreds of channels per sequence there is no lack of work
-# for the GPU without cutting time into pieces. exp(d A) = 2^(d A log2 e) is one hardware instruction.
+# Memory: u, delta, z are read and out is written once per step and channel. They lie channels last, so that the 32
+# numbers of a warp are one piece of memory; other layouts are copied first. B_l and C_l, N numbers each, are the same
+# for all lanes. That is little; the time goes into instructions: for N = 16, 16 exponentials and some 100 products and
+# sums per step and channel. The published CUDA operator scans over time in parallel, by combining pairs of (a, b) in
+# log L rounds, and spends 21 instructions per step and channel, 43 backwards. Walking makes each product once: 5, and
+# 15 backwards (counted in machine code: `python -m kernels.bench --compile`). A sequence of this repository has
+# hundreds of channels, so there is work enough for the GPU without cutting time into pieces.
+# exp(d A) is 2^(d A log2 e), because 2^x is what the hardware has an instruction for.
 #
 # How to read Triton: a `tl` tensor lives in the registers of the program; tl.load reads from a tensor of addresses
-# (pointer + offsets); tl.constexpr arguments are known when the kernel is compiled, and static_range loops are unrolled,
-# so that the loads of several steps are under way at once. Offsets past the end are clamped, not masked: clamped loads
-# read something harmless twice; what must not count is zeroed (d = 0 leaves a state as it is) or not stored.
+# (pointer + offsets, in numbers, not bytes); tl.constexpr arguments are known when the kernel is compiled, and an `if`
+# on them (or on a pointer that is None) leaves no trace in the machine code; a static_range loop is unrolled, so that
+# the loads of several steps are under way at once. Where a tile is larger than what it covers (N or the channels are no
+# power of two, the last steps), offsets are clamped or loads masked with 0, and what must not count is not stored: a
+# step past the end has d = 0, which leaves the state as it is.
 
 HALF = CHUNK // 2                                   # steps whose states the backward kernel has in registers at once
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -435,21 +438,22 @@ def forward_kernel(u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr
     tl.store(tile(last_ptr + b * (N * E), e, N, E, BLOCK_N), h, exists)
 
 
-# Backwards. The walk from the last step to the first needs h_l and h_{l-1} of every step: four steps at a time, they are
-# rebuilt from the state kept before every 8th step, so the tile h of four steps is in registers when the walk comes by:
+# Backwards. The walk from the last step to the first needs h_l and h_{l-1} of every step. Three steps at a time, they are
+# built again from the state kept before every 6th step, and stay in registers until the walk has come by:
 #
-#       kept ▼       |               ▼       |               ▼
-#            0 1 2 3 | 4 5 6 7       8 9 …                              steps 4..7: from the kept state, walk over 0..3,
-#                    └───────→ then 7, 6, 5, 4                          then build 4..7, then come back
-#                      └─ 3, 2, 1, 0 likewise, without the detour
+#       kept ▼     |     ▼     |     ▼
+#            0 1 2 | 3 4 5     |                     3 4 5: from the kept state take the detour over 0 1 2, build the
+#            ──────→ ────→                                  states, come back 5 4 3;
+#                    ←────                           0 1 2: likewise, without the detour
 #
-# The detour costs an eighth of all instructions and halves what must be kept; keeping every 16th state would cost a
-# third. Eight steps in registers at once do not fit into the 255 that a lane may have.
+# The detour is a tenth of all instructions and halves what must be kept. Six steps at once do not fit into the 255
+# registers that a lane may have; three do: 3 tiles of states, and one each of A, dA, exp(d A), G, B, C.
 #
-# dB_l[n] and dC_l[n] are sums over channels, that is over lanes. Added up lane to lane (tl.sum) they would cost more than
-# all the rest, five exchanges for every number. `sum_lanes` adds by halves instead, which makes Triton hand the tile over
-# once (through shared memory) so that each lane adds up one row by itself: 86 instructions instead of 320 for both.
-# Every program writes its own sums; the host adds them: no atomics, and the same bits in every run.
+# dB_l[n] and dC_l[n] are sums over channels, that is over lanes. `tl.sum` would pass every number through five exchanges
+# between lanes, and cost more than all the rest. `sum_lanes` adds even and odd columns, five times: Triton then hands
+# the whole tile over once, through shared memory, so that each lane adds up one row in its own registers (about 45
+# instructions for both sums instead of 330). Every program writes its sums, the host adds them up: no atomic
+# additions, so the same bits in every run.
 
 
 @triton.jit
@@ -503,7 +507,7 @@ def backward_kernel(g_ptr, g_last_ptr, u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_
     for i in range(halves):
         start = tl.cast((halves - 1 - i) * HALF, tl.int32)
         h = tl.load(tile(at(states_ptr, start // CHUNK, N * E), e, N, E, BLOCK_N))
-        if start % CHUNK != 0:                                              # the detour over the four steps before
+        if start % CHUNK != 0:                                              # the detour over the steps before
             for k in tl.static_range(-HALF, 0):
                 x = tl.load(delta_ptr + k * delta_l).to(tl.float32) + bias
                 d = softplus(x) if SOFTPLUS else x
