@@ -265,7 +265,7 @@ class PoseDataset:
                        [own.get("id")])
         if count and count != wanted.num_keypoints:
             raise UserError(f"{self.files[0]} has {count} keypoints per person, but skeleton '{wanted.name}' has "
-                            f"{wanted.num_keypoints}: choose another --skeleton or other data")
+                            f"{wanted.num_keypoints}: choose data with the keypoints of the model")
         return wanted if sigmas is None else replace(wanted, sigmas=tuple(map(float, sigmas)))
 
     def _read_people(self, people: list[dict], index: dict[str, int]):
