@@ -29,8 +29,7 @@ Departs  (the released weights decide inference; these concern it)
 import copy
 import math
 import re
-from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +40,6 @@ from einops import rearrange, repeat
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -51,9 +49,7 @@ from common.datasets import PoseDataset, Prediction, Sample, default_splits, ope
 from common.skeletons import Skeleton, get_skeleton
 from kernels.deform_attn import deform_attn
 
-# ---------------------------------------------------------------------------------------------------------
-# Configuration: every number of the paper. Each field is a flag, its comment the flag's help.
-# ---------------------------------------------------------------------------------------------------------
+# ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. -----------
 
 # (channels in the stem, out of the stem), then per stage (in, middle, out, blocks, layers per block)
 BACKBONES = {
@@ -80,15 +76,15 @@ class Config:
     decoder_ffn: int = 1024        # hidden width of a decoder layer
     points: int = 4                # P, sampling points per head and level
     reg_scale: float = 4.0         # a of the offset distribution (FDR); larger means finer steps
-    queries: int = 60              # Q, people at most (Table 4 rows 1 and 2: 100, 60)
+    queries: int = 60              # Q, people at most (Table 4: row 1 has 100)
     size: int = 640                # side of the square network input, pixels
     # ablations (Table 4)
-    pose_denoising: bool = True    # noisy copies of the true poses as extra queries (row 3)
-    fdr: bool = True               # fine-grained distribution refinement heads; off: offsets (row 4)
-    ksvf: bool = True              # keypoint-similarity varifocal loss; off: focal loss (row 5)
-    pose_lqe: bool = True          # scores look at the image under the predicted keypoints (row 6)
+    pose_denoising: bool = True    # noisy copies of the true poses as extra queries (row 3 adds them)
+    fdr: bool = True               # fine-grained distribution refinement heads; off: offsets (row 4 adds it)
+    ksvf: bool = True              # keypoint-similarity varifocal loss; off: focal loss (row 5 adds it)
+    pose_lqe: bool = True          # scores look at the image under the predicted keypoints (row 6 adds it)
     mean_pose: bool = False        # first poses start as the training set's mean pose, not as a point
-    init: str = ""                 # start weights: file or name, DETRPose, D-FINE or HGNetv2 (row 7)
+    init: str = "dfine-l-obj365"   # start weights: file or name, DETRPose, D-FINE or HGNetv2 (row 7 adds D-FINE)
     as_released: bool = False      # train with the released code's noise (see Departs above)
     dn_queries: int = 20           # positive denoising queries per image, shared among its people
     # optimisation (Sec. 4.1)
@@ -105,8 +101,8 @@ class Config:
     ema: float = 0.9999            # decay of the weight average that is evaluated
     ema_warmup: int = 2000         # optimiser steps over which the decay grows to that
     amp: str = "no"                # no, bf16 or fp16 (old GPUs); a CPU always runs float32
-    # augmentation (SPEC of the released recipe: Sec. 4.1)
-    multiscale: int = 4            # input side 0.75 to 1.25 of size per batch; the weight of size itself, 0: off
+    # augmentation (Sec. 4.1, numbers of the release)
+    multiscale: int = 4            # input side 0.75 to 1.25 of size per batch; so many tickets for size itself, 0: off
     jitter: float = 0.5            # probability of a change of colours
     zoom_out: float = 0.5          # probability of black borders around the image
     mosaic: float = 0.5            # probability of four images in one
@@ -126,10 +122,10 @@ class Config:
         """Raises UserError for values that no run could use."""
         runtime.check_choice(self, backbone=BACKBONES, schedule=("constant", "cosine"), amp=runtime.AMP)
         runtime.check_range(self, 1, 4, "levels")
-        runtime.check_range(self, 1, math.inf, "dim heads encoder_ffn depth layers decoder_ffn points queries size "
+        runtime.check_range(self, 1, math.inf, "dim heads encoder_ffn depth layers decoder_ffn points queries dn_queries size "
                             "epochs batch accum processes eval_every eval_batch")
         runtime.check_range(self, 1e-6, math.inf, "expansion reg_scale lr clip")
-        runtime.check_range(self, 0, math.inf, "dn_queries lr_backbone weight_decay warmup drop_epoch ema_warmup "
+        runtime.check_range(self, 0, math.inf, "lr_backbone weight_decay warmup drop_epoch ema_warmup "
                             "multiscale aug_from mosaic_until aug_until workers seed")
         runtime.check_range(self, 0, 1, "ema jitter zoom_out mosaic")
         if self.dim % (2 * self.heads) or self.dim % 4:
@@ -143,18 +139,18 @@ class Config:
 
 def _presets() -> dict[str, Config]:
     s = Config("B0", lab=True, dim=256, expansion=0.5, depth=1, layers=3, epochs=100, lr_backbone=1e-4,
-               multiscale=20, mosaic_until=52, aug_until=96)
+               multiscale=20, mosaic_until=52, aug_until=96, init="dfine-s-obj365")
     n = replace(s, levels=2, dim=128, encoder_ffn=512, expansion=0.34, depth=2, decoder_ffn=512, points=6,
-                epochs=160, multiscale=0, mosaic_until=82, aug_until=156)
+                epochs=160, multiscale=0, mosaic_until=82, aug_until=156, init="dfine-n-coco")
     m = replace(s, backbone="B2", expansion=1.0, depth=2, layers=4, epochs=64, lr_backbone=1e-5, drop_epoch=15,
-                multiscale=6, mosaic_until=34, aug_until=60)
+                multiscale=6, mosaic_until=34, aug_until=60, init="dfine-m-obj365")
     l = Config(accum=2)
-    x = Config("B5", dim=384, encoder_ffn=2048, reg_scale=8.0, lr_backbone=5e-5)
-    tiny = replace(s, lab=False, frozen_norm=False, dim=96, heads=4, encoder_ffn=192, decoder_ffn=192, points=2,
+    x = Config("B5", dim=384, encoder_ffn=2048, reg_scale=8.0, lr_backbone=5e-5, init="dfine-x-obj365")
+    tiny = replace(s, init="", lab=False, frozen_norm=False, dim=96, heads=4, encoder_ffn=192, decoder_ffn=192, points=2,
                    queries=16, size=128, mean_pose=True, dn_queries=4, epochs=6, batch=8, lr=1e-3, lr_backbone=1e-3,
                    schedule="cosine", warmup=100, clip=1.0, ema=0.995, ema_warmup=100, multiscale=0, mosaic=0.0,
                    zoom_out=0.0, processes=2, workers=0, eval_every=3, eval_batch=50)
-    crowd = dict(lr_backbone=1e-5, accum=2)                # SPEC of the released CrowdPose recipe
+    crowd = dict(lr_backbone=1e-5, accum=2)                # as released
     return {"tiny": tiny, "n": n, "s": s, "m": m, "l": l, "x": x,
             "n-crowdpose": replace(n, **crowd, epochs=284, mosaic_until=136, aug_until=264),
             "s-crowdpose": replace(s, **crowd, epochs=176, mosaic_until=82, aug_until=156),
@@ -165,9 +161,7 @@ def _presets() -> dict[str, Config]:
 
 PRESETS: dict[str, Config] = _presets()
 
-# ---------------------------------------------------------------------------------------------------------
-# Backbone: HGNetv2
-# ---------------------------------------------------------------------------------------------------------
+# ---- Backbone: HGNetv2 --------------------------------------------------------------------------------------
 
 
 class FrozenBatchNorm(nn.Module):
@@ -306,9 +300,7 @@ class HGNetv2(nn.Module):
         return maps[-len(self.channels):]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Hybrid encoder: attention on the coarsest map, then convolutions top-down and bottom-up (as in D-FINE)
-# ---------------------------------------------------------------------------------------------------------
+# ---- Hybrid encoder: attention on the coarsest map, then convolutions top-down and bottom-up (as in D-FINE) ----
 
 
 class SelfAttention(nn.Module):
@@ -325,6 +317,7 @@ class SelfAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         self.out_proj = nn.Linear(dim, dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, position: Tensor | None = None, blocked: Tensor | None = None) -> Tensor:
         if position is None:
@@ -415,13 +408,6 @@ class FusionBlock(nn.Module):
         return self.cv4(torch.cat(maps, 1))
 
 
-class Downsample(nn.Sequential):
-    def __init__(self, dim: int):
-        super().__init__()
-        self.cv1 = ConvNorm(dim, dim)
-        self.cv2 = ConvNorm(dim, dim, 3, 2, groups=dim)
-
-
 class HybridEncoder(nn.Module):
     """Backbone maps, fine to coarse → as many maps of C channels: the decoder's memory."""
 
@@ -432,7 +418,8 @@ class HybridEncoder(nn.Module):
         self.aifi = AIFI(dim, cfg.heads, cfg.encoder_ffn)
         self.lateral_convs = nn.ModuleList(ConvNorm(dim, dim, act=nn.SiLU) for _ in steps)
         self.fpn_blocks = nn.ModuleList(FusionBlock(dim, cfg.expansion, cfg.depth) for _ in steps)
-        self.downsample_convs = nn.ModuleList(Downsample(dim) for _ in steps)
+        self.downsample_convs = nn.ModuleList(
+            nn.Sequential(ConvNorm(dim, dim), ConvNorm(dim, dim, 3, 2, groups=dim)) for _ in steps)
         self.pan_blocks = nn.ModuleList(FusionBlock(dim, cfg.expansion, cfg.depth) for _ in steps)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
@@ -451,9 +438,7 @@ class HybridEncoder(nn.Module):
         return out
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Query selection (Sec. 3.2)
-# ---------------------------------------------------------------------------------------------------------
+# ---- Query selection (Sec. 3.2) -----------------------------------------------------------------------------
 
 
 class MLP(nn.Module):
@@ -515,9 +500,7 @@ class QuerySelection(nn.Module):
         return logits.gather(1, pick.expand(-1, -1, 2)), keypoints, index
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Decoder (Sec. 3.3)
-# ---------------------------------------------------------------------------------------------------------
+# ---- Decoder (Sec. 3.3) -------------------------------------------------------------------------------------
 
 
 class DeformableAttention(nn.Module):
@@ -534,6 +517,19 @@ class DeformableAttention(nn.Module):
         self.heads, self.levels, self.points = heads, levels, points
         self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
         self.attention_weights = nn.Linear(dim, heads * levels * points)
+
+    def reset_parameters(self) -> None:
+        """Point i of head m starts i+1 cells along the m-th of M rays (i modulo 4); all weights start equal.
+
+        Departs: where P is no multiple of four the release starts all points of a head in one place, for ever equal.
+        """
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+        angle = torch.arange(self.heads) * 2 * math.pi / self.heads
+        ray = F.normalize(torch.stack([angle.cos(), angle.sin()], -1), p=math.inf, dim=-1)
+        steps = torch.arange(self.points) % 4 + 1
+        bias = repeat(ray[:, None] * steps[:, None], "m p xy -> (m l p xy)", l=self.levels)
+        self.sampling_offsets.bias.data.copy_(bias)
 
     def forward(self, x: Tensor, reference: Tensor, memory: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
         offsets = rearrange(self.sampling_offsets(x), "b q (m l p xy) -> b q m l p xy",
@@ -598,6 +594,7 @@ class DecoderLayer(nn.Module):
 class PoseLQE(nn.Module):
     """Pose location quality estimation (Sec. 3.3.1): a correction of the score from the image under the pose.
 
+    Departs: as released, four values and their mean and two layers; the paper says top-k and one layer.
     At each predicted keypoint the finest encoder map is sampled; the four largest channel values and their
     mean, for all K keypoints, go through a small MLP whose single output is added to both logits.
     Takes finest (B, C, H, W), keypoints (B, Q, K, 2); returns (B, Q, 1).
@@ -608,8 +605,8 @@ class PoseLQE(nn.Module):
         self.mlp = MLP(5 * keypoints, 256, 1)
 
     def forward(self, finest: Tensor, keypoints: Tensor) -> Tensor:
-        sampled = F.grid_sample(finest, (2 * keypoints - 1).to(finest.dtype), align_corners=False)   # (B, C, Q, K)
-        top = sampled.topk(4, dim=1).values                                                          # (B, 4, Q, K)
+        sampled = F.grid_sample(finest.float(), 2 * keypoints - 1, align_corners=False)    # (B, C, Q, K)
+        top = sampled.topk(4, dim=1).values                                                # (B, 4, Q, K)
         quality = torch.cat([top, top.mean(1, keepdim=True)], 1)
         return self.mlp(rearrange(quality, "b five q k -> b q (k five)"))
 
@@ -634,7 +631,7 @@ class Decoder(nn.Module):
 
     FDR (Sec. 3.3): layer l adds logits z_l to those of the layer before; the pose is the pre-pose p₀ plus the
     mean offset under softmax(z):   p_l = p₀ + Σ_n softmax(z_l)_n W(n) / reg_scale.
-    Without FDR (Table 4 row 3): p_l = σ(head(h) + σ⁻¹(reference)), as in GroupPose.
+    Without FDR (Table 4, row 4 adds it): p_l = σ(head(h) + σ⁻¹(reference)), as in GroupPose.
     """
 
     def __init__(self, cfg: Config, keypoints: int):
@@ -655,20 +652,21 @@ class Decoder(nn.Module):
         if not self.fdr:
             return (self.pose_heads[layer](h).float() + inverse_sigmoid(reference)).sigmoid(), z
         z = self.pose_heads[layer](h + previous).float() + z
-        offset = rearrange(z, "b q k (xy n) -> b q k xy n", xy=2).softmax(-1) @ self.offset_values
+        # a sum, because autocast would run a product in half precision
+        offset = (rearrange(z, "b q k (xy n) -> b q k xy n", xy=2).softmax(-1) * self.offset_values).sum(-1)
         return pre_pose + offset / self.reg_scale, z
 
     def forward(self, x: Tensor, reference: Tensor, maps: list[Tensor], memory: Tensor,
                 shapes: list[tuple[int, int]], blocked: Tensor | None) -> dict[str, Tensor | list[Tensor]]:
         """x (B, Q, T, C), reference (B, Q, T, 2) → lists over layers of logits (B, Q, 2), keypoints (B, Q, K, 2)."""
         out = dict(logits=[], keypoints=[], tokens=[], references=[])
-        previous, z, pre_pose = 0.0, 0.0, None
+        z, pre_pose = 0.0, None
         for l, layer in enumerate(self.layers):
             points = reference[:, :, 1:]
             position = self.position_head(sine_embedding(points, x.shape[-1], temperature=10000).to(x.dtype))
             x = add_position(x, position)
-            if l > 0:                           # Departs: the release's copy of the last output is the same memory,
-                previous = x[:, :, 1:].detach()     # so it carries this layer's position too
+            # Departs: the release keeps a view of the last output, to which this position has been added in place
+            previous = x[:, :, 1:].detach() if l > 0 else 0.0
             x = layer(x, position, reference, memory, shapes, blocked)
             person, h = x[:, :, 0], x[:, :, 1:]
             if l == 0:
@@ -688,9 +686,10 @@ class Decoder(nn.Module):
         return {**out, "corners": z}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Pose denoising (Sec. 3.1): true poses, disturbed, as extra queries with a known answer
-# ---------------------------------------------------------------------------------------------------------
+# ---- Pose denoising (Sec. 3.1): true poses, disturbed, as extra queries with a known answer -----------------
+
+
+TENSORS = ("keypoints", "visible", "boxes", "areas")
 
 
 @dataclass
@@ -703,8 +702,12 @@ class Targets:
     image_id: int | str = 0
 
     def to(self, device: torch.device) -> "Targets":
-        moved = {k: getattr(self, k).to(device, non_blocking=True) for k in ("keypoints", "visible", "boxes", "areas")}
-        return replace(self, **moved)
+        moved = (getattr(self, name).to(device, non_blocking=True) for name in TENSORS)
+        return Targets(*moved, self.image_id)
+
+    def take(self, index: Tensor) -> "Targets":
+        """Some of the people, in this order, also repeatedly."""
+        return Targets(*(getattr(self, name)[index] for name in TENSORS))
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -714,7 +717,7 @@ class Noise(NamedTuple):
     """All random numbers of a batch of R noisy poses (rows: half-group by half-group, people in image order)."""
     relabel: Tensor        # (R,) bool: whose label is replaced
     labels: Tensor         # (R,) the labels then used
-    direction: Tensor      # (R, T, 2) uniform in [0, 1)
+    direction: Tensor      # (R, T, 2) uniform in (0, 1); row 0, the person's, matters only as released
     exponent: Tensor       # (R, T) −ln KS: uniform in (0, ln 2) for positives, (ln 2, ln 10) for negatives
 
 
@@ -726,9 +729,10 @@ def draw_noise(half_groups: int, people: int, tokens: int, device: torch.device)
     rows = half_groups * people
     negative = torch.arange(half_groups, device=device).repeat_interleave(people) % 2 == 1
     u = torch.rand(rows, tokens, device=device)
+    # eq. 1. Departs: as released, −ln KS is uniform; the paper draws KS itself from (0.5, 1) and (0.1, 0.5)
     positives, negatives = u * math.log(2), math.log(2) + u * math.log(5)
     return Noise(torch.rand(rows, device=device) < 0.25, torch.randint(0, LABELS, (rows,), device=device),
-                 torch.rand(rows, tokens, 2, device=device), torch.where(negative[:, None], negatives, positives))
+                 torch.rand(rows, tokens, 2, device=device).clamp(min=2 ** -24), torch.where(negative[:, None], negatives, positives))
 
 
 class Denoising(NamedTuple):
@@ -749,12 +753,12 @@ def disturb(keypoints: Tensor, visible: Tensor, areas: Tensor, noise: Noise, sig
     """
     height, width = image_hw
     area_px = areas[:, None] * height * width + torch.finfo(torch.float32).eps
-    d = (2 * area_px * (2 * sigmas) ** 2 * noise.exponent[:, 1:]).sqrt() / max(height, width)       # (R, K)
-    if as_released:        # Departs: a norm of order −1 over the tokens, so not a unit vector and never negative
+    d = (2 * area_px * (2 * sigmas) ** 2 * noise.exponent[:, 1:]).sqrt() / max(height, width)       # (R, K), eq. 3-4
+    if as_released:        # Departs: a norm of order −1 over the tokens, so not a unit vector and never negative (eq. 2)
         direction = (noise.direction * noise.direction.reciprocal().sum(1, keepdim=True))[:, 1:]
     else:
         angle = 2 * math.pi * noise.direction[:, 1:, 0]
-        direction = torch.stack([angle.cos(), angle.sin()], -1)
+        direction = torch.stack([angle.cos(), angle.sin()], -1)                                   # eq. 2
     return keypoints + (d * visible).unsqueeze(-1) * direction
 
 
@@ -766,9 +770,7 @@ def denoising_mask(n_max: int, groups: int, queries: int, device: torch.device) 
     return (group[:, None] != group[None, :]) & (group[None, :] >= 0)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The model
-# ---------------------------------------------------------------------------------------------------------
+# ---- The model ----------------------------------------------------------------------------------------------
 
 
 class DETRPose(nn.Module):
@@ -795,12 +797,13 @@ class DETRPose(nn.Module):
         """Start values of the release: Xavier everywhere, sampling points on eight rays, outputs at zero."""
         embeddings = [self.rank_content, self.keypoint_content, self.instance_content, self.noisy_label,
                       self.noisy_keypoint]
-        for parameter in [p for part in [self.decoder.layers, *embeddings] for p in part.parameters()]:
+        for parameter in [p for part in [self.decoder.layers, self.decoder.position_head, *embeddings]
+                          for p in part.parameters()]:
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
         for layer in self.decoder.layers:
             nn.init.zeros_(layer.gateway.gate.bias)
-            start_on_rays(layer.cross_attn)
+            layer.cross_attn.reset_parameters()
         for project in self.encoder.input_proj:
             nn.init.xavier_uniform_(project.conv.weight)
         for head in [self.selection.score, *self.decoder.score_heads]:
@@ -809,6 +812,9 @@ class DETRPose(nn.Module):
                      *(lqe.mlp for lqe in self.decoder.lqe_heads)]:
             nn.init.zeros_(head.layers[-1].weight)
             nn.init.zeros_(head.layers[-1].bias)
+        for heads in [self.decoder.score_heads, self.decoder.pose_heads, self.decoder.lqe_heads]:
+            for head in heads[1:]:                                         # heads of all layers start as copies
+                head.load_state_dict(heads[0].state_dict())
 
     def denoising_queries(self, targets: list[Targets], image_hw: tuple[int, int], queries: int,
                           noise: Noise | None = None) -> Denoising | None:
@@ -825,7 +831,7 @@ class DETRPose(nn.Module):
             torch.cat([getattr(t, name) for t in targets]).repeat(half_groups, *[1] * dims)
             for name, dims in [("keypoints", 2), ("visible", 1), ("boxes", 1), ("areas", 0)])
         noisy = disturb(keypoints, visible, areas, noise, self.sigmas, image_hw, self.cfg.as_released)
-        # Departs: the release averages (cx, cy) and (w, h) as if they were corners
+        # Departs: the release averages (cx, cy) and (w, h) as if they were corners (first branch)
         centre = (boxes[:, :2] + boxes[:, 2:]) / 2 if self.cfg.as_released else boxes[:, :2]
         reference = inverse_sigmoid(torch.cat([centre[:, None], noisy], 1)).sigmoid()       # (R, T, 2)
         label = torch.where(noise.relabel, noise.labels, 1)
@@ -905,24 +911,6 @@ def start_from_mean_pose(selection: QuerySelection, data: PoseDataset, people: i
         selection.pose.layers[-1].bias.copy_(4 * torch.from_numpy(np.mean(poses, 0)).flatten())
 
 
-def start_on_rays(attention: DeformableAttention) -> None:
-    """Point i of head m starts i+1 cells along the m-th of `heads` rays; weights start equal.
-
-    Departs: with a number of points that is no multiple of four the release starts all points at the centre.
-    """
-    nn.init.zeros_(attention.sampling_offsets.weight)
-    nn.init.zeros_(attention.sampling_offsets.bias)
-    nn.init.zeros_(attention.attention_weights.weight)
-    nn.init.zeros_(attention.attention_weights.bias)
-    angle = torch.arange(attention.heads) * 2 * math.pi / attention.heads
-    ray = torch.stack([angle.cos(), angle.sin()], -1)
-    ray = ray / ray.abs().max(-1, keepdim=True).values
-    steps = torch.arange(attention.points) % 4 + 1
-    bias = repeat(ray[:, None] * steps[:, None], "m p xy -> (m l p xy)", l=attention.levels)
-    with torch.no_grad():
-        attention.sampling_offsets.bias.copy_(bias)
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Matching and losses (Sec. 3.4). A set of pairs is (image, query, person): three index tensors of one length;
 # `person` counts through all people of the batch in image order.
@@ -933,8 +921,7 @@ Pairs = tuple[Tensor, Tensor, Tensor]
 
 def gather_people(targets: list[Targets]) -> Targets:
     """All people of the batch behind one another."""
-    return Targets(*(torch.cat([getattr(t, name) for t in targets])
-                     for name in ("keypoints", "visible", "boxes", "areas")))
+    return Targets(*(torch.cat([getattr(t, name) for t in targets]) for name in TENSORS))
 
 
 def object_keypoint_similarity(squared: Tensor, people: Targets, sigmas: Tensor) -> Tensor:
@@ -993,7 +980,7 @@ def vfl_loss(logits: Tensor, pairs: Pairs, quality: Tensor, ksvf: bool) -> Tenso
 
         −q (q log p + (1 − q) log(1 − p)) for a matched query,  −α p² log(1 − p) for all else,  α = 0.25
 
-    Without KSVF (Table 4 row 4): focal loss, α = 0.25, γ = 2, which does not look at the OKS.
+    Without KSVF (Table 4, row 5 adds it): focal loss, α = 0.25, γ = 2, which does not look at the OKS.
     """
     image, query, _ = pairs
     matched, target = torch.zeros_like(logits), torch.zeros_like(logits)
@@ -1008,45 +995,39 @@ def vfl_loss(logits: Tensor, pairs: Pairs, quality: Tensor, ksvf: bool) -> Tenso
     return (weight * F.binary_cross_entropy_with_logits(logits, matched, reduction="none")).sum()
 
 
-def keypoint_losses(keypoints: Tensor, pairs: Pairs, people: Targets, sigmas: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ v|Δ| and Σ (1 − OKS) over the pairs; keypoints (B, Q, K, 2). No pairs give 0 with a zero gradient."""
+def pair_errors(keypoints: Tensor, pairs: Pairs, people: Targets, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+    """For each pair, Σ v|Δ| over the keypoints and the OKS, (pairs,) each; keypoints (B, Q, K, 2)."""
     image, query, person = pairs
-    chosen = Targets(people.keypoints[person], people.visible[person], people.boxes[person], people.areas[person])
-    difference = keypoints[image, query] - chosen.keypoints
-    distance = (difference.abs().sum(-1) * chosen.visible).sum()
-    return distance, (1 - object_keypoint_similarity(difference.square().sum(-1), chosen, sigmas)).sum()
+    matched = people.take(person)
+    difference = keypoints[image, query] - matched.keypoints
+    distance = (difference.abs().sum(-1) * matched.visible).sum(-1)
+    return distance, object_keypoint_similarity(difference.square().sum(-1), matched, sigmas)
 
 
 def criterion(result: dict, targets: list[Targets], sigmas: Tensor, ksvf: bool = True) -> dict[str, Tensor]:
     """All weighted loss terms of a training forward, by name; their sum is minimised. Computed in float32.
 
     For the final poses (no suffix), the layers before (_0, _1, ...), the pre-poses (_pre), the selected cells
-    (_enc_0) and the denoising queries (_dn_...): 2·vfl + 10·keypoints + 4·oks.
+    (_enc_0) and the denoising queries (_dn_...): 2·vfl + 10·Σ v|Δ| + 4·(1 − OKS), each per person.
+    No pairs give 0 with a zero gradient.
     """
     people = gather_people(targets)
     matchings = match(result["outputs"], targets, sigmas)
     union = union_of_matches(matchings)
-    count = mean_over_ranks_at_least_one(len(people), sigmas.device)
-    union_count = mean_over_ranks_at_least_one(len(union[0]), sigmas.device)
+    count, union_count = (mean_over_ranks_at_least_one(n, sigmas.device) for n in (len(people), len(union[0])))
 
-    jobs = [(name, logits, keypoints, pairs, union, count, union_count)
-            for (name, logits, keypoints), pairs in zip(result["outputs"], matchings)]
+    jobs = [(*output, pairs, union, count, union_count) for output, pairs in zip(result["outputs"], matchings)]
     if result["denoising"]:
-        known, groups = result["denoising"].pairs, result["denoising"].groups
-        jobs += [(name, logits, keypoints, known, known, count * groups, count * groups)
-                 for name, logits, keypoints in result["dn_outputs"]]
+        known, count = result["denoising"].pairs, count * result["denoising"].groups
+        jobs += [(*output, known, known, count, count) for output in result["dn_outputs"]]
     losses = {}
     for name, logits, keypoints, score_pairs, pose_pairs, score_count, pose_count in jobs:
-        logits, keypoints = logits.float(), keypoints.float()
-        image, query, person = score_pairs
-        squared = (keypoints[image, query] - people.keypoints[person]).square().sum(-1)
-        matched = Targets(*(getattr(people, f)[person] for f in ("keypoints", "visible", "boxes", "areas")))
-        quality = object_keypoint_similarity(squared, matched, sigmas)
-        distance, dissimilarity = keypoint_losses(keypoints, pose_pairs, people, sigmas)
-        suffix = f"_{name}" if name else ""
+        logits, keypoints, suffix = logits.float(), keypoints.float(), f"_{name}" if name else ""
+        quality = pair_errors(keypoints, score_pairs, people, sigmas)[1]
+        distance, similarity = pair_errors(keypoints, pose_pairs, people, sigmas)
         losses[f"loss_vfl{suffix}"] = 2 * vfl_loss(logits, score_pairs, quality, ksvf) / score_count
-        losses[f"loss_keypoints{suffix}"] = 10 * distance / pose_count
-        losses[f"loss_oks{suffix}"] = 4 * dissimilarity / pose_count
+        losses[f"loss_keypoints{suffix}"] = 10 * distance.sum() / pose_count
+        losses[f"loss_oks{suffix}"] = 4 * (1 - similarity).sum() / pose_count
     return losses
 
 
@@ -1054,9 +1035,7 @@ def mean_over_ranks_at_least_one(count: int, device: torch.device) -> Tensor:
     return runtime.mean_over_ranks(torch.tensor(float(count), device=device)).clamp(min=1)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Prediction
-# ---------------------------------------------------------------------------------------------------------
+# ---- Prediction ---------------------------------------------------------------------------------------------
 
 
 def postprocess(logits: Tensor, keypoints: Tensor, sizes_px: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -1097,15 +1076,14 @@ def fuse(model: DETRPose) -> DETRPose:
     return model.to(memory_format=torch.channels_last)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Building a model, and the released weights
-# ---------------------------------------------------------------------------------------------------------
+# ---- Building a model, and the released weights -------------------------------------------------------------
 
 RENAME = [            # released name → ours, first match wins; what matches nothing keeps its name
     (r"^(?:backbone\.)?(stem|stages)\.(.*)\.bn\.", r"backbone.\1.\2.norm."),
     (r"^(stem|stages)\.", r"backbone.\1."),
     (r"^encoder\.encoder\.0\.layers\.0\.", "encoder.aifi."),
-    (r"^encoder\.downsample_convs\.(\d)\.0\.", r"encoder.downsample_convs.\1."),
+    (r"^encoder\.downsample_convs\.(\d)\.0\.cv1\.", r"encoder.downsample_convs.\1.0."),
+    (r"^encoder\.downsample_convs\.(\d)\.0\.cv2\.", r"encoder.downsample_convs.\1.1."),
     (r"^transformer\.enc_output_norm\.", "selection.norm."),
     (r"^transformer\.enc_output\.", "selection.project."),
     (r"^transformer\.enc_out_class_embed\.", "selection.score."),
@@ -1171,9 +1149,7 @@ def load_init(model: DETRPose, source: str) -> None:
     print(f"start weights from {path}: {len(chosen)} of {len(own)} tensors")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Data (Sec. 4.1): straight to a square, no padding, RGB in [0, 1], no further normalisation
-# ---------------------------------------------------------------------------------------------------------
+# ---- Data (Sec. 4.1): straight to a square, no padding, RGB in [0, 1], no further normalisation -------------
 
 
 def to_targets(sample: Sample) -> Targets:
@@ -1271,9 +1247,7 @@ def evaluate(model: DETRPose, data: PoseDataset, cfg: Config, ranks: runtime.Ran
     return metrics.evaluate(found, data), found
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Training (Sec. 4.1)
-# ---------------------------------------------------------------------------------------------------------
+# ---- Training (Sec. 4.1) ------------------------------------------------------------------------------------
 
 
 def build_optimizer(model: DETRPose, cfg: Config) -> torch.optim.AdamW:
@@ -1324,6 +1298,8 @@ def train(cfg: Config, args) -> None:
     if cfg.batch % (cfg.accum * ranks.world):
         raise runtime.UserError(f"--batch {cfg.batch} does not split over {ranks.world} processes x {cfg.accum} "
                                 "micro-batches: choose a multiple")
+    if cfg.frozen_norm and not (cfg.init or args.saved):
+        raise runtime.UserError("frozen norms need start weights: add --init hgnetv2-b4 (or another), or --no-frozen_norm")
     with runtime.rank_zero_first(ranks):                         # it makes the puppets and fetches start weights
         train_split, val_split = default_splits(cfg.data)
         data = open_dataset(cfg.data, train_split, sigmas=runtime.numbers(cfg.sigmas))
@@ -1404,6 +1380,7 @@ def train(cfg: Config, args) -> None:
         last = epoch + 1 == cfg.epochs
         if last or (epoch + 1) % cfg.eval_every == 0:
             save_last(run.try_save)                              # a kill while evaluating costs nothing
+            runtime.share_buffers(ema)
             table, predictions = evaluate(ema.module, held_out, cfg, ranks)
             run.log(step=at["step"], epoch=epoch, **table)
             run.say(f"epoch {epoch + 1}\n{metrics.format_table(table)}")

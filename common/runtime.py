@@ -2,7 +2,7 @@
 paper is about.
 
 Resume is exact because no random state has to be saved: every random number is a function of the seed and of
-where it is used (`seed_all(seed, step, rank)` before a step, `np.random.default_rng([seed, epoch, image])` for an
+where it is used (`seed_all(seed, epoch, i, rank)` before a step, `np.random.default_rng([seed, epoch, image])` for an
 augmentation, `epoch_batches(seed, epoch)` for the order).
 """
 import argparse
@@ -217,7 +217,7 @@ def pick_device(name: str) -> torch.device:
 
 def init_distributed(device: str) -> Ranks:
     """Join the processes of a `torchrun` on one or many machines: NCCL on GPUs, gloo on CPUs."""
-    if "RANK" not in os.environ:
+    if "LOCAL_RANK" not in os.environ:                          # RANK alone is set by some clusters, too
         return Ranks(0, 1, pick_device(device))
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     chosen = pick_device(f"cuda:{local}" if device in ("auto", "cuda") and torch.cuda.is_available() else device)
@@ -232,9 +232,11 @@ def launch(train: Callable, config: Any, args: argparse.Namespace, processes: in
     """Call train(config, args); on a CPU in several processes, joined as torchrun would join them.
 
     Layers of a small model are too small to share: two processes of one thread are faster than one of two threads.
-    Under torchrun, on a GPU, or with one process it is a plain call.
+    Under torchrun, on a GPU, or with one process it is a plain call; also on Windows and macOS, where gloo depends on
+    how torch was built and how the network is set up.
     """
-    if processes == 1 or "RANK" in os.environ or pick_device(args.device).type != "cpu":
+    alone = processes == 1 or sys.platform != "linux" or "LOCAL_RANK" in os.environ
+    if alone or pick_device(args.device).type != "cpu":
         return train(config, args)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -244,7 +246,7 @@ def launch(train: Callable, config: Any, args: argparse.Namespace, processes: in
         _one_of_many, (train, config, args, processes, port), processes, join=False, start_method="spawn")
 
     def pass_on(number: int, frame: Any) -> None:
-        for child in group.pids() if sys.platform != "win32" else []:   # there Ctrl-C reaches them by itself
+        for child in group.pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, number)
 
@@ -285,6 +287,12 @@ def distribute(model: nn.Module, ranks: Ranks) -> nn.Module:
         return nn.parallel.DistributedDataParallel(model)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return nn.parallel.DistributedDataParallel(model, [ranks.device])
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Rank 0's buffers everywhere: on CPUs each process has norm statistics of its own, and rank 0's are saved."""
+    for buffer in module.buffers() if dist.is_initialized() else ():
+        dist.broadcast(buffer, 0)
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:

@@ -53,8 +53,10 @@ def deform_attn_plain(value: Tensor, shapes: Sequence, locations: Tensor, weight
     locations, weights, points = by_point(locations, weights, points, len(shapes))
     batch, _, heads, dim = value.shape
     real = torch.float64 if value.dtype == torch.float64 else torch.float32
-    grid = (2 * locations.to(real) - 1).transpose(1, 2).flatten(0, 1)                     # (B*M, Q, T, 2)
-    grid = grid.nan_to_num(nan=-9.0, posinf=9.0, neginf=-9.0)                             # far outside: counts 0
+    grid = (2 * locations.to(real)).sub_(1)
+    with torch.no_grad():                                                                 # far outside, where gradients are 0
+        grid.nan_to_num_(nan=-9.0, posinf=9.0, neginf=-9.0)
+    grid = grid.transpose(1, 2).flatten(0, 1)                                             # (B*M, Q, T, 2)
     weights = weights.to(real).transpose(1, 2).flatten(0, 1)                              # (B*M, Q, T)
     levels = value.to(real).split([height * width for height, width in shapes], 1)
     samples = []

@@ -140,6 +140,7 @@ def test_a_lost_peer_is_silent_because_it_has_spoken_and_a_killed_process_is_exp
     with pytest.raises(SystemExit) as end:
         runtime.run_main(lose)
     assert end.value.code == 1 and capsys.readouterr().err == ""
+    monkeypatch.setattr(sys, "platform", "linux")                           # elsewhere `launch` is a plain call
     group = type("Group", (), dict(join=killed, pids=lambda self: []))()
     monkeypatch.setattr(torch.multiprocessing, "start_processes", lambda *args, **options: group)
     args = type("Args", (), dict(device="cpu"))
