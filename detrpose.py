@@ -30,6 +30,7 @@ import copy
 import math
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +47,7 @@ from tqdm import tqdm
 
 from common import metrics, runtime, transforms, weights
 from common.datasets import PoseDataset, Prediction, Sample, default_splits, open_dataset
+from common.loading import collate, predict_all
 from common.skeletons import Skeleton, get_skeleton
 from kernels.deform_attn import deform_attn
 
@@ -147,8 +149,8 @@ def _presets() -> dict[str, Config]:
     l = Config(accum=2)
     x = Config("B5", dim=384, encoder_ffn=2048, reg_scale=8.0, lr_backbone=5e-5, init="dfine-x-obj365")
     tiny = replace(s, init="", lab=False, frozen_norm=False, dim=96, heads=4, encoder_ffn=192, decoder_ffn=192, points=2,
-                   queries=16, size=128, mean_pose=True, dn_queries=4, epochs=6, batch=8, lr=1e-3, lr_backbone=1e-3,
-                   schedule="cosine", warmup=100, clip=1.0, ema=0.995, ema_warmup=100, multiscale=0, mosaic=0.0,
+                   queries=16, size=128, mean_pose=True, dn_queries=4, epochs=5, batch=16, lr=1e-3, lr_backbone=1e-3,
+                   schedule="cosine", warmup=200, clip=1.0, ema=0.995, ema_warmup=100, multiscale=0, mosaic=0.0,
                    zoom_out=0.0, processes=2, workers=0, eval_every=3, eval_batch=50)
     crowd = dict(lr_backbone=1e-5, accum=2)                # as released
     return {"tiny": tiny, "n": n, "s": s, "m": m, "l": l, "x": x,
@@ -713,6 +715,11 @@ class Targets:
         return len(self.boxes)
 
 
+def gather_people(targets: list[Targets]) -> Targets:
+    """All people of the batch behind one another."""
+    return Targets(*(torch.cat([getattr(t, name) for t in targets]) for name in TENSORS))
+
+
 class Noise(NamedTuple):
     """All random numbers of a batch of R noisy poses (rows: half-group by half-group, people in image order)."""
     relabel: Tensor        # (R,) bool: whose label is replaced
@@ -743,23 +750,22 @@ class Denoising(NamedTuple):
     groups: int            # G
 
 
-def disturb(keypoints: Tensor, visible: Tensor, areas: Tensor, noise: Noise, sigmas: Tensor,
-            image_hw: tuple[int, int], as_released: bool) -> Tensor:
-    """Keypoints (R, K, 2) moved so that their similarity KS = exp(−d² / (2 s² κ²)) is exp(−exponent) (eq. 1-4).
+def disturb(people: Targets, noise: Noise, sigmas: Tensor, image_hw: tuple[int, int], as_released: bool) -> Tensor:
+    """The keypoints (R, K, 2) of R people moved so that their similarity KS = exp(−d² / (2 s² κ²)) is exp(−exponent) (eq. 1-4).
 
         d = √(2 · area_px · κ² · exponent),  noisy = p + d / max(H, W) · direction                        (eq. 2-4)
 
-    κ = 2σ, areas (R,) as fractions of the image. Unlabelled keypoints stay where they are.
+    κ = 2σ. Unlabelled keypoints stay where they are.
     """
     height, width = image_hw
-    area_px = areas[:, None] * height * width + torch.finfo(torch.float32).eps
+    area_px = people.areas[:, None] * height * width + torch.finfo(torch.float32).eps
     d = (2 * area_px * (2 * sigmas) ** 2 * noise.exponent[:, 1:]).sqrt() / max(height, width)       # (R, K), eq. 3-4
     if as_released:        # Departs: a norm of order −1 over the tokens, so not a unit vector and never negative (eq. 2)
         direction = (noise.direction * noise.direction.reciprocal().sum(1, keepdim=True))[:, 1:]
     else:
         angle = 2 * math.pi * noise.direction[:, 1:, 0]
         direction = torch.stack([angle.cos(), angle.sin()], -1)                                   # eq. 2
-    return keypoints + (d * visible).unsqueeze(-1) * direction
+    return people.keypoints + (d * people.visible).unsqueeze(-1) * direction
 
 
 def denoising_mask(n_max: int, groups: int, queries: int, device: torch.device) -> Tensor:
@@ -827,10 +833,9 @@ class DETRPose(nn.Module):
         half_groups, device = 2 * groups, self.sigmas.device
         noise = noise or draw_noise(half_groups, people, self.skeleton.num_keypoints + 1, device)
 
-        keypoints, visible, boxes, areas = (
-            torch.cat([getattr(t, name) for t in targets]).repeat(half_groups, *[1] * dims)
-            for name, dims in [("keypoints", 2), ("visible", 1), ("boxes", 1), ("areas", 0)])
-        noisy = disturb(keypoints, visible, areas, noise, self.sigmas, image_hw, self.cfg.as_released)
+        true = gather_people(targets).take(torch.arange(people, device=device).repeat(half_groups))
+        boxes = true.boxes
+        noisy = disturb(true, noise, self.sigmas, image_hw, self.cfg.as_released)
         # Departs: the release averages (cx, cy) and (w, h) as if they were corners (first branch)
         centre = (boxes[:, :2] + boxes[:, 2:]) / 2 if self.cfg.as_released else boxes[:, :2]
         reference = inverse_sigmoid(torch.cat([centre[:, None], noisy], 1)).sigmoid()       # (R, T, 2)
@@ -917,11 +922,6 @@ def start_from_mean_pose(selection: QuerySelection, data: PoseDataset, people: i
 # ---------------------------------------------------------------------------------------------------------
 
 Pairs = tuple[Tensor, Tensor, Tensor]
-
-
-def gather_people(targets: list[Targets]) -> Targets:
-    """All people of the batch behind one another."""
-    return Targets(*(torch.cat([getattr(t, name) for t in targets]) for name in TENSORS))
 
 
 def object_keypoint_similarity(squared: Tensor, people: Targets, sigmas: Tensor) -> Tensor:
@@ -1084,20 +1084,13 @@ RENAME = [            # released name → ours, first match wins; what matches n
     (r"^encoder\.encoder\.0\.layers\.0\.", "encoder.aifi."),
     (r"^encoder\.downsample_convs\.(\d)\.0\.cv1\.", r"encoder.downsample_convs.\1.0."),
     (r"^encoder\.downsample_convs\.(\d)\.0\.cv2\.", r"encoder.downsample_convs.\1.1."),
-    (r"^transformer\.enc_output_norm\.", "selection.norm."),
-    (r"^transformer\.enc_output\.", "selection.project."),
-    (r"^transformer\.enc_out_class_embed\.", "selection.score."),
-    (r"^transformer\.enc_pose_embed\.", "selection.pose."),
-    (r"^transformer\.decoder\.half_pose_ref_point_head\.", "decoder.position_head."),
-    (r"^transformer\.class_embed\.", "decoder.score_heads."),
-    (r"^transformer\.pose_embed\.", "decoder.pose_heads."),
-    (r"^transformer\.pre_pose_embed\.", "decoder.pre_pose_head."),
     (r"^transformer\.lqe_embed\.(\d+)\.reg_conf\.", r"decoder.lqe_heads.\1.mlp."),
-    (r"^transformer\.tgt_embed\.", "rank_content."),
-    (r"^transformer\.keypoint_embedding\.", "keypoint_content."),
-    (r"^transformer\.instance_embedding\.", "instance_content."),
-    (r"^transformer\.label_enc\.", "noisy_label."),
-    (r"^transformer\.pose_enc\.", "noisy_keypoint."),
+    (r"^transformer\.decoder\.half_pose_ref_point_head\.", "decoder.position_head."),
+    *((rf"^transformer\.{theirs}\.", f"{ours}.") for theirs, ours in dict(
+        enc_output_norm="selection.norm", enc_output="selection.project", enc_out_class_embed="selection.score",
+        enc_pose_embed="selection.pose", class_embed="decoder.score_heads", pose_embed="decoder.pose_heads",
+        pre_pose_embed="decoder.pre_pose_head", tgt_embed="rank_content", keypoint_embedding="keypoint_content",
+        instance_embedding="instance_content", label_enc="noisy_label", pose_enc="noisy_keypoint").items()),
     (r"^transformer\.", ""),
 ]
 IGNORED = {r"^transformer\.(anchors|valid_mask)$": "computed from the image size",
@@ -1207,43 +1200,10 @@ def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config) -> dict:
                 sizes_px=[picture.size for picture in pictures])
 
 
-class EvalImages(torch.utils.data.Dataset):
-    """Item i is (tensor (3, size, size), image id, (w, h) px, message); without an id where the file is unreadable."""
-
-    def __init__(self, data: PoseDataset, size: int):
-        self.data, self.size = data, size
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int | str | None, tuple[int, int], str]:
-        sample, message = self.data.load(i)
-        if sample is None:
-            return torch.zeros(3, self.size, self.size), None, (0, 0), message
-        return input_image(sample.image, self.size), sample.image_id, sample.size, message
-
-
-def collate(items: list[tuple]) -> tuple:
-    """Items of a batch column by column, images stacked."""
-    images, *columns = zip(*items)
-    return torch.stack(images), *map(list, columns)
-
-
 def evaluate(model: DETRPose, data: PoseDataset, cfg: Config, ranks: runtime.Ranks) -> tuple[dict, list[Prediction]]:
-    """Metrics and predictions of a dataset; the images are shared among the processes, all get the result.
-
-    An image that cannot be read counts as one in which nobody was found, and is named.
-    """
-    mine = list(range(ranks.rank, len(data), ranks.world))
-    loader = DataLoader(torch.utils.data.Subset(EvalImages(data, cfg.size), mine), cfg.eval_batch,
-                        num_workers=cfg.workers, collate_fn=collate, worker_init_fn=runtime.ignore_signals)
-    fast, found = fuse(model), []
-    for images, ids, sizes, messages in tqdm(loader, "evaluate", disable=ranks.rank > 0, leave=False, dynamic_ncols=True):
-        predictions = predict(fast, dict(images=images, image_ids=ids, sizes_px=sizes))
-        found += [prediction for prediction in predictions if prediction.image_id is not None]
-        for message in data.remember(messages):
-            tqdm.write(f"warning: {message}")
-    found = runtime.gather_lists(found)
+    """Metrics and predictions of a dataset; the images are shared among the processes, all get the result."""
+    found = predict_all(partial(predict, fuse(model)), data, partial(input_image, size=cfg.size), cfg.eval_batch,
+                        cfg.workers, ranks)
     return metrics.evaluate(found, data), found
 
 
@@ -1342,8 +1302,10 @@ def train(cfg: Config, args) -> None:
         bar = tqdm(loader, f"epoch {epoch + 1}/{cfg.epochs}", per_epoch, initial=per_epoch - len(todo),
                    disable=ranks.rank > 0, dynamic_ncols=True)
         net.train()
+        seen = []                                                # ids of the images of this optimiser step
         for i, (images, targets, skipped) in enumerate(bar, per_epoch - len(todo)):
             run.bad_files(sum(skipped, []))
+            seen += [t.image_id for t in targets]
             runtime.seed_all(cfg.seed, epoch, i, ranks.rank)
             factor = lr_scale(at["step"], steps, epoch, cfg)
             for group in optimizer.param_groups:
@@ -1351,19 +1313,20 @@ def train(cfg: Config, args) -> None:
             try:
                 losses = batch_losses(net, images, targets, cfg, epoch, at["step"], ranks, model.sigmas)
             except FloatingPointError as error:
-                raise run.not_finite(str(error), at["step"], [t.image_id for t in targets]) from None
+                raise run.not_finite(str(error), at["step"], seen) from None
             scaler.scale(sum(losses.values()) / cfg.accum).backward()
             if (i + 1) % cfg.accum:
                 continue
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
             if not (norm.isfinite() or scaler.is_enabled()):     # a scaler leaves such steps out by itself
-                raise run.not_finite("the gradient", at["step"], [t.image_id for t in targets])
+                raise run.not_finite("the gradient", at["step"], seen)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             ema.update(model)
             at.update(step=at["step"] + 1, done=at["done"] + 1)
+            seen = []
 
             if at["step"] % 20 == 0:                             # reading numbers makes a GPU wait
                 final = {name: losses[name].item() for name in ("loss_vfl", "loss_keypoints", "loss_oks")}

@@ -54,17 +54,15 @@ def deform_attn_plain(value: Tensor, shapes: Sequence, locations: Tensor, weight
     batch, _, heads, dim = value.shape
     real = torch.float64 if value.dtype == torch.float64 else torch.float32
     grid = (2 * locations.to(real)).sub_(1)
-    with torch.no_grad():                                                                 # far outside, where gradients are 0
-        grid.nan_to_num_(nan=-9.0, posinf=9.0, neginf=-9.0)
-    grid = grid.transpose(1, 2).flatten(0, 1)                                             # (B*M, Q, T, 2)
-    weights = weights.to(real).transpose(1, 2).flatten(0, 1)                              # (B*M, Q, T)
-    levels = value.to(real).split([height * width for height, width in shapes], 1)
+    grid.detach().nan_to_num_(nan=-9.0, posinf=9.0, neginf=-9.0)            # far outside, where all gradients are 0
+    levels = value.to(real).permute(0, 2, 3, 1).split([height * width for height, width in shapes], 3)
     samples = []
-    for level, (height, width), xy in zip(levels, shapes, grid.split(points, 2)):
-        level = level.flatten(2).transpose(1, 2).reshape(batch * heads, dim, height, width)
-        samples.append(F.grid_sample(level, xy, align_corners=False))                     # (B*M, d, Q, P)
-    out = (torch.cat(samples, -1) * weights[:, None]).sum(-1)                             # eq. 3
-    return out.view(batch, heads * dim, locations.shape[1]).transpose(1, 2).to(value.dtype)      # (B, Q, M*d)
+    for level, (height, width), xy in zip(levels, shapes, grid.transpose(1, 2).split(points, 3)):
+        level = level.reshape(batch * heads, dim, height, width)
+        samples.append(F.grid_sample(level, xy.flatten(0, 1), align_corners=False))        # (B*M, d, Q, P)
+    weights = weights.to(real).transpose(1, 2).flatten(0, 1)[:, None]                      # (B*M, 1, Q, T)
+    out = (torch.cat(samples, 3) * weights).sum(3)                                         # eq. 3
+    return out.view(batch, heads * dim, locations.shape[1]).transpose(1, 2).to(value.dtype)     # (B, Q, M*d)
 
 
 def by_point(locations: Tensor, weights: Tensor, points: Sequence | None, levels: int) -> tuple[Tensor, Tensor, list]:

@@ -299,11 +299,6 @@ def test_matching_costs_and_pairs_equal_the_release(file):
         first += len(people)
 
 
-def release_name(name: str) -> str:
-    """loss_vfl_dn_0 and so on: our names are the release's."""
-    return name
-
-
 @golden("losses")
 def test_every_loss_term_and_its_gradient_equals_the_release(file):
     case = np.load(file)
@@ -330,9 +325,9 @@ def test_every_loss_term_and_its_gradient_equals_the_release(file):
     expected = dict(zip(case["loss_names"].tolist(), case["loss_values"].tolist()))
     assert losses.keys() == expected.keys()
     for name, value in expected.items():
-        assert float(losses[name]) == pytest.approx(value, rel=1e-4, abs=1e-6), name
+        assert losses[name].item() == pytest.approx(value, rel=1e-4, abs=1e-6), name
     total = sum(losses.values())
-    assert float(total) == pytest.approx(float(case["loss_total"]), rel=1e-4)
+    assert total.item() == pytest.approx(float(case["loss_total"]), rel=1e-4)
     total.backward()
     for name, (logits, keypoints) in inputs.items():
         for part, tensor in (("logits", logits), ("keypoints", keypoints)):
@@ -372,7 +367,7 @@ def test_training_step_equals_the_release(file):
         close(ours[2].flatten(2)[:, ::step], case[f"{name}_keypoints"], 1e-3, name)
     losses = detrpose.criterion(result, targets, model.sigmas)
     for name, value in zip(case["loss_names"].tolist(), case["loss_values"].tolist()):
-        assert float(losses[name]) == pytest.approx(value, rel=1e-3, abs=1e-4), name
+        assert losses[name].item() == pytest.approx(value, rel=1e-3, abs=1e-4), name
     sum(losses.values()).backward()
     check_gradients(model, case)
 

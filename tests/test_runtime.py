@@ -289,7 +289,7 @@ def test_what_is_no_checkpoint_of_ours_is_refused_and_never_run(tmp_path, monkey
 
 # ------------------------------------------------------------------------------------------ training runs
 
-FLAGS = [*TINY, "--train", "--epochs", "2", "--batch", "2", "--device", "cpu"]         # 11 steps per epoch
+FLAGS = [*TINY, "--train", "--epochs", "2", "--batch", "4", "--accum", "2", "--device", "cpu"]     # 2 x 5 steps
 
 
 def train(data: Path, out: Path, *flags: str) -> dict:
@@ -300,18 +300,13 @@ def train(data: Path, out: Path, *flags: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def whole_run(puppets_folder, tmp_path_factory):
-    """accum → (last.pt, rows of the log) of a run that was never cut."""
-    done = {}
-
-    def get(accum: str):
-        if accum not in done:
-            folder = tmp_path_factory.mktemp("whole")
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(runtime.Run, "draw", lambda *args: None)
-                done[accum] = train(puppets_folder, folder, "--accum", accum), (folder / "log.jsonl").read_text()
-        return done[accum]
-    return get
+def whole_run(puppets_folder, tmp_path_factory) -> Path:
+    """The folder of a run that was never cut."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime.Run, "draw", lambda *args: None)
+        train(puppets_folder, folder)
+    return folder
 
 
 def assert_equal(a, b, where=""):
@@ -337,7 +332,7 @@ class Killed(BaseException):
 
 
 def cut(monkeypatch, how: str):
-    """Let the next run end early, at its 7th step or in the evaluation after the first epoch."""
+    """Let the next run end early, in its 4th step of 5 (after a save in the 2nd), or in or after the first evaluation."""
     losses, evaluate, save, calls = detrpose.batch_losses, detrpose.evaluate, runtime.Run.save, []
 
     def step(*args):
@@ -361,28 +356,29 @@ def cut(monkeypatch, how: str):
     monkeypatch.setattr(detrpose, "batch_losses", step)
     monkeypatch.setattr(detrpose, "evaluate", evaluation)
     monkeypatch.setattr(runtime.Run, "save", saving)
-    monkeypatch.setattr(runtime.Run, "save_is_due", lambda self: len(calls) in (3, 4))
+    monkeypatch.setattr(runtime.Run, "save_is_due", lambda self: len(calls) == 4)
 
 
-@pytest.mark.parametrize("how, accum, workers", [
-    ("SIGTERM", "2", "1"), ("kill in a step", "1", "1"),
-    ("kill while evaluating", "1", "0"), ("kill after evaluating", "1", "0")])
+@pytest.mark.parametrize("how, step, workers", [
+    ("SIGTERM", 4, "1"), ("kill in a step", 2, "1"), ("kill while evaluating", 5, "0"), ("kill after evaluating", 5, "0")])
 def test_a_run_that_is_cut_and_resumed_ends_with_the_same_bits(
-        how, accum, workers, puppets_folder, whole_run, tmp_path, capsys):
+        how, step, workers, puppets_folder, whole_run, tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
         cut(patch, how)
         try:
-            train(puppets_folder, tmp_path / "run", "--accum", accum, "--workers", workers)
-            assert how.startswith("SIG") and f"go on with --resume {tmp_path / 'run'}" in capsys.readouterr().out
+            train(puppets_folder, tmp_path / "run", "--workers", workers)
+            assert how == "SIGTERM" and f"go on with --resume {tmp_path / 'run'}" in capsys.readouterr().out
         except Killed:
             with open(tmp_path / "run" / "log.jsonl", "a") as log:
                 log.write('{"step": 6, "loss')                              # a line that the kill cut in half
     before = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    assert 0 < before["step"] < 22 and plain(before)
-    after, (expected, rows) = train(puppets_folder, tmp_path / "run", "--resume", str(tmp_path / "run")), whole_run(accum)
-    assert after["step"] == 22
+    assert before["step"] == step and plain(before)
+    after = train(puppets_folder, tmp_path / "run", "--resume", str(tmp_path / "run"))
+    expected = torch.load(whole_run / "last.pt", weights_only=True)
+    assert after["step"] == 10
     assert_equal({part: after[part] for part in SAME}, {part: expected[part] for part in SAME})
-    assert (tmp_path / "run" / "log.jsonl").read_text() == rows and rows.count('"AP"') == 2 and rows.count('"loss"') == 1
+    rows = (whole_run / "log.jsonl").read_text()
+    assert (tmp_path / "run" / "log.jsonl").read_text() == rows and rows.count('"AP"') == 2
 
 
 @pytest.fixture(scope="module")
@@ -391,7 +387,7 @@ def short_run(puppets_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("short") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime.Run, "draw", lambda *args: None)
-        train(puppets_folder, folder, "--epochs", "1", "--batch", "23")
+        train(puppets_folder, folder, "--epochs", "1", "--batch", "22")
     return folder
 
 
@@ -439,7 +435,7 @@ def test_a_folder_with_another_run_is_never_written_over(short_run, puppets_fold
 
 
 def test_a_full_disk_is_a_warning_during_the_run_and_an_error_at_its_end(puppets_folder, tmp_path, capsys, monkeypatch):
-    flags, saves = ("--epochs", "2", "--batch", "23"), []
+    flags, saves = ("--epochs", "2", "--batch", "22"), []
 
     def save(path, content):
         saves.append(path.name)
@@ -474,7 +470,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_name_and_the_images(what, pupp
 
     def broken(*args):
         terms, calls[:] = losses(*args), [*calls, 0]
-        if len(calls) == 13:                                                # the second step of the second epoch
+        if len(calls) == 14:                                                # in the second step of the second epoch
             bad = torch.tensor(math.nan)
             terms["loss_keypoints"] = (terms["loss_keypoints"] * bad if what == "loss_keypoints" else
                                        terms["loss_keypoints"] + (terms["loss_keypoints"].detach() * 0).sqrt() * 0
@@ -484,11 +480,11 @@ def test_a_loss_that_is_not_finite_stops_with_its_name_and_the_images(what, pupp
     monkeypatch.setattr(detrpose, "criterion", broken)
     line = last_line(capsys, lambda: train(puppets_folder, tmp_path))
     ids = {int(word) for word in line.split("images [")[1].split("]")[0].split(", ")}
-    assert f"{what} not finite at step 12" in line and f"{tmp_path / 'last.pt'} is from before" in line and "--lr" in line
-    assert len(ids) == 2 and ids <= set(open_dataset(str(puppets_folder), "train").ids.tolist())
+    assert f"{what} not finite at step 6" in line and f"{tmp_path / 'last.pt'} is from before" in line and "--lr" in line
+    assert len(ids) == 4 and ids <= set(open_dataset(str(puppets_folder), "train").ids.tolist())
     monkeypatch.undo()
     saved = runtime.load_checkpoint(tmp_path / "last.pt")
-    assert saved["step"] == 11 and all(value.isfinite().all() for value in saved["model"].values())
+    assert saved["step"] == 5 and all(value.isfinite().all() for value in saved["model"].values())
 
 
 # ------------------------------------------------------------------------------------------ data at the edges
@@ -508,7 +504,7 @@ def test_bad_pictures_among_good_ones_are_named_once_and_the_run_goes_on(puppets
     bad = [sorted((data / split).iterdir())[3] for split in ("train2017", "val2017")]
     bad[0].write_bytes(b"no picture")
     bad[1].write_bytes(bad[1].read_bytes()[:300])
-    assert train(data, tmp_path / "run", "--batch", "23")["step"] == 2
+    assert train(data, tmp_path / "run", "--batch", "22")["step"] == 2
     rows = [json.loads(line) for line in open(tmp_path / "run" / "log.jsonl")]
     named = [row["bad"] for row in rows if "bad" in row]
     assert len(named) == 2 and all(str(path) in text for path, text in zip(bad, named))
@@ -520,7 +516,7 @@ def test_one_image_trains_and_evaluates(puppets_folder, tmp_path):
     data = Path(shutil.copytree(puppets_folder, tmp_path / "data"))
     for split in ("train", "val"):
         annotations(data, split, lambda content: content.update(images=content["images"][2:3]))
-    flags = "--epochs", "2", "--batch", "4", "--accum", "2", "--mosaic", "1", "--aug_from", "0"
+    flags = "--mosaic", "1", "--aug_from", "0"
     assert train(data, tmp_path / "run", *flags)["step"] == 2
     assert (tmp_path / "run" / "best.pt").exists()
 
@@ -533,7 +529,8 @@ def test_images_without_people_are_left_out_of_training_and_kept_in_evaluation(p
         content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
     annotations(data, "train", keep_people_of_three)
     annotations(data, "val", lambda content: content["annotations"].clear())
-    assert train(data, tmp_path / "run", "--batch", "3", "--epochs", "1")["step"] == 1      # 3 images make 1 step
+    flags = "--batch", "3", "--accum", "1", "--epochs", "1"
+    assert train(data, tmp_path / "run", *flags)["step"] == 1               # of 3 images
     assert (tmp_path / "run" / "best.pt").exists() and "n/a" in capsys.readouterr().out
     annotations(data, "train", lambda content: content["annotations"].clear())
     assert "nothing to train on" in last_line(capsys, lambda: train(data, tmp_path / "again"))
@@ -601,7 +598,7 @@ def as_a_rank(data: str, out: str) -> None:
 
     detrpose.batch_losses, runtime.Run.draw = step, lambda *args: None
     sorted((Path(data) / "train2017").iterdir())[4 + ranks.rank].write_bytes(b"")
-    words = [*FLAGS, "--batch", "4", "--seed", "3", "--data", data, "--out"]
+    words = [*FLAGS, "--accum", "1", "--seed", "3", "--data", data, "--out"]
     for part in [*words, f"{out}/cut"], ["--resume", f"{out}/cut"], [*words, f"{out}/whole"]:
         detrpose.train(*runtime.parse(detrpose.Config, detrpose.PRESETS, "", part))
         if ranks.rank == 0 and not Path(out, "stopped").exists():

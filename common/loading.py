@@ -1,0 +1,50 @@
+"""Batches of a dataset for evaluation, and the loop over them that processes share."""
+from collections.abc import Callable
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+from common import runtime
+from common.datasets import PoseDataset, Prediction
+
+
+class EvalImages(Dataset):
+    """Item i is (network input, image id, (w, h) px, message); a file that cannot be read is black and has no id."""
+
+    def __init__(self, data: PoseDataset, to_input: Callable[[Image.Image], Tensor]):
+        self.data, self.to_input = data, to_input
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int | str | None, tuple[int, int], str]:
+        sample, message = self.data.load(i)
+        if sample is None:
+            return self.to_input(Image.new("RGB", (32, 32))), None, (0, 0), message
+        return self.to_input(sample.image), sample.image_id, sample.size, message
+
+
+def collate(items: list[tuple]) -> tuple:
+    """Items of a batch column by column; the first column, tensors of one shape, stacked."""
+    images, *columns = zip(*items)
+    return torch.stack(images), *map(list, columns)
+
+
+def predict_all(predict: Callable[[dict], list[Prediction]], data: PoseDataset, to_input: Callable, batch: int,
+                workers: int, ranks: runtime.Ranks) -> list[Prediction]:
+    """Predictions of a dataset; the images are shared among the processes, all get the result.
+
+    predict takes {images, image_ids, sizes_px}. A file that cannot be read is named, and nobody is found in it.
+    """
+    mine = Subset(EvalImages(data, to_input), range(ranks.rank, len(data), ranks.world))
+    loader = DataLoader(mine, batch, num_workers=workers, collate_fn=collate, worker_init_fn=runtime.ignore_signals)
+    found = []
+    for images, ids, sizes, messages in tqdm(loader, "evaluate", disable=ranks.rank > 0, leave=False, dynamic_ncols=True):
+        predictions = predict(dict(images=images, image_ids=ids, sizes_px=sizes))
+        found += [prediction for prediction in predictions if prediction.image_id is not None]
+        for message in data.remember(messages):
+            tqdm.write(f"warning: {message}")
+    return runtime.gather_lists(found)
