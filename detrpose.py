@@ -10,16 +10,20 @@ Read     QuerySelection (Sec. 3.2) → DecoderLayer, Decoder (Sec. 3.3) → Pose
 Letters  B images  Q person queries  K keypoints  T = K+1 tokens of a person, the person's own first
          N memory cells  C channels  M heads  L levels  P points per level  D decoder layers  G groups
 Units    xy in [0,1] of the network's input image, x first; names ending in _px are pixels; boxes cxcywh
-Departs  (the released weights decide inference; these concern it)
-         Sec. 3.3: the position of a token is added to the token itself and stays there (DecoderLayer).
-         Sec. 3.3: the norm after cross-attention is a gate (Gateway). Eq. 5: q is the person's OKS.
-         (these concern training; `--as_released` gives the released code's behaviour)
-         Eq. 2: the released noise always points right and down and is often half an image long, because a
-         norm is taken over the wrong axis; we draw a unit vector in a random direction.
-         Sec. 3.1: the released centre of a noisy query takes (cx,cy,w,h) for corners; we use the box centre.
-         (these only where the release fails)
-         A batch without people crashes the release; here it is a batch without denoising queries.
-         Accumulated micro-batches are averaged, not added: clipping hides the difference.
+Departs  from the paper, as the release does, because the released weights need it:
+         Sec. 3.3    the position of a token is added to the token itself and stays there (DecoderLayer)
+         Sec. 3.3    the norm after cross-attention is a gate (Gateway)
+         Sec. 3.3.1  Pose-LQE takes four values and their mean, and has two layers (PoseLQE)
+         eq. 1-4     −ln KS is uniform, not KS; max(H, W) for √(wh) (draw_noise, disturb)
+         eq. 5       q is the OKS of the person, not of a keypoint (vfl_loss)
+Departs  from the release, where it slipped; `--as_released` goes back for the first two:
+         eq. 2       its noise always points right and down and is often half an image long, because a norm is taken
+                     over the wrong axis; ours is a unit vector in a random direction (disturb)
+         Sec. 3.1    it takes (cx, cy, w, h) for corners; ours is the centre of the box (denoising_queries)
+         Sec. 3.1    a batch without people crashes it; ours has no denoising queries then
+         Sec. 4.1    it adds the gradients of micro-batches; ours averages them (clipping hides the difference)
+         start       sampling points of preset n start on rays (DeformableAttention); `--mean_pose` is ours, to train
+                     from nothing; `--init` takes the average of a D-FINE checkpoint
 
     python detrpose.py                                  what each preset is: parameters, GFLOPs
     python detrpose.py --train                          learn the embedded puppets on this machine

@@ -1,4 +1,5 @@
 """DETRPose against the released code's numbers, and by itself. Cases are found by file pattern (see golden())."""
+import argparse
 import json
 import math
 import zlib
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torch import nn
 
 import detrpose
-from common import metrics, runtime, transforms, weights
-from common.datasets import Prediction, Sample
+from common import runtime, transforms, weights
+from common.datasets import Sample
 from common.skeletons import get_skeleton
 from detrpose import Targets
 from tests.conftest import REFERENCE
@@ -142,7 +145,7 @@ def test_encoder_equals_the_release(file):
         close(result[:, ::8], case[f"fpn{j}"], 2e-5, f"top-down {j}")
 
 
-def levels_of(model, case=None):
+def levels_of(model):
     shapes = [(12, 16), (6, 8), (3, 4)][:model.cfg.levels]
     return shapes, sum(h * w for h, w in shapes)
 
@@ -390,3 +393,195 @@ def check_gradients(model, case):
     for key in [f for f in case.files if f.startswith("after:")]:
         name = next(iter(weights.rename({key[6:]: None}, detrpose.RENAME)))
         close(state[name], case[key], 1e-4, key)
+
+
+# ------------------------------------------------------------------------------------------ data
+
+
+def test_targets_equal_the_release():
+    file = FOLDER / "golden_data_pipeline.npz"
+    if not file.exists():
+        pytest.skip(f"no {file}")
+    case = np.load(file)
+    sample = Sample(Image.fromarray(case["image"]), 1, (97, 61), case["in_keypoints"].astype(np.float32),
+                    case["in_boxes"].astype(np.float32), case["in_area"].astype(np.float32), np.zeros(2, bool))
+    targets = detrpose.to_targets(transforms.resize(sample, (64, 48)))
+    close(targets.boxes, case["plain_boxes"], 1e-6)
+    close(targets.areas, case["plain_area"], 1e-6)
+    close(torch.cat([targets.keypoints.flatten(1), targets.visible], 1), case["plain_keypoints"], 1e-6)
+
+
+def test_resized_batches_equal_the_release():
+    file = FOLDER / "golden_data_pipeline.npz"
+    if not file.exists():
+        pytest.skip(f"no {file}")
+    case = np.load(file)
+    batch = picture(case, "batch", 1, 64, 64)
+    close(batch[..., ::4, ::4], case["batch"], 1e-6)
+    for side in (96, 48):
+        resized = F.interpolate(batch, (side, side), mode="bilinear", antialias=True)
+        close(resized[..., ::4, ::4], case[f"batch_to_{side}"], 1e-6)
+
+
+def test_input_sides_are_multiples_of_32_around_the_size_and_stop_with_the_augmentation():
+    cfg = detrpose.PRESETS["l"]
+    sides = [detrpose.input_side(cfg, 0, step) for step in range(400)]
+    assert set(sides) == set(range(480, 801, 32)) and sides.count(640) > 1.5 * sides.count(480)
+    assert detrpose.input_side(cfg, cfg.aug_until, 7) == 640 == detrpose.input_side(detrpose.PRESETS["n"], 0, 7)
+
+
+# ------------------------------------------------------------------------------------------ by itself
+
+SMALL = dict(size=64, dim=32, heads=4, layers=2, decoder_ffn=32, encoder_ffn=32, queries=6, dn_queries=2, init="")
+
+
+def some_people(counts: list[int], keypoints: int = 17) -> list[Targets]:
+    return [Targets(0.2 + 0.6 * torch.rand(n, keypoints, 2), (torch.rand(n, keypoints) > 0.2).float(),
+                    torch.tensor([[0.5, 0.5, 0.4, 0.6]]).repeat(n, 1), 0.05 + 0.1 * torch.rand(n)) for n in counts]
+
+
+@pytest.mark.parametrize("ablation", [{}, dict(fdr=False), dict(ksvf=False), dict(pose_lqe=False), dict(queries=9),
+                                      dict(pose_denoising=False), dict(as_released=True)], ids=str)
+@pytest.mark.parametrize("skeleton", ["coco", "crowdpose"])
+def test_every_ablation_trains_every_parameter_with_finite_gradients(ablation, skeleton):
+    model = detrpose.build("tiny", skeleton, **{**SMALL, **ablation}).train()
+    targets = some_people([2, 0, 1], model.skeleton.num_keypoints)
+    for _ in range(2):                                  # the first step leaves zero-started heads behind
+        result = model(torch.rand(3, 3, 64, 64), targets)
+        losses = detrpose.criterion(result, targets, model.sigmas, model.cfg.ksvf)
+        (sum(losses.values()) + result["unused"]).backward()
+        torch.optim.SGD(model.parameters(), 1e-4).step()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert ("loss_vfl_dn_0" in losses) == model.cfg.pose_denoising
+
+
+def test_a_batch_without_people_has_a_finite_loss_that_reaches_every_parameter():
+    model = detrpose.build("tiny", **SMALL).train()
+    targets = some_people([0, 0])
+    result = model(torch.rand(2, 3, 64, 64), targets)
+    losses = detrpose.criterion(result, targets, model.sigmas)
+    (sum(losses.values()) + result["unused"]).backward()
+    assert result["denoising"] is None and losses["loss_keypoints"] == 0
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_more_people_than_queries_are_matched_as_far_as_queries_go():
+    model = detrpose.build("tiny", **SMALL)
+    targets = some_people([9])
+    outputs = [("", torch.randn(1, 6, 2), torch.rand(1, 6, 17, 2))]
+    image, query, person = detrpose.match(outputs, targets, model.sigmas)[0]
+    assert sorted(query.tolist()) == list(range(6)) and len(set(person.tolist())) == 6
+
+
+def test_the_order_of_people_does_not_change_the_loss():
+    model = detrpose.build("tiny", **SMALL, pose_denoising=False).train()
+    targets, images = some_people([3]), torch.rand(1, 3, 64, 64)
+    shuffled = [targets[0].take(torch.tensor([2, 0, 1]))]
+    totals = [sum(detrpose.criterion(model(images, t), t, model.sigmas).values()).item() for t in (targets, shuffled)]
+    assert totals[0] == pytest.approx(totals[1], rel=1e-5)
+
+
+def test_a_non_finite_cost_is_said_before_the_assignment():
+    logits = torch.full((1, 6, 2), float("nan"))
+    with pytest.raises(FloatingPointError, match="matching cost"):
+        detrpose.match([("", logits, torch.rand(1, 6, 17, 2))], some_people([2]), torch.full((17,), 0.05))
+
+
+def test_perfect_poses_have_no_keypoint_loss_and_the_score_target_one():
+    targets, sigmas = some_people([2]), torch.full((17,), 0.05)
+    exact = torch.cat([targets[0].keypoints, torch.rand(4, 17, 2)])[None]
+    logits = torch.tensor([[[-9.0, 9.0]] * 2 + [[-9.0, -9.0]] * 4])
+    losses = detrpose.criterion(dict(outputs=[("", logits, exact)], denoising=None), targets, sigmas)
+    assert losses["loss_keypoints"] == 0 and losses["loss_oks"] < 1e-5 and losses["loss_vfl"] < 1e-3
+
+
+def test_noisy_poses_have_the_similarity_that_was_drawn():
+    """exp(−d²/(2 s² κ²)) of each keypoint is exp(−exponent): (0.5, 1) for positives, (0.1, 0.5) for negatives (eq. 1-4)."""
+    people = some_people([40])[0]
+    sigmas = torch.tensor(get_skeleton("coco").sigmas)
+    people.visible[:] = 1
+    noise = detrpose.draw_noise(2, 40, 18, torch.device("cpu"))
+    twice = people.take(torch.arange(40).repeat(2))
+    noisy = detrpose.disturb(twice, noise, sigmas, (512, 512), as_released=False)
+    squared = ((noisy - twice.keypoints) ** 2).sum(-1)
+    similarity = (-squared / (2 * twice.areas[:, None] * (2 * sigmas) ** 2)).exp()
+    assert similarity[:40].min() > 0.499 and similarity[40:].max() < 0.501 and similarity.min() > 0.099
+    direction = (noisy - twice.keypoints)[:40].flatten(0, 1).sign().unique(dim=0)
+    assert len(direction) == 4, "all four quadrants"
+
+
+def test_the_mean_pose_start_puts_a_person_around_every_cell(puppets_folder):
+    from common.datasets import open_dataset
+    data = open_dataset(str(puppets_folder), "train")
+    model = detrpose.build("tiny", **SMALL)
+    detrpose.start_from_mean_pose(model.selection, data)
+    offsets = model.selection.pose.layers[-1].bias.view(17, 2)
+    head, feet = offsets[:5, 1].mean(), offsets[15:, 1].mean()
+    assert head < 0 < feet, "the head above the cell, the feet below"
+
+
+def test_the_learning_rate_warms_up_falls_as_a_cosine_and_drops():
+    cosine = detrpose.PRESETS["tiny"]
+    rates = [detrpose.lr_scale(step, 1000, 0, cosine) for step in range(1000)]
+    assert rates[0] < 0.01 and max(rates) > 0.85 and rates[-1] < 1e-4
+    drop = detrpose.PRESETS["m"]
+    assert [detrpose.lr_scale(0, 10, epoch, drop) for epoch in (14, 15)] == pytest.approx([1, 0.1])
+
+
+def test_start_weights_come_from_dfine_and_hgnetv2_files_of_the_right_size(tmp_path):
+    donor, model = detrpose.build("s"), detrpose.build("s")
+    names = {f"backbone.{n}" for n in ("stem.stem1.conv.weight",)} | {"encoder.lateral_convs.0.conv.weight"}
+    state = {n.replace(".norm.", ".bn.") if n.startswith("backbone") else n: v for n, v in donor.state_dict().items()
+             if n.startswith(("backbone.", "encoder.lateral"))}
+    torch.save(dict(model=state | {"decoder.something": torch.zeros(1)}), tmp_path / "dfine.pth")
+    detrpose.load_init(model, str(tmp_path / "dfine.pth"))
+    assert all(torch.equal(model.state_dict()[n], donor.state_dict()[n]) for n in names)
+    backbone = {n.removeprefix("backbone."): v for n, v in state.items() if n.startswith("backbone.")}
+    torch.save(backbone, tmp_path / "hgnet.pth")
+    detrpose.load_init(detrpose.build("s"), str(tmp_path / "hgnet.pth"))
+    with pytest.raises(runtime.UserError, match="does not fit"):
+        detrpose.load_init(detrpose.build("m"), str(tmp_path / "hgnet.pth"))
+
+
+def test_weights_of_another_size_are_refused_by_name(tmp_path):
+    with pytest.raises(runtime.UserError, match="reg_scale"):
+        detrpose.convert_official({"transformer.reg_scale": torch.tensor([8])}, detrpose.PRESETS["l"])
+    with pytest.raises(runtime.UserError, match="no preset"):
+        detrpose.build("huge")
+
+
+def test_frozen_norms_without_start_weights_are_refused():
+    args = argparse.Namespace(device="cpu", saved=None)
+    with pytest.raises(runtime.UserError, match="frozen norms need start weights"):
+        detrpose.train(runtime.resolve(detrpose.PRESETS["s"], init=""), args)
+
+
+def test_predictions_are_people_in_pixels_of_the_original():
+    model = detrpose.build("tiny", **SMALL).eval()
+    batch = detrpose.to_batch([Image.new("RGB", (300, 200)), Image.new("RGB", (50, 80))], ["a", 7], model.cfg)
+    first, second = detrpose.predict(detrpose.fuse(model), batch)
+    assert (first.image_id, second.image_id) == ("a", 7)
+    assert first.keypoints.shape[1:] == (17, 2) and len(first.scores) == len(first.keypoints)
+    assert first.keypoints[..., 0].max() > 64, "pixels of the original, not of the network's input"
+    assert (np.diff(first.scores) <= 0).all()
+
+
+@pytest.mark.slow
+def test_the_tiny_preset_learns_eight_puppets_by_heart(puppets_folder):
+    """A model that cannot overfit has a bug: the loss of the final poses falls below a fifth of its start."""
+    from common.datasets import open_dataset
+    cfg = runtime.resolve(detrpose.PRESETS["tiny"], jitter=0.0)
+    data = open_dataset(str(puppets_folder), "train").training()
+    torch.manual_seed(0)
+    model = detrpose.DETRPose(cfg, data.skeleton).train()
+    detrpose.start_from_mean_pose(model.selection, data)
+    images, targets, _ = detrpose.collate([detrpose.TrainImages(data, cfg, 0)[i] for i in range(8)])
+    optimizer, values = detrpose.build_optimizer(model, cfg), []
+    for _ in range(200):
+        losses = detrpose.criterion(model(images, targets), targets, model.sigmas)
+        sum(losses.values()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        values.append(losses["loss_keypoints"].item())
+    assert np.mean(values[-10:]) < values[0] / 5
