@@ -24,8 +24,8 @@ def pose_data() -> Path:
     return Path(os.environ["POSE_DATA"])
 
 
-TINY = ("--size 64 --dim 32 --layers 1 --decoder_ffn 32 --encoder_ffn 32 --queries 5 --dn_queries 2 --processes 1 --workers 0 "
-        "--eval_every 1").split()               # a DETRPose that takes a step in a few hundredths of a second
+TINY = ("--size 64 --levels 1 --dim 32 --layers 1 --decoder_ffn 32 --encoder_ffn 32 --queries 5 --dn_queries 2 "
+        "--processes 1 --workers 0 --eval_every 1").split()      # a step takes a few hundredths of a second
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,8 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 
 
 def train(data: Path, folder: Path, *flags) -> subprocess.Popen:
-    return start("detrpose.py", "--train", *TINY, "--batch", 8, "--data", data, "--out", folder, "--device", "cpu", *flags)
+    words = *TINY, "--batch", 8, "--data", data, "--out", folder, "--device", "cpu"
+    return start("detrpose.py", "--train", *words, *flags)
 
 
 def wait_for_a_save(process: subprocess.Popen, folder: Path) -> None:
