@@ -114,19 +114,20 @@ def new_gradients(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: 
 # What makes the plain form slow is not the loop (a PyTorch call costs a microsecond) but (a) several calls per step,
 # (b) tensors of L·N numbers per channel, which do not stay in the cache, (c) automatic differentiation through a
 # slice x[:, l], whose backward pass fills a tensor of the size of x with zeros, at every step. Hence:
-#   * 6 steps at a time, and as many channels as make BLOCK numbers per step: buffers that stay in the cache;
-#   * in such a chunk, a = exp(d A) and b = d u B of all steps in one call each; then one in-place call per step,
+#   * 18 steps at a time, and as many channels as make BLOCK numbers per step: buffers that stay in the cache;
+#   * in such a stretch, a = exp(d A) and b = d u B of all steps in one call each; then one in-place call per step,
 #     which adds a_l h_{l-1} to b_l and so makes it h_l; then one product with C for all steps;
-#   * the backward pass is written by hand. It takes the chunks from the last to the first, builds the states of a
-#     chunk again from the one before it, which the forward pass has kept, and walks back with one call per step.
-# Buffers are (B, 6, N, E): channels last, so that d (…, 1, E) and B (…, N, 1) both spread over long rows. Dividing
+#   * the backward pass is written by hand. It takes the stretches from the last to the first, builds the states of
+#     each again from the one before it, which the forward pass has kept, and walks back with one call per step.
+# Buffers are (B, 18, N, E): channels last, so that d (…, 1, E) and B (…, N, 1) both spread over long rows. Dividing
 # by running products of a, instead of walking, would need no loop, but they underflow, and it is no faster.
 
-BLOCK = 3 * 2 ** 13     # numbers per step and buffer: 6 steps of it in float32 are 0.6 MB
+STRETCH = 3 * CHUNK     # steps that are done together
+BLOCK = 3 * 2 ** 13     # numbers per step and buffer: a stretch of them in float32 is 1.8 MB
 
 
 class Piece:
-    """What is done at once: `rows` of the sequences, `channels` of one group, `steps` of one chunk (slices)."""
+    """What is done at once: `rows` of the sequences, `channels` of one group, `steps` of one stretch (slices)."""
 
     def __init__(self, rows: slice, channels: slice, steps: slice, real: torch.dtype):
         self.rows, self.channels, self.steps, self.real = rows, channels, steps, real
@@ -172,12 +173,12 @@ def groups_of(matrix: Tensor) -> int:
     return matrix.shape[1] if matrix.ndim == 4 else 1
 
 
-def chunks(steps: int) -> list[slice]:
-    return [slice(start, min(start + CHUNK, steps)) for start in range(0, steps, CHUNK)]
+def stretches(steps: int) -> list[slice]:
+    return [slice(start, min(start + STRETCH, steps)) for start in range(0, steps, STRETCH)]
 
 
 def walk(d: Tensor, du: Tensor, A: Tensor, B: Tensor, h0: Tensor, a: Tensor, h: Tensor):
-    """Eq. 2a for one chunk of k steps: fill a with exp(d A) and h with the states, (rows, k, N, channels) each.
+    """Eq. 2a for one stretch of k steps: fill a with exp(d A) and h with the states, (rows, k, N, channels) each.
 
     d and du = d·u (rows, k, channels); A (N, channels); B as of Piece.matrix; h0 (rows, N, channels): state before.
     """
@@ -207,17 +208,18 @@ def forward_twin(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: M
     out, last, states = new_outputs(u, A, save)
     for rows, channels in blocks(u, A, B, C):
         A_here = A[channels].t().to(real).contiguous()
-        a, h = (A_here.new_empty(rows.stop - rows.start, CHUNK, *A_here.shape) for _ in range(2))
-        h0 = torch.zeros_like(h[:, 0])
-        for steps in chunks(L):
-            piece, k = Piece(rows, channels, steps, real), steps.stop - steps.start
+        buffers = A_here.new_empty(2, rows.stop - rows.start, STRETCH, *A_here.shape)
+        h0 = torch.zeros_like(buffers[0, :, 0])
+        for steps in stretches(L):
+            piece = Piece(rows, channels, steps, real)
+            a, h = buffers[:, :, :steps.stop - steps.start]
+            u_here, d = piece.load(u), piece.step_size(delta, delta_bias, delta_softplus)[1]
+            walk(d, d * u_here, A_here, piece.matrix(B, E).to(real), h0, a, h)
             if save:
-                states[rows, steps.start // CHUNK, :, channels] = h0
-            d = piece.step_size(delta, delta_bias, delta_softplus)[1]
-            u_here = piece.load(u)
-            walk(d, d * u_here, A_here, piece.matrix(B, E).to(real), h0, a[:, :k], h[:, :k])
-            h0.copy_(h[:, k - 1])
-            y = sum_states(h[:, :k], piece.matrix(C, E).to(real))
+                kept = states[rows, steps.start // CHUNK:, :, channels]
+                kept[:, 0], kept[:, 1:STRETCH // CHUNK] = h0, h[:, CHUNK - 1:-1:CHUNK]
+            h0.copy_(h[:, -1])
+            y = sum_states(h, piece.matrix(C, E).to(real))
             if D is not None:
                 y = y.addcmul(u_here, D[channels].to(real))
             if z is not None:
@@ -245,11 +247,11 @@ def backward_twin(grad_out: Tensor, grad_last: Maybe, u: Tensor, delta: Tensor, 
     dA, dB, dC, dD, dbias = sums = [torch.zeros_like(grads[i], dtype=real) for i in (2, 3, 4, 5, 7)]
     for rows, channels in blocks(u, A, B, C):
         A_here = A[channels].t().to(real).contiguous()
-        buffers = A_here.new_empty(3, rows.stop - rows.start, CHUNK, *A_here.shape)
-        carry = torch.zeros_like(buffers[0, :, 0])                      # exp(d_{l+1} A) G_{l+1}, of the chunk after
+        buffers = A_here.new_empty(3, rows.stop - rows.start, STRETCH, *A_here.shape)
+        carry = torch.zeros_like(buffers[0, :, 0])                      # exp(d_{l+1} A) G_{l+1}, of the stretch after
         if grad_last is not None:
             carry += grad_last[rows, channels].transpose(1, 2)
-        for steps in reversed(chunks(L)):
+        for steps in reversed(stretches(L)):
             piece = Piece(rows, channels, steps, real)
             a, h, G = buffers[:, :, :steps.stop - steps.start]
             u_here, gy = piece.load(u), piece.load(grad_out)

@@ -258,7 +258,7 @@ def test_twin_makes_nothing_larger_than_the_kept_states():
         scan.backward_twin(out, None, *x, states, True)
     assert states.numel() == 2 * 48 * 600 * 16 / scan.CHUNK
     assert training.numbers <= states.numel()
-    assert inference.numbers <= max(2 * 48 * 600, scan.BLOCK * scan.CHUNK)
+    assert inference.numbers <= max(2 * 48 * 600, 2 * scan.BLOCK * scan.STRETCH)
 
 # ----------------------------------------------------------------------------- the operator among PyTorch's tools
 
