@@ -68,7 +68,8 @@ def from_run(saved: dict, method: str, preset: str, path: Path) -> tuple[ModuleT
         raise UserError(f"{path} is of method {saved['method']}; known are {', '.join(METHODS)}")
     module = importlib.import_module(saved["method"])
     model = module.build(saved["preset"], saved["skeleton"], **saved["config"])
-    average = {name[len("module."):]: value for name, value in saved.get("ema", {}).items() if name.startswith("module.")}
+    ema = saved.get("ema", {})
+    average = {name[len("module."):]: value for name, value in ema.items() if name.startswith("module.")}
     weights.load_strict(model, average or saved["model"], {})
     return module, model, saved["config"]["data"]
 
@@ -207,8 +208,8 @@ def keep_confident(p: Prediction, threshold: float) -> Prediction:
 def main() -> None:
     parser = runtime.Parser(description=__doc__)
     parser.add_argument("checkpoint", help="a run's .pt file or folder, a released file, or a released name")
-    parser.add_argument("--method", default="", help=f"of a released file: {', '.join(METHODS)} (default: by its tensors)")
-    parser.add_argument("--preset", default="", help="of a released file (default: by its tensors)")
+    parser.add_argument("--method", default="", help=f"of a released file: {', '.join(METHODS)} (default: guessed)")
+    parser.add_argument("--preset", default="", help="of a released file (default: guessed from its tensors)")
     parser.add_argument("--data", default="", help="puppets or a dataset's folder (default: what it was trained for)")
     parser.add_argument("--split", default="", help="val, test, train, ood or crowd (default: the papers' own)")
     parser.add_argument("--sigmas", default="", help="OKS sigmas of your own keypoints, with commas")

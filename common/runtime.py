@@ -356,7 +356,9 @@ class Stopper:
     def __call__(self, ranks: Ranks) -> bool:
         """True on every process as soon as one was asked to stop."""
         asked = self.asked < math.inf
-        return asked if ranks.world == 1 else bool(mean_over_ranks(torch.tensor(float(asked), device=ranks.device)) > 0)
+        if ranks.world > 1:
+            asked = bool(mean_over_ranks(torch.tensor(float(asked), device=ranks.device)) > 0)
+        return asked
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -448,7 +450,7 @@ def restore(parts: dict, saved: dict) -> None:
     config, where a flag may have changed them.
     """
     if missing := parts.keys() - saved.keys():
-        raise UserError(f"the checkpoint has no {', '.join(sorted(missing))}: go on from last.pt; best.pt is for eval.py")
+        raise UserError(f"the checkpoint has no {', '.join(sorted(missing))}: last.pt is to go on from, best.pt for eval.py")
     for name, part in parts.items():
         settings = [{k: v for k, v in group.items() if k != "params"} for group in getattr(part, "param_groups", [])]
         try:

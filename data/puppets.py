@@ -454,6 +454,7 @@ class Canvas:
         """Wall and floor: a crop of a texture from dark to bright colour; half size will do, for it ends at that."""
         size, small = self.scene.size, Image.new("RGB", (self.scene.size,) * 2)
         for (texture, x, y, dark, bright), top in zip(self.scene.walls, (0, int(self.scene.horizon))):
+            x, y = (min(max(start, 0), 512 - 180) for start in (x, y))           # a shaking camera looks past the edge
             crop = textures()[texture].resize((size, size), Image.BILINEAR, (x, y, x + 180, y + 180))
             channels = [crop.point([int(a + (b - a) * t / 255) for t in range(256)]) for a, b in zip(dark, bright)]
             small.paste(Image.merge("RGB", channels), (0, top))

@@ -57,9 +57,9 @@ def deform_attn_plain(value: Tensor, shapes: Sequence, locations: Tensor, weight
     real = working_type(value)
     grid = (2 * locations.to(real)).sub_(1)
     grid.detach().nan_to_num_(nan=-9.0, posinf=9.0, neginf=-9.0)            # far outside, where gradients are 0
-    levels = value.to(real).permute(0, 2, 3, 1).split([height * width for height, width in shapes], 3)
+    levels = value.to(real).permute(0, 2, 3, 1).split_with_sizes([height * width for height, width in shapes], 3)
     samples = []
-    for level, (height, width), xy in zip(levels, shapes, grid.transpose(1, 2).split(points, 3)):
+    for level, (height, width), xy in zip(levels, shapes, grid.transpose(1, 2).split_with_sizes(points, 3)):
         level = level.reshape(batch * heads, dim, height, width)
         samples.append(F.grid_sample(level, xy.flatten(0, 1), align_corners=False))     # (B*M, d, Q, P)
     weights = weights.to(real).transpose(1, 2).flatten(0, 1)[:, None]                   # (B*M, 1, Q, T)

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 
 def start(*words) -> subprocess.Popen:
     """`python words...` in the repository, one thread."""
-    return subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, encoding="utf-8",
+    return subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, text=True, encoding="utf-8",
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"})
 
 
@@ -61,7 +61,8 @@ def test_a_training_is_stopped_by_sigterm_resumed_killed_and_evaluated(puppets_f
     killed = runtime.load_checkpoint(folder / "last.pt")
     assert killed["step"] > stopped["step"] and killed["config"]["epochs"] == 500
     steps = [row["step"] for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "AP" in row]
-    assert steps == sorted(set(steps)) and {"config.json", "best.pt", "curves.png", "predictions.png"} <= set(os.listdir(folder))
+    assert steps == sorted(set(steps))
+    assert {"config.json", "best.pt", "curves.png", "predictions.png"} <= set(os.listdir(folder))
 
     code, out, _ = finish(start("eval.py", folder / "best.pt", "--out", tmp_path / "eval"))
     assert code == 0 and "8 images in" in out and "nose" in out

@@ -38,7 +38,8 @@ def run(puppets_folder, tmp_path_factory) -> Path:
         signal.signal(number, handler)
     for name, part in ("best.pt", "model"), ("last.pt", "ema"):
         saved = torch.load(folder / name, weights_only=True)
-        [value.copy_(torch.tensor([-2.0, 2.0])) for key, value in saved[part].items() if "score_heads" in key and "bias" in key]
+        biases = [value for key, value in saved[part].items() if "score_heads" in key and "bias" in key]
+        [bias.copy_(torch.tensor([-2.0, 2.0])) for bias in biases]
         torch.save(saved, folder / name)
     return folder
 
@@ -59,7 +60,8 @@ def call(monkeypatch, tmp_path, capsys):
         captured, results = capsys.readouterr(), tmp_path / "drawn" / "results.json"
         errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
         assert (code, len(errors)) in ((0, 0), (2, 1)), captured.err
-        return code, (errors[0] if errors else captured.out), json.loads(results.read_text()) if results.exists() else None
+        results = json.loads(results.read_text()) if results.exists() else None
+        return code, errors[0] if errors else captured.out, results
     return run_it
 
 

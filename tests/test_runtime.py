@@ -107,7 +107,8 @@ def test_a_wrong_command_line_is_one_line_that_says_what_to_do(argv, message, ca
 
 
 @pytest.mark.parametrize("device, message", [
-    ("gpu", "expected auto, cpu, cuda"), ("mps", "expected auto"), ("cuda", "no GPU that torch"), ("cuda:7", "--device cuda:7")])
+    ("gpu", "expected auto, cpu, cuda"), ("mps", "expected auto"), ("cuda", "no GPU that torch"),
+    ("cuda:7", "--device cuda:7")])
 def test_a_device_that_is_not_there_is_one_line(device, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=message):
@@ -401,7 +402,8 @@ def test_a_checkpoint_that_does_not_fit_is_one_line_and_stays_what_it_was(short_
     before, run = last.read_bytes(), str(folder)
     assert "its model differs" in resume_line(capsys, puppets_folder, folder, run, "--dim", "64")
     assert "leave --preset out" in resume_line(capsys, puppets_folder, folder, run, "--preset", "n")
-    assert "optimizer" in (line := resume_line(capsys, puppets_folder, folder, str(folder / "best.pt"))) and "last.pt" in line
+    line = resume_line(capsys, puppets_folder, folder, str(folder / "best.pt"))
+    assert "optimizer" in line and "last.pt is to go on from" in line
     assert last.read_bytes() == before
     torch.save(saved | {"method": "querypose"}, last)
     assert "go on with python querypose.py" in resume_line(capsys, puppets_folder, folder, run)
@@ -416,7 +418,8 @@ def test_a_finished_run_says_so_and_goes_on_with_more_epochs_and_another_learnin
     folder = Path(shutil.copytree(short_run, tmp_path / "run"))
     assert train(puppets_folder, folder, "--resume", str(folder))["step"] == 1
     assert "all 1 epochs are done" in capsys.readouterr().out
-    more = train(puppets_folder, folder, "--resume", str(folder), "--epochs", "2", "--lr", "0.5", "--weight_decay", "0.25")
+    flags = "--epochs", "2", "--lr", "0.5", "--weight_decay", "0.25"
+    more = train(puppets_folder, folder, "--resume", str(folder), *flags)
     assert more["step"] == 2 and more["config"]["lr"] == 0.5
     assert [group["initial_lr"] for group in more["optimizer"]["param_groups"]] == [1e-3, 0.5]
     assert {group["weight_decay"] for group in more["optimizer"]["param_groups"]} == {0.25}
@@ -643,7 +646,8 @@ def test_two_processes_stop_together_name_what_either_skipped_and_resume_exactly
     spoiled = sorted((data / "train2017").iterdir())[4:8]
     [path.write_bytes(b"") for path in spoiled]
     out = torchrun("train_as_a_rank", data, tmp_path)
-    stopped, resumed, whole = (runtime.load_checkpoint(tmp_path / name / "last.pt") for name in ("stopped", "cut", "whole"))
+    names = "stopped", "cut", "whole"
+    stopped, resumed, whole = (runtime.load_checkpoint(tmp_path / name / "last.pt") for name in names)
     assert (stopped["step"], stopped["done"], resumed["step"]) == (7, 2, 10)
     assert "stopped and saved; go on with --resume" in out
     assert_equal({part: resumed[part] for part in SAME}, {part: whole[part] for part in SAME})
