@@ -2,19 +2,19 @@
 
     python -m kernels.bench                        on this machine's GPU, else on its CPU
     python -m kernels.bench --check                only the largest error of each case
-    python -m kernels.bench --compile              registers, spills and instructions for sm_90; needs no GPU, but Triton
+    python -m kernels.bench --compile              registers, spills, instructions for sm_90; needs no GPU
     python -m kernels.bench --threads 1            CPU threads (ratios that we quote are for one)
     python -m kernels.bench --only deform_attn     one kernel
     python -m kernels.bench --json rows.jsonl      the rows of the table as JSON lines, too
     python -m kernels.bench --picture roof.png     where the rows are under the GPU's roofline
 
-On a CPU a row compares our form with the published PyTorch formulation of the same thing, run in turns; `ratio` above
-1 means that ours is faster. On a GPU it compares the Triton kernel with the PyTorch twin and with every peer that can
-be imported, and says which share of the floor is reached: the floor is the least time that moving each tensor once,
-the arithmetic, or the reads from the L1 cache would take.
+On a CPU a row compares our form with the published PyTorch formulation of the same thing, run in turns; a
+ratio above 1 means that ours is faster. On a GPU it compares the Triton kernel with the PyTorch twin and with
+every peer that can be imported, and says which share of the floor is reached. The floor is the least time that
+moving each tensor once, the arithmetic, or the reads from the L1 caches would take.
 
-How a kernel takes part: a section of this file with two functions, one that returns `Case` objects (what to time) and
-one that returns `Build` objects (what to compile), named in SECTIONS. Timing, table, JSON and picture know no kernel.
+How a kernel takes part: a section of this file with two functions, one for `Case` objects (what to time) and
+one for `Build` objects (what to compile), named in SECTIONS. The rest of the file knows no kernel.
 """
 import argparse
 import datetime
@@ -39,9 +39,9 @@ from kernels import deform_attn as msda
 from kernels import selective_scan as scan
 from kernels.dispatch import HAS_TRITON, triton
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}      # relative norm, against float64
-SECONDS = 3.0                                                                      # per row, at least 5 rounds
-ROUNDS = 30
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}     # relative, against float64
+SECONDS = 3.0                                                                     # of a CPU row, or 5 rounds
+ROUNDS = 30                                                                       # of a GPU row
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Case:
     """One call of a kernel at a real size."""
     kernel: str
     size: str                                   # for the table
-    make: Callable                              # (device, dtype) -> arguments; what needs a gradient is a leaf
+    make: Callable                              # (device, dtype) -> arguments; leaves need gradients
     ours: Callable                              # the public function, Triton on a GPU
     plain: Callable                             # the oracle, also in float64
     obvious: Callable                           # the published PyTorch formulation
@@ -69,20 +69,21 @@ class Case:
 
 @dataclass
 class Build:
-    """A Triton kernel to compile. Pointers are given as "*bf16", integers as "i32"; all pointers are aligned to 16 bytes."""
+    """A Triton kernel to compile. Pointers, to multiples of 16 bytes, are written "*bf16", integers "i32"."""
     kernel: str
     name: str                                   # for the table
     function: Callable
     signature: dict[str, str]                   # of the arguments that are no constants
     constants: dict
     warps: int
-    samples: float                              # points (or steps · channels) that one turn of a program's main loop does
+    samples: float                              # points (or steps · channels) per turn of a program's main loop
 
 # ----------------------------------------------------------------------------- deformable attention
 
 
-def published_deform_attn(value: Tensor, shapes: list, locations: Tensor, weights: Tensor, points: list) -> Tensor:
-    """The formulation that everybody uses on a CPU: grid_sample per level, stack, multiply by the weights, sum."""
+def published_deform_attn(value: Tensor, shapes: list, locations: Tensor, weights: Tensor,
+                          points: list) -> Tensor:
+    """The formulation that everybody uses on a CPU: grid_sample per level, stack, times the weights, sum."""
     batch, _, heads, dim = value.shape
     queries, samples = locations.shape[1], []
     grids = (2 * locations - 1).split(points, 3)
@@ -95,7 +96,8 @@ def published_deform_attn(value: Tensor, shapes: list, locations: Tensor, weight
     return (stacked * weights).sum(-1).view(batch, heads * dim, queries).transpose(1, 2).contiguous()
 
 
-def deform_attn_arguments(batch: int, queries: int | None, heads: int, dim: int, shapes: list, points: list) -> Callable:
+def deform_attn_arguments(batch: int, queries: int | None, heads: int, dim: int, shapes: list,
+                          points: list) -> Callable:
     """Random arguments. queries None: every token is a query, looking about itself, as in an encoder."""
 
     def make(device: torch.device, dtype: torch.dtype) -> tuple:
@@ -103,13 +105,14 @@ def deform_attn_arguments(batch: int, queries: int | None, heads: int, dim: int,
         tokens, count = sum(h * w for h, w in shapes), sum(points)
         size = torch.tensor([(w, h) for (h, w), n in zip(shapes, points) for _ in range(n)])
         if queries is None:
-            axes = [torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij") for h, w in shapes]
-            centre = torch.cat([torch.stack([x, y], -1).reshape(-1, 2) for y, x in axes]).expand(batch, -1, 2)
+            axes = [((torch.arange(w) + 0.5) / w, (torch.arange(h) + 0.5) / h) for h, w in shapes]
+            grids = [torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 2) for x, y in axes]
+            centre = torch.cat(grids).expand(batch, -1, 2)
         else:
             centre = torch.rand(batch, queries, 2, generator=random)
-        near = 2 * torch.randn(*centre.shape[:2], heads, count, 2, generator=random)           # pixels
+        near = 2 * torch.randn(*centre.shape[:2], heads, count, 2, generator=random)        # pixels
         pixel = centre[:, :, None, None] * size - 0.5 + near
-        fraction = (pixel - pixel.floor()).clamp(2e-3, 1 - 2e-3)         # no rounding moves a point to another cell
+        fraction = (pixel - pixel.floor()).clamp(2e-3, 1 - 2e-3)    # no rounding changes a point's cell
         locations = (pixel.floor() + fraction + 0.5) / size
         weights = torch.randn(locations.shape[:-1], generator=random).softmax(-1)
         value = torch.randn(batch, tokens, heads, dim, generator=random)
@@ -120,11 +123,13 @@ def deform_attn_arguments(batch: int, queries: int | None, heads: int, dim: int,
     return make
 
 
-def deform_attn_work(batch: int, queries: int | None, heads: int, dim: int, shapes: list, points: list) -> Callable:
-    """Bytes and arithmetic: value, locations (float32), weights and out once; backward writes a gradient for each too."""
+def deform_attn_work(batch: int, queries: int | None, heads: int, dim: int, shapes: list,
+                     points: list) -> Callable:
+    """Bytes and arithmetic: value, locations (float32), weights and out once; backward a gradient of each, too."""
     tokens = sum(h * w for h, w in shapes)
     queries = queries or tokens
-    value, out, samples = batch * tokens * heads * dim, batch * queries * heads * dim, batch * queries * heads * sum(points)
+    value, out = batch * tokens * heads * dim, batch * queries * heads * dim
+    samples = batch * queries * heads * sum(points)
 
     def work(size: int) -> dict[str, Work]:
         forward = size * (value + out + samples) + 8 * samples
@@ -152,7 +157,8 @@ def official_deform_attn(module) -> Callable:
         sides = torch.tensor(shapes, device=value.device)
         starts = sides.prod(1).cumsum(0) - sides.prod(1)
         split = (len(points), points[0])
-        return Function.apply(value.float(), sides, starts, locations.unflatten(3, split), weights.float().unflatten(3, split))
+        locations, weights = locations.unflatten(3, split), weights.float().unflatten(3, split)
+        return Function.apply(value.float(), sides, starts, locations, weights)
 
     return call
 
@@ -199,12 +205,16 @@ def deform_attn_builds() -> list[Build]:
         for dim in (16, 32, 48, 64):
             pointers = {name: "*" + kind for name in ("value", "out", "grad", "weights")}
             pointers |= {name: "*fp32" for name in ("locations", "sides", "unit_at", "d_value", "d_locations")}
-            pointers |= {"d_weights": "*" + kind, "tokens_at": "*i32", "queries": "i32", "tokens": "i32", "points": "i32"}
+            pointers |= {name: "i32" for name in ("queries", "tokens", "points")}
+            pointers |= {"d_weights": "*" + kind, "tokens_at": "*i32"}
             for name, function, shape in (("forward", msda.forward_kernel, msda.forward_shape(dim, bits)),
                                           ("backward", msda.backward_kernel, msda.backward_shape(dim))):
                 warps = shape.pop("num_warps")
-                constants = dict(HEADS=8, DIM=dim, THIN=False, **shape) | ({"FIXED": False} if name == "backward" else {})
-                builds.append(Build("deform_attn", f"{name} d {dim} {kind}", function, pointers, constants, warps, shape["QUERIES"]))
+                constants = dict(HEADS=8, DIM=dim, THIN=False, **shape)
+                if name == "backward":
+                    constants["FIXED"] = False
+                builds.append(Build("deform_attn", f"{name} d {dim} {kind}", function, pointers, constants, warps,
+                                    shape["QUERIES"]))
     return builds
 
 
@@ -309,9 +319,10 @@ def leaves(arguments: tuple) -> list[Tensor]:
 
 
 def error(case: Case, device: torch.device, dtype: torch.dtype) -> float:
-    """Largest relative norm of the difference from the plain form in float64 on the same (rounded) numbers."""
+    """Largest relative norm of the difference from the plain form in float64 on the same rounded numbers."""
     arguments = case.make(device, dtype)
-    exact = tuple(x.detach().double().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in arguments)
+    exact = tuple(x.detach().double().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+                  for x in arguments)
     ours, plain = gradients(case.ours, arguments), gradients(case.plain, exact)
     return max(((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item() for a, b in zip(ours, plain))
 
@@ -333,7 +344,7 @@ def check(cases: list[Case], device: torch.device) -> list[dict]:
 
 
 def runner(form: Callable, arguments: tuple, direction: str) -> Callable:
-    """A function without arguments that does one call: "inference" without gradients, or "training" with the backward pass."""
+    """A function that does one call: "inference" without gradients, or "training" with the backward pass."""
     if direction == "training":
         grad = torch.ones_like(form(*arguments))
         return lambda: torch.autograd.grad(form(*arguments), leaves(arguments), grad)
@@ -346,7 +357,7 @@ def runner(form: Callable, arguments: tuple, direction: str) -> Callable:
 
 
 def cpu_times(first: Callable, second: Callable) -> tuple[float, float, int]:
-    """Median milliseconds of two functions that are called in turns, so that a busy machine slows both; and the rounds."""
+    """Median milliseconds of two functions called in turns, so that a busy machine slows both; the rounds."""
     first(), second()
     times, start = ([], []), time.perf_counter()
     while len(times[0]) < 5 or time.perf_counter() - start < SECONDS:
@@ -361,7 +372,8 @@ def cpu_rows(case: Case) -> list[dict]:
     """Our form against the published formulation, without and with gradients."""
     arguments, rows = case.make(torch.device("cpu"), torch.float32), []
     for direction in ("inference", "training"):
-        ours, theirs, rounds = cpu_times(*(runner(form, arguments, direction) for form in (case.ours, case.obvious)))
+        calls = (runner(form, arguments, direction) for form in (case.ours, case.obvious))
+        ours, theirs, rounds = cpu_times(*calls)
         rows.append(dict(kernel=case.kernel, size=case.size, dtype="float32", direction=direction, ms=ours,
                          against="published", against_ms=theirs, ratio=theirs / ours, rounds=rounds))
         print(f"{case.kernel:15} {case.size:32} {direction:9} {ours:9.2f} ms  published {theirs:9.2f} ms  "
@@ -409,8 +421,8 @@ def measure_chip() -> Chip:
 
 def floor(work: Work, chip: Chip) -> tuple[float, str]:
     """The least milliseconds, and what binds."""
-    bounds = {"memory": work.bytes / chip.bandwidth, "arithmetic": work.flop / chip.flops, "L1": work.gathered / chip.l1,
-              "exp": work.exps / chip.exps}
+    bounds = {"memory": work.bytes / chip.bandwidth, "arithmetic": work.flop / chip.flops,
+              "L1": work.gathered / chip.l1, "exp": work.exps / chip.exps}
     name = max(bounds, key=bounds.get)
     return 1e3 * bounds[name], name
 
@@ -425,14 +437,16 @@ def gpu_rows(case: Case, chip: Chip) -> list[dict]:
             times = gpu_times({name: runner(form, arguments, direction) for name, form in forms.items()})
             work = case.work(arguments[0].element_size())
             parts = [work["forward"]] + ([work["backward"]] if direction == "training" else [])
-            (ms, peak), least, binds = times.pop("ours"), sum(floor(w, chip)[0] for w in parts), floor(parts[-1], chip)[1]
-            moved, flop = sum(w.bytes for w in parts), sum(w.flop for w in parts)
-            rows.append(dict(kernel=case.kernel, size=case.size, dtype=name_of(dtype), direction=direction, ms=ms, peak_mb=peak,
-                             gb_per_s=moved / ms / 1e6, floor_ms=least, share=least / ms, binds=binds, gflops=flop / ms / 1e6,
-                             flop_per_byte=flop / moved, ratios={name: t / ms for name, (t, _) in times.items()}))
-            print(f"{case.kernel:15} {case.size:32} {name_of(dtype):9} {direction:9} {ms:8.3f} ms {moved / ms / 1e6:7.0f} GB/s "
-                  f"{100 * least / ms:4.0f}% of the {binds} floor, {peak:6.0f} MB;  "
-                  + "  ".join(f"{name} {t / ms:.2f}x" for name, (t, _) in times.items()), flush=True)
+            ms, peak = times.pop("ours")
+            least, binds = sum(floor(part, chip)[0] for part in parts), floor(parts[-1], chip)[1]
+            moved, flop = sum(part.bytes for part in parts), sum(part.flop for part in parts)
+            ratios = {name: t / ms for name, (t, _) in times.items()}
+            rows.append(dict(kernel=case.kernel, size=case.size, dtype=name_of(dtype), direction=direction, ms=ms,
+                             peak_mb=peak, gb_per_s=moved / ms / 1e6, floor_ms=least, share=least / ms,
+                             binds=binds, gflops=flop / ms / 1e6, flop_per_byte=flop / moved, ratios=ratios))
+            print(f"{case.kernel:15} {case.size:32} {name_of(dtype):9} {direction:9} {ms:8.3f} ms "
+                  f"{moved / ms / 1e6:7.0f} GB/s {100 * least / ms:4.0f}% of the {binds} floor {peak:6.0f} MB;  "
+                  + "  ".join(f"{name} {ratio:.2f}x" for name, ratio in ratios.items()), flush=True)
     return rows
 
 
@@ -440,41 +454,45 @@ def gpu_rows(case: Case, chip: Chip) -> list[dict]:
 
 
 def compile_build(build: Build, capability: int = 90) -> dict:
-    """Registers, spilled bytes, shared bytes, and instructions of the main loop per sample, for sm_80, sm_90, …
+    """Registers, spilled and shared bytes, and instructions of the main loop per sample, for sm_80, sm_90, …
 
-    Needs Triton, whose wheel brings NVIDIA's assembler and disassembler, but no GPU. The process must not run with
-    TRITON_INTERPRET=1. The instructions are one warp's, counted in the loop with the most instructions: a program's
-    warps times them, divided by its samples.
+    Needs Triton, whose wheel brings NVIDIA's assembler and disassembler, but no GPU, and no TRITON_INTERPRET=1.
+    The instructions are a warp's, in the loop that has the most of them; times the program's warps, divided by its
+    samples. `widest` is the bits of the widest load there.
     """
     names = build.function.arg_names
     signature = {name: "constexpr" if name in build.constants else build.signature[name] for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
-    source = triton.compiler.ASTSource(build.function, signature, {(names.index(n),): v for n, v in build.constants.items()}, aligned)
+    constants = {(names.index(name),): value for name, value in build.constants.items()}
+    source = triton.compiler.ASTSource(build.function, signature, constants, aligned)
     target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
     cubin = triton.compile(source, target=target, options=dict(num_warps=build.warps)).asm["cubin"]
     usage, code = disassemble(cubin, "--dump-resource-usage"), disassemble(cubin, "--dump-sass")
     registers, stack, shared = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK", "SHARED"))
     loop = max(loops(code), key=len, default=[])
-    return dict(kernel=build.kernel, build=build.name, sm=capability, registers=registers, spilled=stack, shared=shared,
-                per_sample=len(loop) * build.warps / build.samples, loop=dict(Counter(loop)))
+    loads = [int(bits) for bits in re.findall(r"LDG\S*?\.(64|128)\b", " ".join(loop))]
+    return dict(kernel=build.kernel, build=build.name, sm=capability, registers=registers, spilled=stack,
+                shared=shared, per_sample=len(loop) * build.warps / build.samples, widest=max(loads, default=32),
+                loop=dict(Counter(name.split(".")[0] for name in loop)))
 
 
 def disassemble(cubin: bytes, what: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "kernel.cubin").write_bytes(cubin)
-        return subprocess.run([tool, what, Path(folder) / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        return subprocess.run([tool, what, file], capture_output=True, text=True, check=True).stdout
 
 
 def loops(code: str) -> list[list[str]]:
-    """The instructions (names without options) from the target of each backward branch to the branch."""
+    """The names of the instructions from the target of each backward branch to the branch."""
     lines = [(int(a, 16), text.strip()) for a, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", code)]
     found = []
     for address, text in lines:
         jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
         if jump and int(jump[1], 16) < address:
             body = [t for a, t in lines if int(jump[1], 16) <= a <= address]
-            found.append([re.sub(r"^@!?U?P\w+\s+", "", t).split()[0].split(".")[0] for t in body])
+            found.append([re.sub(r"^@!?U?P\w+\s+", "", t).split()[0] for t in body])
     return found
 
 
@@ -484,8 +502,9 @@ def compile_rows(builds: list[Build]) -> list[dict]:
     for build in builds:
         row = compile_build(build)
         rows.append(row)
-        print(f"{row['kernel']:15} {row['build']:24} sm_{row['sm']} {row['registers']:4} registers {row['spilled']:4} bytes spilled "
-              f"{row['shared']:6} shared {row['per_sample']:6.1f} warp instructions per sample (counted, not timed)", flush=True)
+        print(f"{row['kernel']:15} {row['build']:24} sm_{row['sm']} {row['registers']:4} registers "
+              f"{row['spilled']:4} bytes spilled {row['shared']:6} shared {row['per_sample']:6.1f} warp "
+              "instructions per sample (counted, not timed)", flush=True)
     return rows
 
 
@@ -493,7 +512,7 @@ def compile_rows(builds: list[Build]) -> list[dict]:
 
 
 def found(peers: dict[str, tuple]) -> dict[str, Callable]:
-    """name -> (module, function of the module that makes a form): the forms of the modules that can be imported."""
+    """From {name: (module, function of it that makes a form)} the forms of the modules that can be imported."""
     forms = {}
     for name, (module, make) in peers.items():
         try:
@@ -520,9 +539,11 @@ def roofline(rows: list[dict], chip: Chip, path: str):
         return x, height - bottom - math.log10(max(gflops, 1)) / top * (height - bottom - 20)
 
     knee = chip.flops / chip.bandwidth
-    draw.line([place(0.1, 0.1 * chip.bandwidth / 1e9), place(knee, chip.flops / 1e9), place(1000, chip.flops / 1e9)], "black", 2)
+    roof = [place(0.1, 0.1 * chip.bandwidth / 1e9), place(knee, chip.flops / 1e9), place(1000, chip.flops / 1e9)]
+    draw.line(roof, "black", 2)
     draw.text((left, height - 40), "flop per byte (0.1 to 1000)", "black")
-    draw.text((5, 5), f"GFLOP/s: roofs {chip.bandwidth / 1e9:.0f} GB/s and {chip.flops / 1e9:.0f} GFLOP/s", "black")
+    title = f"GFLOP/s: roofs {chip.bandwidth / 1e9:.0f} GB/s and {chip.flops / 1e9:.0f} GFLOP/s"
+    draw.text((5, 5), title, "black")
     for i, row in enumerate(rows):
         x, y = place(row["flop_per_byte"], row["gflops"])
         draw.ellipse([x - 4, y - 4, x + 4, y + 4], "red" if row["direction"] == "training" else "blue")
@@ -535,7 +556,7 @@ def roofline(rows: list[dict], chip: Chip, path: str):
 def main():
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only the largest error of each case")
-    parser.add_argument("--compile", action="store_true", help="registers, spills and instructions for sm_90, without a GPU")
+    parser.add_argument("--compile", action="store_true", help="registers, spills, instructions for sm_90; no GPU")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--only", choices=list(SECTIONS), help="one kernel")
     parser.add_argument("--json", help="file for the rows, one JSON object per line")

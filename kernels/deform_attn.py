@@ -5,9 +5,9 @@ Idea      A query does not look at every pixel of the feature maps, but at T poi
 
               out[q, m] = Σ_t  weights[q, m, t] · V_l(t)( location[q, m, t] )                        (eq. 3)
 
-          V_l is feature map l seen through head m, d channels, interpolated; outside of the map it is 0. The T
-          points run over the levels, and on each level over its points. The paper's two projections, of the
-          value before and of the output after, are the caller's.
+          V_l is feature map l seen through head m: d channels, interpolated, 0 outside of the map. The T
+          points run over the levels, and on each over its points. The paper's two projections, of the value
+          before and of the output after, are the caller's.
 
           level l, W = 4, H = 3                        one point, at pixel coordinates x = 1.7, y = 0.6
 
@@ -20,14 +20,14 @@ Idea      A query does not look at every pixel of the feature maps, but at T poi
              │    │    │    │    │   y = H·location_y − ½  │               │
           1.0└────┴────┴────┴────┘                     v10 ●───────────────● v11    row y = 1
                                                          column x = 1    column x = 2
-Read      deform_attn_plain (the formula) → the bags (the same, fast on a CPU) → the Triton kernels → deform_attn
-Letters   B images  Q queries  M heads  d channels per head  L levels  P points of a level  T points of all levels
+Read      deform_attn_plain (the formula) → the bags (fast on a CPU) → the Triton kernels → deform_attn
+Letters   B images  Q queries  M heads  d channels per head  L levels  P points of a level  T of all levels
           S = ΣH·W tokens: level by level, in raster order
 Units     locations are xy in [0, 1] of the (padded) level: 0 and 1 are the outer edges of the border pixels
 Type      out has the type of `value`. Arithmetic is float32 (float64 for float64 values). Keep locations in
           float32: bfloat16 moves a point by up to 0.16 pixels on a level of 80.
-Outside   A point at x ≤ −1, y ≤ −1, x ≥ W or y ≥ H counts 0 and gets gradient 0, and so does one whose location
-          is NaN or infinite. An infinite *value* may spoil points nearby: weight 0 times infinity is NaN.
+Outside   A point at x ≤ −1, y ≤ −1, x ≥ W or y ≥ H counts 0 and gets gradient 0, and so does one at a NaN or
+          infinite location. An infinite *value* may spoil other points: weight 0 times infinity is NaN.
 """
 import math
 import warnings
@@ -41,14 +41,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels.dispatch import choose, gave_up, mode, tl, triton, use_triton
 
-warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")       # `products` uses what there is
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")       # see `products`
 
 # ----------------------------------------------------------------------------- the formula
 
 
 def deform_attn_plain(value: Tensor, shapes: Sequence, locations: Tensor, weights: Tensor,
                       points: Sequence | None = None) -> Tensor:
-    """Eq. 3 in plain PyTorch, level by level: the form to read, and the one that the others are tested against.
+    """Eq. 3 in plain PyTorch, level by level: the form to read, which the others are tested against.
 
     Takes and returns what `deform_attn` does. `F.grid_sample` interpolates; its coordinates run from −1 to 1.
     """
@@ -56,8 +56,9 @@ def deform_attn_plain(value: Tensor, shapes: Sequence, locations: Tensor, weight
     batch, _, heads, dim = value.shape
     real = working_type(value)
     grid = (2 * locations.to(real)).sub_(1)
-    grid.detach().nan_to_num_(nan=-9.0, posinf=9.0, neginf=-9.0)            # far outside, where gradients are 0
-    levels = value.to(real).permute(0, 2, 3, 1).split_with_sizes([height * width for height, width in shapes], 3)
+    grid.detach().nan_to_num_(nan=-9.0, posinf=9.0, neginf=-9.0)        # far outside, where gradients are 0
+    tokens = [height * width for height, width in shapes]
+    levels = value.to(real).permute(0, 2, 3, 1).split_with_sizes(tokens, 3)             # (B, M, d, H*W) each
     samples = []
     for level, (height, width), xy in zip(levels, shapes, grid.transpose(1, 2).split_with_sizes(points, 3)):
         level = level.reshape(batch * heads, dim, height, width)
@@ -68,7 +69,7 @@ def deform_attn_plain(value: Tensor, shapes: Sequence, locations: Tensor, weight
 
 
 def by_point(locations: Tensor, weights: Tensor, points: Sequence | None, levels: int) -> tuple:
-    """Locations (B, Q, M, T, 2) and weights (B, Q, M, T), also where L and P are two axes; the points per level."""
+    """Locations (B, Q, M, T, 2), weights (B, Q, M, T), also from axes L and P; and the points per level."""
     if locations.ndim == 6 and weights.ndim == 5:
         split = [locations.shape[4]] * locations.shape[3]
         if points is not None and list(points) != split:
@@ -85,13 +86,14 @@ def working_type(value: Tensor) -> torch.dtype:
 
 # ----------------------------------------------------------------------------- the bags: fast on a CPU
 #
-# out[q, m] is a weighted sum of 4T rows of the table `value.view(B*S*M, d)`. PyTorch has one operator for weighted
-# sums of table rows, made for word embeddings and much faster than grid_sample: embedding_bag. What remains is to
-# write down which rows and which weights. That costs more than the sums, unless it is done with care:
+# out[q, m] is a weighted sum of 4T rows of the table `value.view(B*S*M, d)`. PyTorch has one operator for
+# weighted sums of table rows, made for word embeddings and much faster than grid_sample: embedding_bag.
+# What remains is to write down which rows and which weights. That costs more than the sums, unless it is
+# done with care:
 #   * queries go in blocks whose lists stay in the L2 cache, in buffers that the next block uses again;
 #   * x and y, and the four corners, are separate planes: each operation runs over contiguous numbers;
-#   * no masks: a corner's weight is the product of two tents, max(0, 1 − |x − column|) · max(0, 1 − |y − row|),
-#     and that is 0 by itself for a pixel too far away. So the cell, the square between four pixels around the
+#   * no masks: a corner counts the product of two tents, max(0, 1 − |x − column|) and max(0, 1 − |y − row|),
+#     which is 0 by itself for a pixel too far away. So the cell, the square between four pixels around the
 #     point, may be moved to the nearest one inside of the level.
 
 BLOCK = 2 ** 15         # points whose lists are held at once, 20 numbers for each
@@ -100,7 +102,7 @@ ONE = torch.tensor(1.0)
 
 
 class Grid(NamedTuple):
-    """What the levels mean for each point, repeated for the M heads so that operations run over M*T numbers."""
+    """What the levels mean for each point, repeated for M heads: operations then run over M*T numbers."""
     size: Tensor        # (2, 1, M, T)     W and H
     top: Tensor         # (2, 1, M, T)     the last cell: W − 2 and H − 2, but at least 0
     second: Tensor      # (2, 2, 1, M, T)  where corners 0 and 1 of a cell are, in x and y: 0 and 1
@@ -111,7 +113,7 @@ class Grid(NamedTuple):
 @lru_cache(maxsize=64)
 def make_grid(shapes: tuple, points: tuple, heads: int, real: torch.dtype, index: torch.dtype,
               device: torch.device) -> Grid:
-    """The constants of a call. On a level one pixel wide (high), corner 1 is put at −3, where no point ever is."""
+    """The constants of a call. On a level one pixel wide (high), corner 1 is put at −3, where no point is."""
     level = torch.repeat_interleave(torch.tensor(points))
     height, width = torch.tensor(shapes).unbind(1)
     start = (height * width).cumsum(0) - height * width
@@ -137,8 +139,8 @@ def tent_(x: Tensor) -> Tensor:
 class Block:
     """The lists of a block of k queries, for M heads and T points each.
 
-    offset (2, k, M, T): xy from the cell's first pixel; tents (2, 2, k, M, T): of corners 0 and 1, of x and y;
-    rows (4, k, M, T): where in the table the corners are.
+    offset (2, k, M, T): xy from the cell's first pixel; tents (2, 2, k, M, T): of corners 0 and 1, of x and
+    y; rows (4, k, M, T): where in the table the corners are.
     """
 
     def __init__(self, queries: int, grid: Grid):
@@ -152,7 +154,7 @@ class Block:
         """Fill the lists, from locations (k, M, T, 2) and the first row of each query's image (k, 1, 1)."""
         grid, heads = self.grid, locations.shape[1]
         xy = torch.mul(locations.movedim(-1, 0), grid.size, out=self.offset).sub_(0.5).nan_to_num_(nan=-9.0)
-        F.threshold_(xy, -1, -9)                                    # at −1 and below: outside, slopes included
+        F.threshold_(xy, -1, -9)                                # at −1 and below: outside, slopes included
         torch.minimum(xy, grid.top, out=self.corner).clamp_(min=0).trunc_()
         torch.sub(xy.sub_(self.corner), grid.second, out=self.tents)
         tent_(self.tents)
@@ -162,7 +164,7 @@ class Block:
 
 
 def blocks(locations: Tensor, grid: Grid, image_rows: int) -> Iterator[tuple[int, int, Block]]:
-    """Over all B*Q queries: (first, last, their Block, located); its lists are valid until the next block."""
+    """Over all B*Q queries: (first, last, their located Block), whose lists hold until the next block."""
     batch, queries, heads, points = locations.shape[:4]
     flat = locations.flatten(0, 1)                                                      # (B*Q, M, T, 2)
     image = torch.arange(batch, dtype=grid.down.dtype, device=flat.device) * image_rows
@@ -185,7 +187,8 @@ def bag_setup(value: Tensor, sizes: Sequence, points: Sequence, locations: Tenso
     return table, make_grid(shapes, tuple(points), heads, real, index, value.device)
 
 
-def bag_forward(value: Tensor, sizes: Sequence, points: Sequence, locations: Tensor, weights: Tensor) -> Tensor:
+def bag_forward(value: Tensor, sizes: Sequence, points: Sequence, locations: Tensor,
+                weights: Tensor) -> Tensor:
     """Eq. 3 as four bags of T rows for each query and head, one for each corner."""
     batch, tokens, heads, dim = value.shape
     queries, count = locations.shape[1], locations.shape[3]
@@ -205,18 +208,19 @@ def bag_forward(value: Tensor, sizes: Sequence, points: Sequence, locations: Ten
 
 
 def bag(table: Tensor, rows: Tensor, begin: Tensor, weights: Tensor) -> Tensor:
-    """(bags, d): for each bag the sum of weights · table[rows] over the entries begin[i] … begin[i + 1] − 1."""
+    """(bags, d): for bag i the sum of weights · table[rows] over its entries, begin[i] … begin[i + 1] − 1."""
     mode_sum = 0
     return torch.embedding_bag(table, rows.view(-1), begin, False, mode_sum, False, weights.view(-1))[0]
 
 
 # The backward pass of one point, with g = ∂loss/∂out[q, m] and s the vector read there:
 #
-#     ∂weight = <g, s>      ∂location = weight · (W, H) · <g, ∂s/∂(x, y)>      ∂v_corner += weight · tents · g
+#     ∂weight = <g, s>     ∂location = weight · (W, H) · <g, ∂s/∂(x, y)>     ∂v_corner += weight · tents · g
 #
-# The first two come from four numbers per point, the products <g, v_corner>. `sampled_addmm` makes exactly them: a
-# few entries of the matrix g · tableᵀ. The third is a weighted sum again, now over the points that touch a pixel:
-# sort the points by cell, and it is a bag whose table is g. This is about three times as fast as index_add_.
+# The first two come from four numbers per point, the products <g, v_corner>. `sampled_addmm` makes exactly
+# them: a few entries of the matrix g · tableᵀ. The third is a weighted sum again, now over the points that
+# touch a pixel: sort the points by cell, and it is a bag whose table is g. This is about three times as
+# fast as index_add_.
 
 
 def bag_backward(grad: Tensor, value: Tensor, sizes: Sequence, points: Sequence, locations: Tensor,
@@ -263,8 +267,8 @@ def products(g: Tensor, table: Tensor, rows: Tensor) -> Tensor:
 def spread(g: Tensor, cell: Tensor, share: Tensor, levels: list, pixels: int) -> Tensor:
     """∂value (pixels*M, d): each g[i] goes to the corners of the cells of its T points.
 
-    cell (B*Q, M, T) is the row of each point's v00, share (4, B*Q, M, T) what its corners count; levels is (H, W)
-    of every level of every image.
+    cell (B*Q, M, T) is the row of each point's v00, share (4, B*Q, M, T) what its corners count; levels is
+    (H, W) of every level of every image.
     """
     heads, count = cell.shape[1:]
     cell, rows = cell.view(-1), pixels * heads
@@ -272,7 +276,7 @@ def spread(g: Tensor, cell: Tensor, share: Tensor, levels: list, pixels: int) ->
     share = share.view(4, -1).index_select(1, order)
     source = torch.arange(len(g), dtype=cell.dtype, device=cell.device)[:, None].expand(-1, count).reshape(-1)
     source = source.index_select(0, order)
-    begin = torch.zeros(rows + 1, dtype=cell.dtype, device=cell.device)                 # each cell's first point
+    begin = torch.zeros(rows + 1, dtype=cell.dtype, device=cell.device)             # each cell's first point
     begin[1:] = torch.bincount(cell, minlength=rows).cumsum(0)
     out, start = g.new_zeros(rows, g.shape[1]), 0
     for height, width in levels:
@@ -281,7 +285,7 @@ def spread(g: Tensor, cell: Tensor, share: Tensor, levels: list, pixels: int) ->
             last = min(first + CHUNK, end)
             low, high = int(begin[first]), int(begin[last])
             for corner, shift in enumerate((0, right, down, right + down)):
-                cells = min(last, end - shift) - first                                  # the last have no points
+                cells = min(last, end - shift) - first                              # the last have no points
                 if low < high and cells > 0:
                     sums = bag(g, source[low:high], begin[first:last] - low, share[corner, low:high])
                     out[first + shift:first + shift + cells] += sums[:cells]
@@ -291,9 +295,9 @@ def spread(g: Tensor, cell: Tensor, share: Tensor, levels: list, pixels: int) ->
 
 # ----------------------------------------------------------------------------- the Triton kernels
 #
-# A Triton kernel is written for a block of numbers at once: `tl.arange(0, 16)` is 16 numbers, `tl.load(pointer +
-# them)` 16 loads, and the compiler hands the block out to the threads. Many copies of the kernel, "programs", run
-# side by side and differ in `tl.program_id` only.
+# A Triton kernel is written for a block of numbers at once: `tl.arange(0, 16)` is 16 numbers,
+# `tl.load(pointer + them)` 16 loads, and the compiler hands the block out to the threads. Many copies of
+# the kernel, "programs", run side by side and differ in `tl.program_id` only.
 #
 #     one program = QUERIES queries of one image and one head              64 threads = 2 warps
 #
@@ -302,31 +306,33 @@ def spread(g: Tensor, cell: Tensor, share: Tensor, levels: list, pixels: int) ->
 #         query 1    [ th 4 | 5 | 6 | 7 ][                  ]    query, and they do all its CHUNKS of channels
 #         …
 #
-# Why like this. There is little arithmetic in eq. 3, and the feature maps of an image fit into the L2 cache (4 MB at
-# DETRPose-L in 16 bits). What costs is the number of instructions, and most of them would find out where a point
-# lies and what its corners count. The paper's CUDA extension gives every channel a thread of its own, and each of
-# them does that. Here the threads of a query do it once for all of its channels. Per query, head and point, with
-# d = 32, a warp executes 14 instructions in float32 and 15 in bfloat16 (`python -m kernels.bench --compile`), where
-# the extension has 82. Narrower chunks would save more, but a load should bring whole sectors of 32 bytes. Chunks
-# also fit any head dimension: 48 is three of them, while a block in one piece has to be 64 wide.
-#   What is read how often: a location and a weight once; four pixels per point, from L1 or L2. out is written once.
-# Nothing else is: no memory of size queries · points · channels, no shared memory, no barrier between threads.
-#   The loop over points is a loop at run time. Unrolled it needs 250 registers per thread, which leaves the chip
-# room for few threads; as it is, 40 to 70 do. It reads a table with W, H and the first token of each point's level,
-# so points may be spread over the levels in any way.
+# Why like this. There is little arithmetic in eq. 3, and the feature maps of an image fit into the L2 cache
+# (4 MB at DETRPose-L in 16 bits). What costs is the number of instructions, and most of them would find out
+# where a point lies and what its corners count. The paper's CUDA extension gives every channel a thread of
+# its own, and each of them does that. Here the threads of a query do it once for all of its channels. Per
+# query, head and point, with d = 32, a warp executes 14 instructions in float32 and 15 in bfloat16 (`python
+# -m kernels.bench --compile`), where the extension has 82. Narrower chunks would save more, but a load
+# should bring whole sectors of 32 bytes. Chunks also fit any head dimension: 48 is three of them, while a
+# block in one piece has to be 64 wide.
+#   What is read how often: a location and a weight once; four pixels per point, from L1 or L2. out is
+# written once. Nothing else is: no memory of size queries · points · channels, no shared memory, no barrier
+# between threads.
+#   The loop over points is a loop at run time. Unrolled it needs 250 registers per thread, which leaves the
+# chip room for few threads; as it is, 40 to 70 do. It reads a table with W, H and the first token of each
+# point's level, so points may be spread over the levels in any way.
 #   No masks on the four loads: the cell lies inside of the level, as in the bags above. Masks would cost 16
 # instructions per point, since what a masked load does not fetch has to be set to 0.
 
 
 @triton.jit
 def tent(x, top):
-    """max(0, top − |x|); top is 1, or 0 where there is no such pixel. A NaN gives 0, as tl.maximum prefers numbers."""
+    """max(0, top − |x|); top is 1, or 0 for no pixel. A NaN gives 0: tl.maximum takes the number."""
     return tl.maximum(top - tl.abs(x), 0.0)
 
 
 @triton.jit
 def cell_start(coordinate, side):
-    """First pixel, on one axis, of the cell around a coordinate, moved into 0 … side − 2 (0 if there is one pixel)."""
+    """First pixel, on one axis, of the cell around a coordinate, moved into 0 … side − 2 (0 if side is 1)."""
     return tl.floor(tl.maximum(tl.minimum(coordinate, side - 2), 0.0))
 
 
@@ -341,7 +347,7 @@ def read_point(sides, locations, weights, at, t, valid):
 
 @triton.jit
 def neighbours(width, height, row, STRIDE: tl.constexpr, THIN: tl.constexpr):
-    """Numbers from a pixel to the right and the lower one, and the tops of their tents: 0 if they do not exist.
+    """Numbers from a pixel to its right and lower neighbour, and the tops of their tents: 0 without one.
 
     THIN: some level of the call has a side of one pixel, so that they may not.
     """
@@ -388,7 +394,7 @@ def forward_kernel(value, sides, tokens_at, locations, weights, out, queries, to
         added = ()
         for chunk in tl.static_range(CHUNKS):
             at = corner[:, None] + (chunk * CHUNK + channel)[None, :]
-            there = None                                            # a mask only if the last chunk is not full
+            there = None                                        # a mask only if the last chunk is not full
             if CHUNKS * CHUNK != DIM:
                 there = (chunk * CHUNK + channel < DIM)[None, :]
             total = sums[chunk]
@@ -404,13 +410,14 @@ def forward_kernel(value, sides, tokens_at, locations, weights, out, queries, to
         tl.store(out + at, sums[chunk], mask=valid[:, None] & (chunk * CHUNK + channel < DIM)[None, :])
 
 
-# The backward kernel has the same loop. Of a point it needs the four products <g, v_corner>, which give the gradients
-# of weight and location as in `bag_backward`; a product is a sum over the threads of a query. The forward pass saves
-# its inputs and nothing else: to find cells and tents again is cheaper than to read them.
-#   The gradient of a pixel is added up in memory by all programs that touch it, with atomic additions of four
-# channels each on a Hopper GPU. Their order is chance, and with it the last bits of the result. After
-# torch.use_deterministic_algorithms(True) FIXED adds whole numbers instead, for which the order does not matter:
-# gradients times `unit`, a power of two just so large that no sum leaves 64 bits.
+# The backward kernel has the same loop. Of a point it needs the four products <g, v_corner>, which give the
+# gradients of weight and location as in `bag_backward`; a product is a sum over the threads of a query. The
+# forward pass saves its inputs and nothing else: to find cells and tents again is cheaper than to read
+# them.
+#   The gradient of a pixel is added up in memory by all programs that touch it, with atomic additions of
+# four channels each on a Hopper GPU. Their order is chance, and with it the last bits of the result. After
+# torch.use_deterministic_algorithms(True) FIXED adds whole numbers instead, for which the order does not
+# matter: gradients times `unit`, a power of two just so large that no sum leaves 64 bits.
 
 
 @triton.jit
@@ -425,9 +432,10 @@ def add(pointer, share, g, unit, there, FIXED: tl.constexpr):
 
 
 @triton.jit
-def backward_kernel(grad, value, sides, tokens_at, locations, weights, unit_at, d_value, d_locations, d_weights,
-                    queries, tokens, points, HEADS: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
-                    CHUNKS: tl.constexpr, QUERIES: tl.constexpr, THIN: tl.constexpr, FIXED: tl.constexpr):
+def backward_kernel(grad, value, sides, tokens_at, locations, weights, unit_at, d_value, d_locations,
+                    d_weights, queries, tokens, points, HEADS: tl.constexpr, DIM: tl.constexpr,
+                    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, QUERIES: tl.constexpr, THIN: tl.constexpr,
+                    FIXED: tl.constexpr):
     """Gradients for QUERIES queries of one image and head; arguments as in `forward_kernel`.
 
     d_value is float32 (int64 in units of 1/unit if FIXED) and starts as zeros.
@@ -464,7 +472,7 @@ def backward_kernel(grad, value, sides, tokens_at, locations, weights, unit_at, 
         x = tl.where(x > -1, x - column, -9.0)                      # from the cell's first pixel; −9: outside
         y = tl.where(y > -1, y - line, -9.0)
         x0, x1, y0, y1 = tent(x, 1.0), tent(x - 1, top_x), tent(y, 1.0), tent(y - 1, top_y)
-        x, y = tl.floor(x), tl.floor(y)                             # a slope is a difference between two pixels
+        x, y = tl.floor(x), tl.floor(y)                             # a slope is a difference of two pixels
         slope_x0, slope_x1 = tent(x + 1, 1.0) - tent(x, 1.0), tent(x, top_x) - tent(x - 1, top_x)
         slope_y0, slope_y1 = tent(y + 1, 1.0) - tent(y, 1.0), tent(y, top_y) - tent(y - 1, top_y)
         token = start + line.to(tl.int32) * row + column.to(tl.int32)
@@ -497,13 +505,13 @@ def forward_shape(dim: int, bits: int) -> dict:
 
 
 def backward_shape(dim: int) -> dict:
-    """Launch of `backward_kernel`: chunks of 8, as a point costs more here; four channels per thread, what one atomic
-    addition takes; and one warp, so that sums need not pass from warp to warp on their way to memory."""
+    """Launch of `backward_kernel`: chunks of 8, as a point costs more here; four channels per thread, what one
+    atomic addition takes; one warp, so that no sum has to pass from warp to warp on its way to memory."""
     return launch_shape(dim, width=8, channels=4, warps=1)
 
 
 def launch_shape(dim: int, width: int, channels: int, warps: int) -> dict:
-    """CHUNK is `width`, less for small heads, more where there were over 8 chunks (registers); QUERIES follows."""
+    """CHUNK is `width`, less for small heads, more where 8 chunks do not suffice (registers)."""
     chunk = min(width, triton.next_power_of_2(dim))
     while dim > 8 * chunk:
         chunk *= 2
@@ -522,7 +530,8 @@ def make_tables(sizes: tuple, points: tuple, device: torch.device) -> tuple[Tens
     return sides.to(device, torch.float32), tokens_at.to(device, torch.int32)
 
 
-def triton_forward(value: Tensor, sizes: Sequence, points: Sequence, locations: Tensor, weights: Tensor) -> Tensor:
+def triton_forward(value: Tensor, sizes: Sequence, points: Sequence, locations: Tensor,
+                   weights: Tensor) -> Tensor:
     """Eq. 3 by `forward_kernel`. Kernels know nothing of strides: everything is made contiguous."""
     value, locations, weights = value.contiguous(), locations.contiguous(), weights.contiguous()
     batch, tokens, heads, dim = value.shape
@@ -556,15 +565,15 @@ def triton_backward(grad: Tensor, value: Tensor, sizes: Sequence, points: Sequen
 
 
 def largest_unit(grad: Tensor, weights: Tensor, count: int) -> Tensor:
-    """(1,) float32: the power of two that keeps a sum of `count` weighted gradients below 2⁶² when multiplied."""
+    """(1,) float32: a power of two; times it, the sum of `count` weighted gradients stays below 2⁶²."""
     bound = grad.abs().max().float() * weights.abs().max().float() * count
     return torch.exp2((62 - bound.clamp(min=2.0 ** -60).log2()).floor()).view(1)
 
 
 # ----------------------------------------------------------------------------- the operator
 #
-# PyTorch knows deform_attn as an operator: torch.compile and torch.export keep it as one step, and the FLOP counter
-# counts it. Which form runs is decided inside, see dispatch.py.
+# PyTorch knows deform_attn as an operator: torch.compile and torch.export keep it as one step, and the FLOP
+# counter counts it. Which form runs is decided inside, see dispatch.py.
 
 
 @torch.library.custom_op("pose::deform_attn", mutates_args=())
@@ -609,7 +618,7 @@ def backward(ctx, grad):
 
 
 def no_second_derivative(ctx, *grads):
-    raise NotImplementedError("deform_attn has no second derivative: use deform_attn_plain where one is needed")
+    raise NotImplementedError("deform_attn has no second derivative: use deform_attn_plain for one")
 
 
 forward_op.register_autograd(backward, setup_context=keep_inputs)
@@ -636,8 +645,8 @@ def deform_attn(value: Tensor, shapes: Sequence, locations: Tensor, weights: Ten
     """Multi-scale deformable attention (eq. 3), differentiable once in value, locations and weights.
 
     Takes    value (B, S, M, d), level after level; shapes [(H, W), …] of the levels, Python integers;
-             locations (B, Q, M, T, 2) or (B, Q, M, L, P, 2), xy in [0, 1]; weights the same without the last axis;
-             points per level, such as [3, 6, 3], by default the same on all
+             locations (B, Q, M, T, 2) or (B, Q, M, L, P, 2), xy in [0, 1]; weights the same without the last
+             axis; points per level, such as [3, 6, 3], by default the same on all
     Returns  (B, Q, M*d) in value's type, head after head; empty if Q or B is 0
     Raises   ValueError, with the numbers, for tensors that do not fit together
     """
@@ -659,23 +668,26 @@ def plain_is_faster(value: Tensor, locations: Tensor) -> bool:
 
 def check(value: Tensor, shapes: Sequence, locations: Tensor, weights: Tensor, points: list):
     """Raise ValueError if the arguments do not fit together."""
-    if value.ndim != 4 or locations.ndim != 5 or locations.shape[4] != 2 or weights.shape != locations.shape[:4]:
-        raise ValueError("deform_attn wants value (B, S, M, d), locations (B, Q, M, T, 2), weights (B, Q, M, T), not "
-                         f"{tuple(value.shape)}, {tuple(locations.shape)} and {tuple(weights.shape)}")
+    if (value.ndim != 4 or locations.ndim != 5 or locations.shape[4] != 2
+            or weights.shape != locations.shape[:4]):
+        raise ValueError("deform_attn wants value (B, S, M, d), locations (B, Q, M, T, 2) and weights "
+                         f"(B, Q, M, T), not {tuple(value.shape)}, {tuple(locations.shape)} and {tuple(weights.shape)}")
     batch, tokens, heads, dim = value.shape
     if locations.shape[0] != batch or locations.shape[2] != heads:
         raise ValueError(f"value has {batch} images and {heads} heads, "
                          f"locations {locations.shape[0]} and {locations.shape[2]}")
-    if sum([height * width for height, width in shapes]) != tokens or min([min(shape) for shape in shapes]) < 1:
-        raise ValueError(f"shapes {[tuple(shape) for shape in shapes]} do not hold the {tokens} tokens of value")
+    shapes = [tuple(shape) for shape in shapes]
+    if sum([height * width for height, width in shapes]) != tokens or min(map(min, shapes)) < 1:
+        raise ValueError(f"shapes {shapes} do not hold the {tokens} tokens of value")
     if len(points) != len(shapes) or min(points) < 1 or sum(points) != locations.shape[3]:
         raise ValueError(f"points {points} on {len(shapes)} levels do not make the "
                          f"{locations.shape[3]} points of locations")
     if not value.device == locations.device == weights.device:
-        raise ValueError(f"value is on {value.device}, locations on {locations.device}, weights on {weights.device}")
+        raise ValueError(f"value is on {value.device}, locations on {locations.device}, "
+                         f"weights on {weights.device}")
     if not (value.is_floating_point() and locations.is_floating_point() and weights.is_floating_point()):
-        raise ValueError(f"value, locations and weights are {value.dtype}, {locations.dtype} and {weights.dtype}: "
-                         "all three must be floating-point")
+        raise ValueError(f"value, locations and weights are {value.dtype}, {locations.dtype} and "
+                         f"{weights.dtype}: all three must be floating-point")
     if tokens * heads * dim >= 2 ** 31:
         raise ValueError(f"an image of {tokens} tokens with {heads} heads of {dim} channels is too large: "
                          "it has 2³¹ numbers or more")
@@ -685,21 +697,22 @@ def deform_attn_offsets(value: Tensor, shapes: Sequence, reference: Tensor, offs
                         points: Sequence | None = None) -> Tensor:
     """`deform_attn` from what a layer predicts. Weights are the softmax of the logits over all T points, and
 
-        location = xy + offset / (W, H)         reference (B, Q, 1 or L, 2) is xy, offsets are pixels of the level
-        location = xy + offset · wh / 2P        reference (B, Q, 1 or L, 4) is xy, wh, offsets are parts of the box
+        location = xy + offset / (W, H)       reference (B, Q, 1 or L, 2) is xy, offsets are in pixels
+        location = xy + offset · wh / 2P      reference (B, Q, 1 or L, 4) is xy, wh, offsets in boxes
 
-    with one reference for all levels or one for each; offsets (B, Q, M, T, 2), logits (B, Q, M, T). Locations and
-    weights are float32 also where autocast made the offsets 16 bits (float64 for float64 values).
+    with one reference for all levels or one for each; offsets (B, Q, M, T, 2), logits (B, Q, M, T). Locations
+    and weights are float32 also where autocast made the offsets 16 bits (float64 for float64 values).
     """
     offsets, logits, points = by_point(offsets, logits, points, len(shapes))
     if reference.ndim != 4 or reference.shape[2] not in (1, len(shapes)) or reference.shape[3] not in (2, 4):
-        raise ValueError(f"reference must be (B, Q, 1 or {len(shapes)}, 2 or 4), not {tuple(reference.shape)}")
+        raise ValueError(f"reference must be (B, Q, 1 or {len(shapes)}, 2 or 4), "
+                         f"not {tuple(reference.shape)}")
     real, device = working_type(value), value.device
     level = torch.repeat_interleave(torch.tensor(points)).to(device)                    # (T,)
     reference = reference.to(real)
     if reference.shape[2] > 1:
         reference = reference[:, :, level]
-    reference = reference[:, :, None]                                                   # (B, Q, 1, 1 or T, 2 or 4)
+    reference = reference[:, :, None]                                           # (B, Q, 1, 1 or T, 2 or 4)
     if reference.shape[-1] == 2:
         scale = 1 / torch.tensor(shapes, dtype=real, device=device).flip(1)[level]
     else:
