@@ -152,7 +152,7 @@ class Piece:
         """delta + bias, and d, its softplus if that is wanted."""
         x = self.load(delta)
         if bias is not None:
-            x = x + bias[self.channels]
+            x = x + bias[self.channels].to(self.real)
         return x, F.softplus(x) if softplus else x
 
 
@@ -327,8 +327,12 @@ def walk_back(a: Tensor, G: Tensor, carry: Tensor):
 # is not stored. A step past the end has d = 0, which leaves the state as it is.
 
 HALF = CHUNK // 2               # so many steps' states the backward kernel has in registers at once
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def base_2(x):
+    """x log2 e: what exp2 wants for exp(x)."""
+    return x * 1.4426950408889634
 
 
 @triton.jit
@@ -337,7 +341,7 @@ def softplus(x):
 
     The series of artanh needs seven terms for float32 and loses nothing for small q, where 1 + q would.
     """
-    q = tl.exp2(-tl.abs(x) * LOG2E)
+    q = tl.exp2(base_2(-tl.abs(x)))
     s = q / (2 + q)
     s2 = s * s
     series = 1 + s2 * (1 / 3 + s2 * (1 / 5 + s2 * (1 / 7 + s2 * (1 / 9 + s2 * (1 / 11 + s2 * (1 / 13))))))
@@ -346,7 +350,7 @@ def softplus(x):
 
 @triton.jit
 def sigmoid(x):
-    return 1 / (1 + tl.exp2(-x * LOG2E))
+    return 1 / (1 + tl.exp2(base_2(-x)))
 
 
 @triton.jit
@@ -411,7 +415,7 @@ def forward_kernel(u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr
     """
     b, group, e, lane, width = where_am_i(E, groups, BLOCK_E)
     exists = (tl.arange(0, BLOCK_N) < N)[:, None] & (lane < width)[None, :]
-    A = tl.load(tile(A_ptr, e, N, E, BLOCK_N)) * LOG2E                      # exp(d A) = exp2(d · this)
+    A = base_2(tl.load(tile(A_ptr, e, N, E, BLOCK_N)))                      # exp(d A) = exp2(d · this)
     bias = tl.load(bias_ptr + e).to(tl.float32) if bias_ptr is not None else 0.0
     D = tl.load(D_ptr + e).to(tl.float32) if D_ptr is not None else 0.0
     B_ptr, C_ptr = B_ptr + b * B_b + group * B_g, C_ptr + b * C_b + group * C_g
@@ -497,7 +501,7 @@ def backward_kernel(g_ptr, g_last_ptr, u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_
     """
     b, group, e, lane, width = where_am_i(E, groups, BLOCK_E)
     exists = (tl.arange(0, BLOCK_N) < N)[:, None] & (lane < width)[None, :]
-    A = tl.load(tile(A_ptr, e, N, E, BLOCK_N)) * LOG2E
+    A = base_2(tl.load(tile(A_ptr, e, N, E, BLOCK_N)))
     bias = tl.load(bias_ptr + e).to(tl.float32) if bias_ptr is not None else 0.0
     D = tl.load(D_ptr + e).to(tl.float32) if D_ptr is not None else 0.0
     B_ptr, C_ptr = B_ptr + b * B_b + group * B_g, C_ptr + b * C_b + group * C_g
@@ -567,7 +571,7 @@ def backward_kernel(g_ptr, g_last_ptr, u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_
             carry = a * G
             P = carry * before[k]
             GB = tl.sum(G * B, 0)
-            dd = tl.sum(P * A, 0) * LN2 + u * GB
+            dd = tl.sum(P * A, 0) * 0.6931471805599453 + u * GB             # ln 2: A is in base 2
             dA += P * d[None, :]
             if not B_MOVES:
                 dB += G * (d * u)[None, :]
