@@ -440,7 +440,7 @@ def some_people(counts: list[int], keypoints: int = 17) -> list[Targets]:
                     torch.tensor([[0.5, 0.5, 0.4, 0.6]]).repeat(n, 1), 0.05 + 0.1 * torch.rand(n)) for n in counts]
 
 
-@pytest.mark.parametrize("ablation", [{}, dict(fdr=False), dict(ksvf=False), dict(pose_lqe=False), dict(queries=9),
+@pytest.mark.parametrize("ablation", [{}, dict(fdr=False), dict(ksvf=True), dict(pose_lqe=False), dict(queries=9),
                                       dict(pose_denoising=False), dict(as_released=True)], ids=str)
 @pytest.mark.parametrize("skeleton", ["coco", "crowdpose"])
 def test_every_ablation_trains_every_parameter_with_finite_gradients(ablation, skeleton):
