@@ -205,12 +205,11 @@ def deform_attn_builds() -> list[Build]:
         for dim in (16, 32, 48, 64):
             pointers = {name: "*" + kind for name in ("value", "out", "grad", "weights")}
             pointers |= {name: "*fp32" for name in ("locations", "sides", "unit_at", "d_value", "d_locations")}
-            pointers |= {name: "i32" for name in ("queries", "tokens", "points")}
-            pointers |= {"d_weights": "*" + kind, "tokens_at": "*i32"}
+            pointers |= {"d_weights": "*" + kind, "tokens_at": "*i32", "queries": "i32", "tokens": "i32"}
             for name, function, shape in (("forward", msda.forward_kernel, msda.forward_shape(dim, bits)),
                                           ("backward", msda.backward_kernel, msda.backward_shape(dim))):
                 warps = shape.pop("num_warps")
-                constants = dict(HEADS=8, DIM=dim, THIN=False, **shape)
+                constants = dict(HEADS=8, DIM=dim, POINTS=12, THIN=False, **shape)
                 if name == "backward":
                     constants["FIXED"] = False
                 builds.append(Build("deform_attn", f"{name} d {dim} {kind}", function, pointers, constants, warps,

@@ -359,9 +359,9 @@ def neighbours(width, height, row, STRIDE: tl.constexpr, THIN: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(value, sides, tokens_at, locations, weights, out, queries, tokens, points,
-                   HEADS: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-                   QUERIES: tl.constexpr, THIN: tl.constexpr):
+def forward_kernel(value, sides, tokens_at, locations, weights, out, queries, tokens,
+                   HEADS: tl.constexpr, DIM: tl.constexpr, POINTS: tl.constexpr, CHUNK: tl.constexpr,
+                   CHUNKS: tl.constexpr, QUERIES: tl.constexpr, THIN: tl.constexpr):
     """Eq. 3 for QUERIES queries of one image and head.
 
     sides (T, 2) float32: W, H of each point's level; tokens_at (T, 2) int32: W and the level's first token.
@@ -373,16 +373,16 @@ def forward_kernel(value, sides, tokens_at, locations, weights, out, queries, to
     valid = block * QUERIES + query < queries
     first = (image * queries + block * QUERIES) * HEADS + head      # of all (image, query, head)
     value += (image * tokens * HEADS + head) * DIM
-    locations += first * points * 2
-    weights += first * points
+    locations += first * POINTS * 2
+    weights += first * POINTS
     out += first * DIM
-    list_at = query * (HEADS * points)                              # where a query's T points start
+    list_at = query * (HEADS * POINTS)                              # where a query's T points start
     channel = tl.arange(0, CHUNK)
     sums = ()
     for chunk in tl.static_range(CHUNKS):
         sums += (tl.zeros((QUERIES, CHUNK), tl.float32),)
 
-    for t in range(points):
+    for t in range(POINTS):
         x, y, weight, width, height = read_point(sides, locations, weights, list_at, t, valid)
         row, start = tl.load(tokens_at + 2 * t), tl.load(tokens_at + 2 * t + 1)
         right, down, top_x, top_y = neighbours(width, height, row, HEADS * DIM, THIN)
@@ -433,9 +433,9 @@ def add(pointer, share, g, unit, there, FIXED: tl.constexpr):
 
 @triton.jit
 def backward_kernel(grad, value, sides, tokens_at, locations, weights, unit_at, d_value, d_locations,
-                    d_weights, queries, tokens, points, HEADS: tl.constexpr, DIM: tl.constexpr,
-                    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, QUERIES: tl.constexpr, THIN: tl.constexpr,
-                    FIXED: tl.constexpr):
+                    d_weights, queries, tokens, HEADS: tl.constexpr, DIM: tl.constexpr,
+                    POINTS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, QUERIES: tl.constexpr,
+                    THIN: tl.constexpr, FIXED: tl.constexpr):
     """Gradients for QUERIES queries of one image and head; arguments as in `forward_kernel`.
 
     d_value is float32 (int64 in units of 1/unit if FIXED) and starts as zeros.
@@ -448,12 +448,12 @@ def backward_kernel(grad, value, sides, tokens_at, locations, weights, unit_at, 
     first = (image * queries + block * QUERIES) * HEADS + head
     value += (image * tokens * HEADS + head) * DIM
     d_value += (image * tokens * HEADS + head) * DIM
-    locations += first * points * 2
-    d_locations += first * points * 2
-    weights += first * points
-    d_weights += first * points
+    locations += first * POINTS * 2
+    d_locations += first * POINTS * 2
+    weights += first * POINTS
+    d_weights += first * POINTS
     grad += first * DIM
-    list_at = query * (HEADS * points)
+    list_at = query * (HEADS * POINTS)
     channel = tl.arange(0, CHUNK)
     unit = 1.0
     if FIXED:
@@ -464,7 +464,7 @@ def backward_kernel(grad, value, sides, tokens_at, locations, weights, unit_at, 
         rows = grad + (query * (HEADS * DIM))[:, None]
         g += (tl.load(rows + (chunk * CHUNK + channel)[None, :], mask=mask, other=0.0).to(tl.float32),)
 
-    for t in range(points):
+    for t in range(POINTS):
         x, y, weight, width, height = read_point(sides, locations, weights, list_at, t, valid)
         row, start = tl.load(tokens_at + 2 * t), tl.load(tokens_at + 2 * t + 1)
         right, down, top_x, top_y = neighbours(width, height, row, HEADS * DIM, THIN)
@@ -541,7 +541,7 @@ def triton_forward(value: Tensor, sizes: Sequence, points: Sequence, locations: 
     with torch.cuda.device_of(value):
         forward_kernel[(triton.cdiv(queries, shape["QUERIES"]) * batch * heads,)](
             value, *make_tables(tuple(sizes), tuple(points), value.device), locations, weights, out,
-            queries, tokens, count, HEADS=heads, DIM=dim, THIN=min(sizes) == 1, **shape)
+            queries, tokens, HEADS=heads, DIM=dim, POINTS=count, THIN=min(sizes) == 1, **shape)
     return out
 
 
@@ -559,8 +559,8 @@ def triton_backward(grad: Tensor, value: Tensor, sizes: Sequence, points: Sequen
     with torch.cuda.device_of(value):
         backward_kernel[(triton.cdiv(queries, shape["QUERIES"]) * batch * heads,)](
             grad, value, *make_tables(tuple(sizes), tuple(points), value.device), locations, weights, unit,
-            d_value, d_locations, d_weights, queries, tokens, count,
-            HEADS=heads, DIM=dim, THIN=min(sizes) == 1, FIXED=fixed, **shape)
+            d_value, d_locations, d_weights, queries, tokens,
+            HEADS=heads, DIM=dim, POINTS=count, THIN=min(sizes) == 1, FIXED=fixed, **shape)
     return (d_value / unit if fixed else d_value).to(value.dtype), d_locations, d_weights
 
 
