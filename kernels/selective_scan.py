@@ -114,16 +114,16 @@ def new_gradients(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: 
 # What makes the plain form slow is not the loop (a PyTorch call costs a microsecond) but (a) several calls per step,
 # (b) tensors of L·N numbers per channel, which do not stay in the cache, (c) automatic differentiation through a
 # slice x[:, l], whose backward pass fills a tensor of the size of x with zeros, at every step. Hence:
-#   * 18 steps at a time, and as many channels as make BLOCK numbers per step: buffers that stay in the cache;
+#   * 36 steps at a time, and as many channels as make BLOCK numbers per step: buffers that stay in the cache;
 #   * in such a stretch, a = exp(d A) and b = d u B of all steps in one call each; then one in-place call per step,
 #     which adds a_l h_{l-1} to b_l and so makes it h_l; then one product with C for all steps;
 #   * the backward pass is written by hand. It takes the stretches from the last to the first, builds the states of
 #     each again from the one before it, which the forward pass has kept, and walks back with one call per step.
-# Buffers are (B, 18, N, E): channels last, so that d (…, 1, E) and B (…, N, 1) both spread over long rows. Dividing
+# Buffers are (B, 36, N, E): channels last, so that d (…, 1, E) and B (…, N, 1) both spread over long rows. Dividing
 # by running products of a, instead of walking, would need no loop, but they underflow, and it is no faster.
 
-STRETCH = 3 * CHUNK     # steps that are done together
-BLOCK = 3 * 2 ** 13     # numbers per step and buffer: a stretch of them in float32 is 1.8 MB
+STRETCH = 6 * CHUNK     # steps that are done together
+BLOCK = 3 * 2 ** 13     # numbers per step and buffer: a stretch of them in float32 is 3.5 MB
 
 
 class Piece:
