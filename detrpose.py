@@ -157,8 +157,8 @@ def _presets() -> dict[str, Config]:
     # To train from nothing in minutes: the focal loss first, because eq. 5 rewards a cell by an OKS that is 0 until the
     # poses are good; more weight on the scores; no denoising, whose noise is finer than what is learned in that time.
     tiny = replace(s, init="", lab=False, frozen_norm=False, dim=96, heads=4, encoder_ffn=192, decoder_ffn=192,
-                   points=2, queries=10, size=128, ksvf_from=1, score_weight=8.0, mean_pose=True, pose_denoising=False,
-                   dn_queries=4, epochs=8, batch=16, lr=1.5e-3, lr_backbone=1.5e-3, schedule="cosine", warmup=60, clip=1.0,
+                   points=2, queries=10, size=128, ksvf_from=2, score_weight=8.0, mean_pose=True, pose_denoising=False,
+                   dn_queries=4, epochs=8, batch=16, lr=1e-3, lr_backbone=1e-3, schedule="cosine", warmup=60, clip=1.0,
                    ema=0.995, ema_warmup=100, multiscale=0, jitter=0.0, mosaic=0.0, zoom_out=0.0, processes=2,
                    workers=0, eval_every=4, eval_batch=50)
     crowd = dict(lr_backbone=1e-5, accum=2)                # as released

@@ -310,7 +310,7 @@ def spread(g: Tensor, cell: Tensor, share: Tensor, levels: list, pixels: int) ->
 # (4 MB at DETRPose-L in 16 bits). What costs is the number of instructions, and most of them would find out
 # where a point lies and what its corners count. The paper's CUDA extension gives every channel a thread of
 # its own, and each of them does that. Here the threads of a query do it once for all of its channels. Per
-# query, head and point, with d = 32, a warp executes 14 instructions in float32 and 15 in bfloat16 (`python
+# query, head and point, with d = 32, a warp executes 13 instructions in float32 and 15 in bfloat16 (`python
 # -m kernels.bench --compile`), where the extension has 82. Narrower chunks would save more, but a load
 # should bring whole sectors of 32 bytes. Chunks also fit any head dimension: 48 is three of them, while a
 # block in one piece has to be 64 wide.
