@@ -1,0 +1,468 @@
+"""DiffusionRegPose against the released code's numbers, second half: completion, losses, post-processing, data."""
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import part_b as method
+from common import transforms
+from common.datasets import PoseDataset, Sample, open_dataset
+from common.skeletons import Skeleton, flip_from_names, get_skeleton
+from diffusionregpose import Config, Targets
+from tests.conftest import REFERENCE
+
+FOLDER = REFERENCE / "diffusionregpose"
+
+
+def golden(kind: str):
+    """Run a test once for every golden_<kind>*.npz; none there is a failure to notice, not a silent pass."""
+    files = sorted(FOLDER.glob(f"golden_{kind}*.npz"))
+    missing = pytest.param(None, marks=pytest.mark.skip(reason=f"no golden_{kind}*.npz in {FOLDER}"))
+    return pytest.mark.parametrize("file", files or [missing], ids=lambda f: f.stem if f else "none")
+
+
+def close(ours, theirs, tolerance: float, what: str = ""):
+    """Largest difference, relative to the largest entry or 1."""
+    ours, theirs = (torch.as_tensor(np.asarray(x.detach() if isinstance(x, torch.Tensor) else x)).double() for x in (ours, theirs))
+    assert ours.shape == theirs.shape, f"{what}: {tuple(ours.shape)} against {tuple(theirs.shape)}"
+    if theirs.numel():
+        error = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)).item()
+        assert error <= tolerance, f"{what}: error {error:.2e}"
+
+
+# ------------------------------------------------------------------------------------------ completion
+
+
+def completion_of(case) -> tuple[method.KeypointCompletion, Skeleton]:
+    skeleton = get_skeleton(json.loads(str(case["meta"]))["skeleton"])
+    return method.KeypointCompletion(case["population"], method.reference_joints(skeleton)), skeleton
+
+
+def boxes_at(corners: np.ndarray) -> np.ndarray:
+    return np.concatenate([corners, corners + 1], 1)
+
+
+def keypoints_of(case) -> np.ndarray:
+    return np.concatenate([case["keypoints_px"], case["visibility"][..., None]], 2).astype(float)
+
+
+@golden("completion")
+def test_statistics_and_completed_poses_equal_the_release(file):
+    case = np.load(file)
+    completion, _ = completion_of(case)
+    assert sorted(completion.joints) == sorted(case["reference_joints"].tolist())
+    close(completion.mean, case["mean"], 1e-12)
+    close(completion.covariance, case["cov"], 1e-11)
+    keypoints = keypoints_of(case)
+    completed = completion(keypoints, boxes_at(case["box_corner"]))
+    done = ~np.isnan(case["completed_normalised"]).any((1, 2))
+    assert not done.all(), "one person lacks a reference joint"
+    close(completed[done, :, :2], case["completed_px"][done], 1e-9)
+    assert (completed[done, :, 2] > 0).all() and (completed[~done] == keypoints[~done]).all()
+    assert (completed[keypoints[..., 2] > 0] == keypoints[keypoints[..., 2] > 0]).all()
+
+
+@golden("completion")
+def test_the_conditional_mean_is_the_papers_least_squares_solution(file):
+    """eq. 10-12 as printed: U with UᵀU = Σ⁻¹, its columns split, the overdetermined system solved (float64)."""
+    completion, rng = completion_of(np.load(file))[0], np.random.default_rng(1)
+    upper = np.linalg.cholesky(np.linalg.inv(completion.covariance)).T
+    for _ in range(5):
+        visible = rng.random(len(completion.mean) // 2) < 0.6
+        visible[list(completion.joints)] = True
+        y = rng.multivariate_normal(completion.mean, completion.covariance).reshape(-1, 2)
+        length = np.linalg.norm(y[completion.joints[0]] - y[completion.joints[1]])
+        keypoints = np.concatenate([y, visible[:, None]], 1)[None]
+        completed = completion(keypoints, boxes_at(np.zeros((1, 2))))[0, ~visible, :2] / length
+        missing = ~visible.repeat(2)
+        right = upper @ completion.mean - upper[:, ~missing] @ (y / length).flatten()[~missing]
+        expected = np.linalg.lstsq(upper[:, missing], right, rcond=None)[0]
+        np.testing.assert_allclose(completed.flatten(), expected, atol=1e-9)
+
+
+@golden("completion")
+def test_moving_and_scaling_a_person_moves_and_scales_the_completion(file):
+    case = np.load(file)
+    completion, keypoints = completion_of(case)[0], keypoints_of(case)
+    first = completion(keypoints, boxes_at(case["box_corner"]))
+    moved = np.concatenate([keypoints[..., :2] * 3 + [7, -5], keypoints[..., 2:]], 2)
+    second = completion(moved, boxes_at(case["box_corner"] * 3 + [7, -5]))
+    np.testing.assert_allclose(second[..., :2], first[..., :2] * 3 + [7, -5], atol=1e-8)
+
+
+def dataset_of(people: np.ndarray, skeleton: Skeleton) -> SimpleNamespace:
+    """What learn_completion reads of a data set; boxes end at the outermost joints."""
+    low, size = people[..., :2].min(1), np.ptp(people[..., :2], 1)
+    return SimpleNamespace(keypoints=people, boxes=np.concatenate([low, size], 1), skeleton=skeleton,
+                           iscrowd=np.zeros(len(people), bool))
+
+
+def standing(rng, count: int, joints: int) -> np.ndarray:
+    """People whose joints lie in a row below each other, 10 px apart, (count, joints, 3)."""
+    places = rng.uniform(50, 200, (count, 1, 2)) + np.arange(joints)[:, None] * [0, 10] + rng.normal(size=(count, joints, 2))
+    return np.concatenate([places, np.full((count, joints, 1), 2.0)], 2)
+
+
+@pytest.mark.parametrize("count", [2, 5, 400])
+def test_any_skeleton_is_completed_plausibly_from_few_people_too(count):
+    names = tuple("abcdefghij")
+    skeleton, rng = Skeleton("row", names, (), flip_from_names(names), (0.05,) * 10), np.random.default_rng(0)
+    completion = method.learn_completion(dataset_of(standing(rng, count, 10), skeleton))
+    assert completion.joints is None, "no joint of that name: the diagonal of the box"
+    test = standing(rng, 20, 10)
+    holes = test * (rng.random((20, 10, 1)) < 0.6)
+    holes[0] = 0
+    completed = completion(holes, np.concatenate([test[..., :2].min(1), test[..., :2].max(1)], 1))
+    assert np.linalg.norm((completed - test)[1:, :, :2], axis=-1).max() < 8
+    assert (completed[0] == 0).all(), "nothing known, nothing guessed"
+
+
+def test_the_reference_length_is_that_of_the_head_where_there_is_one():
+    chosen = {name: method.reference_joints(get_skeleton(name)) for name in ("coco", "crowdpose", "posetrack", "wholebody")}
+    assert chosen == dict(coco=(6, 12), crowdpose=(12, 13), posetrack=(2, 1), wholebody=(6, 12))
+
+
+def test_a_training_set_without_a_whole_person_has_no_completion(puppets_folder):
+    data = open_dataset(str(puppets_folder), "train")
+    assert method.learn_completion(data) is not None
+    data.keypoints[:, 3] = 0
+    assert method.learn_completion(data) is None
+
+
+# ------------------------------------------------------------------------------------------ matching and losses
+
+
+def targets_of(case) -> list[Targets]:
+    targets, i = [], 0
+    while f"target{i}_boxes" in case.files:
+        keypoints = torch.from_numpy(case[f"target{i}_keypoints"])
+        k = keypoints.shape[1] // 3
+        name = f"target{i}_keypoints_buquan"
+        poses = torch.from_numpy(case[name if name in case.files else f"target{i}_keypoints"])[:, :2 * k].unflatten(1, (k, 2))
+        targets.append(Targets(keypoints=keypoints[:, :2 * k].unflatten(1, (k, 2)), visible=keypoints[:, 2 * k:].clamp(max=1),
+                               boxes=torch.from_numpy(case[f"target{i}_boxes"]), poses=poses,
+                               areas=torch.from_numpy(case[f"target{i}_area"])))
+        i += 1
+    return targets
+
+
+def recorded_result(case, k: int) -> tuple[dict, dict]:
+    """The case's network outputs as our forward returns them, and by name the tensors that get a gradient."""
+    leaves = {}
+
+    def load(name: str) -> torch.Tensor:
+        leaves[name] = torch.from_numpy(case[name]).requires_grad_()
+        return leaves[name]
+
+    layers = []
+    while f"layer{len(layers)}_pred_logits" in case.files:
+        name = f"layer{len(layers)}_pred_"
+        poses = load(name + "keypoints")[..., :2 * k].unflatten(2, (k, 2)) if case[name + "keypoints"].any() else None
+        layers.append((load(name + "logits"), load(name + "boxes"), poses))
+    dn_layers = [(load(f"layer{l}_dn_class_pred"), load(f"layer{l}_dn_bbox_pred")) for l in range(len(layers))]
+    known = SimpleNamespace(boxes=torch.from_numpy(case["dn_bbox_input"]),
+                            labels=torch.from_numpy(case["dn_class_input"]))
+    result = dict(layers=layers, dn_layers=dn_layers, denoising=known,
+                  proposals=(load("interm_pred_logits"), load("interm_pred_boxes")))
+    return result, leaves
+
+
+def sigmas_of(case) -> torch.Tensor:
+    return torch.tensor(get_skeleton(json.loads(str(case["meta"]))["skeleton"]).sigmas)
+
+
+@golden("losses")
+def test_matching_costs_and_pairs_equal_the_release(file):
+    case = np.load(file)
+    targets, sigmas = targets_of(case), sigmas_of(case)
+    result, _ = recorded_result(case, len(sigmas))
+    names = [*(f"layer{l}" for l in range(len(result["layers"]))), "interm"]
+    outputs = [*result["layers"], (*result["proposals"], None)]
+    assert any(f"cost_{name}_0" in case.files for name in names)
+    for name, output, pairs in zip(names, outputs, method.match(outputs, targets, sigmas)):
+        cost, first = method.match_cost(output, method.gather_people(targets), sigmas), 0
+        for i, people in enumerate(targets):
+            close(cost[i, :, first:first + len(people)], case[f"cost_{name}_{i}"], 1e-5, f"cost {name} {i}")
+            image, query, person = pairs
+            ours = set(zip(query[image == i].tolist(), (person[image == i] - first).tolist()))
+            assert ours == set(zip(*case[f"match_{name}_{i}"].tolist()))
+            first += len(people)
+
+
+def check_losses(losses: dict, case, rel: float):
+    """Each term, and the weighted sum, of a case; its names are those of the weights that are used."""
+    weights = json.loads((FOLDER / "loss_weights.json").read_text())["weights_used"]
+    assert losses.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert losses[name].item() == pytest.approx(weight * float(case[f"loss/{name}"][0]), rel=rel, abs=1e-6), name
+    assert sum(losses.values()).item() == pytest.approx(float(case["total"][0]), rel=rel)
+
+
+@golden("losses")
+def test_every_loss_term_and_its_gradient_equals_the_release(file):
+    case = np.load(file)
+    result, leaves = recorded_result(case, len(sigmas_of(case)))
+    losses = method.criterion(result, targets_of(case), sigmas_of(case))
+    check_losses(losses, case, 1e-5)
+    sum(losses.values()).backward()
+    last = len(result["layers"]) - 1
+    named = {"pred_logits": f"layer{last}_pred_logits", "pred_boxes": f"layer{last}_pred_boxes",
+             "pred_keypoints": f"layer{last}_pred_keypoints", "interm_boxes": "interm_pred_boxes"}
+    gradients = [name.removeprefix("grad/") for name in case.files if name.startswith("grad/")]
+    assert gradients
+    for name in gradients:
+        ours = leaves.get(named.get(name)) if name in named else leaves[name.replace("_dn_boxes", "_dn_bbox_pred").replace(
+            "_boxes", "_pred_boxes").replace("_keypoints", "_pred_keypoints")]
+        theirs = torch.from_numpy(case[f"grad/{name}"])
+        close(ours.grad / theirs.abs().max(), theirs / theirs.abs().max(), 1e-5, f"gradient of {name}")
+
+
+def some_people(counts: list[int], keypoints: int = 17) -> list[Targets]:
+    return [Targets(keypoints=0.2 + 0.6 * torch.rand(n, keypoints, 2), visible=(torch.rand(n, keypoints) > 0.2).float(),
+                    boxes=torch.tensor([[0.5, 0.5, 0.4, 0.6]]).repeat(n, 1), areas=0.05 + 0.1 * torch.rand(n),
+                    poses=torch.rand(n, keypoints, 2)) for n in counts]
+
+
+def random_result(batch: int, queries: int = 6, keypoints: int = 17) -> dict:
+    def output():
+        return torch.randn(batch, queries, 2, requires_grad=True), torch.rand(batch, queries, 4, requires_grad=True)
+    poses = torch.rand(batch, queries, keypoints, 2, requires_grad=True)
+    return dict(layers=[(*output(), None), (*output(), poses)], proposals=output(), dn_layers=[], denoising=None)
+
+
+def test_a_batch_without_people_has_a_finite_loss_and_a_gradient():
+    result = random_result(2)
+    losses = method.criterion(result, some_people([0, 0]), torch.full((17,), 0.05))
+    sum(losses.values()).backward()
+    assert losses["loss_keypoints"] == losses["loss_bbox_interm"] == 0 < losses["loss_ce"]
+    assert all(x.grad is not None and x.grad.isfinite().all() for output in result["layers"] for x in output if x is not None)
+
+
+def test_more_people_than_queries_are_matched_as_far_as_queries_go():
+    result = random_result(1)
+    image, query, person = method.match(result["layers"], some_people([9]), torch.full((17,), 0.05))[1]
+    assert sorted(query.tolist()) == list(range(6)) and len(set(person.tolist())) == 6
+
+
+def test_the_order_of_people_does_not_change_the_loss():
+    targets, result, sigmas = some_people([3]), random_result(1), torch.full((17,), 0.05)
+    shuffled = [targets[0].take(torch.tensor([2, 0, 1]))]
+    totals = [sum(method.criterion(result, t, sigmas).values()).item() for t in (targets, shuffled)]
+    assert totals[0] == pytest.approx(totals[1], rel=1e-5)
+
+
+def test_perfect_outputs_have_no_loss_but_that_of_the_scores():
+    targets, sigmas = some_people([2]), torch.full((17,), 0.05)
+    exact = torch.cat([targets[0].keypoints, torch.rand(4, 17, 2)])[None]
+    boxes = torch.cat([targets[0].boxes, torch.rand(4, 4)])[None]
+    logits = torch.tensor([[[-9.0, 9.0]] * 2 + [[-9.0, -9.0]] * 4])
+    result = random_result(1) | dict(layers=[(logits, boxes, exact)])
+    losses = method.criterion(result, targets, sigmas)
+    assert losses["loss_keypoints"] == losses["loss_bbox"] == 0
+    assert max(losses["loss_oks"], losses["loss_giou"], losses["loss_ce"]) < 1e-3
+
+
+def test_a_non_finite_cost_is_said_before_the_assignment():
+    logits = torch.full((1, 6, 2), float("nan"))
+    with pytest.raises(FloatingPointError, match="matching cost"):
+        method.match([(logits, torch.rand(1, 6, 4), None)], some_people([2]), torch.full((17,), 0.05))
+
+
+def test_gradients_of_the_losses_are_right():
+    """gradcheck in float64; boxes overlap, contain each other, or are apart."""
+    true = some_people([3])[0]
+    true = replace(true, **{name: getattr(true, name).double() for name in ("keypoints", "visible", "boxes", "areas")})
+    boxes = torch.tensor([[0.5, 0.45, 0.2, 0.3], [0.6, 0.8, 0.5, 0.3], [0.1, 0.1, 0.1, 0.1]], dtype=torch.double, requires_grad=True)
+    poses = (true.keypoints + 0.05 * torch.randn(3, 17, 2)).requires_grad_()
+    logits = torch.randn(3, 2, dtype=torch.double, requires_grad=True)
+    positive, sigmas = (torch.rand(3, 2) > 0.5).double(), torch.full((17,), 0.05, dtype=torch.double)
+    assert torch.autograd.gradcheck(lambda b: tuple(method.box_losses(b, true.boxes).values()), boxes)
+    assert torch.autograd.gradcheck(lambda p: tuple(method.pose_losses(p, true, sigmas).values()), poses)
+    assert torch.autograd.gradcheck(lambda x: method.focal_loss(x, positive), logits)
+
+
+# ------------------------------------------------------------------------------------------ post-processing
+
+
+@golden("postprocess")
+def test_nms_equals_the_release_without_its_fallback(file):
+    case = np.load(file)
+    k = case["entry_keypoints"].shape[1] // 3
+    keypoints, scores = case["entry_keypoints"][:, :2 * k].reshape(-1, k, 2), case["entry_scores"]
+    for reading, name in dict(official="keep_official_reading_no_fallback", plain="keep_interleaved_no_fallback").items():
+        kept = method.nms(keypoints, scores, tuple(case["input_wh"]), reading)
+        assert kept.tolist() == sorted(case[name].tolist(), key=lambda i: -scores[i]), reading
+    assert method.nms(keypoints, scores, (1, 1), "none").tolist() == np.argsort(-scores, kind="stable").tolist()
+
+
+@golden("postprocess")
+def test_predictions_equal_the_release_with_each_score_at_its_own_pose(file):
+    case = np.load(file)
+    k = case["keypoints"].shape[2] // 3
+    entries = dict(logits=case["logits"][0], boxes=case["boxes"][0], keypoints=case["keypoints"][0, :, :2 * k].reshape(-1, k, 2))
+    ours = method.to_prediction(entries, 7, tuple(case["input_wh"]), tuple(case["orig_wh"]), "official")
+    close(ours.scores, case["paired_scores"], 1e-6)
+    close(ours.boxes, case["paired_boxes_xyxy"], 1e-6)
+    close(ours.keypoints.reshape(-1, 2 * k), case["paired_keypoints"].reshape(-1, k, 3)[..., :2].reshape(-1, 2 * k), 1e-6)
+    everybody = method.to_prediction(entries, 7, tuple(case["input_wh"]), tuple(case["orig_wh"]), "none")
+    person = case["nonms_labels"] == method.PERSON             # label 0 is never trained, and nobody here
+    count = person.sum()
+    close(everybody.scores[:count], case["nonms_scores"][person], 1e-6)
+    close(everybody.boxes[:count], case["nonms_boxes_xyxy"][person], 1e-6)
+
+
+@pytest.mark.parametrize("joints", [1, 3, 17, 133])
+@pytest.mark.parametrize("reading", ["official", "plain"])
+def test_nms_keeps_one_of_each_person_whatever_the_number_of_joints(joints, reading):
+    rng = np.random.default_rng(0)
+    people = rng.uniform(0, 0.2, (3, joints, 2)) + np.array([0, 0.4, 0.8])[:, None, None]
+    poses = np.concatenate([people, people, people]) + rng.normal(0, 1e-4, (9, joints, 2)) * (joints > 1)
+    scores = np.linspace(0.9, 0.1, 9)
+    kept = method.nms(poses, scores, (640, 480), reading)
+    assert set(kept) == ({0, 1, 2} if joints > 1 else set(range(9))), "one joint has no extent: nobody is near"
+    assert len(method.nms(poses, scores * 0.05, (640, 480), reading)) == 0
+
+
+def test_nms_of_nobody_is_nobody():
+    assert len(method.nms(np.zeros((0, 17, 2)), np.zeros(0), (9, 9), "official")) == 0
+
+
+def test_start_noise_depends_on_seed_image_and_draw_alone():
+    cfg = Config()
+    first = method.start_noise("a", cfg, 17)
+    torch.manual_seed(5)
+    assert torch.equal(first, method.start_noise("a", cfg, 17)) and first.shape == (cfg.queries, 17, 2)
+    others = [method.start_noise("b", cfg, 17), method.start_noise("a", replace(cfg, seed=1), 17), method.start_noise("a", cfg, 17, 1)]
+    assert not any(torch.equal(first, other) for other in others)
+
+
+# ------------------------------------------------------------------------------------------ data
+
+FILE = FOLDER / "golden_transforms.json"
+GOLDEN_DATA = json.loads(FILE.read_text()) if FILE.exists() else {}
+needs_golden_data = pytest.mark.skipif(not GOLDEN_DATA, reason=f"no {FILE}")
+cases = pytest.mark.parametrize("name", [n for n in GOLDEN_DATA if isinstance(GOLDEN_DATA[n], dict)])
+
+
+def recorded_sample(record: dict, with_area: bool) -> Sample:
+    height, width = record["size"]
+    y, x = np.mgrid[:height, :width]
+    red = ((x + y) % 256).astype(np.uint8)
+    image = Image.fromarray(np.stack([red, 255 - red, (2 * red.astype(int) % 256).astype(np.uint8)], 2))
+    boxes = np.float32(record["boxes"])
+    areas = np.float32(record["area"]) if with_area else (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    return Sample(image, 1, (width, height), np.float32(record["keypoints"]), boxes, areas, np.zeros(len(boxes), bool))
+
+
+def assert_sample(ours: Sample, record: dict):
+    assert ours.size == tuple(record["size"][::-1]) == ours.image.size
+    labelled = ours.keypoints[..., 2] > 0
+    assert (labelled == (np.array(record["keypoints"])[..., 2] > 0)).all()
+    close(ours.keypoints[labelled], np.array(record["keypoints"])[labelled], 1e-6)
+    close(ours.boxes, record["boxes"], 1e-6)
+    if "area" in record:
+        close(ours.areas, record["area"], 1e-5)
+
+
+def assert_targets(ours: Targets, record: dict):
+    k = ours.keypoints.shape[1]
+    close(ours.boxes, record["boxes"], 1e-5)
+    close(ours.areas, record["area"], 1e-5)
+    theirs = np.array(record["keypoints"])
+    assert (ours.visible.numpy() == (theirs[:, 2 * k:] > 0)).all()
+    close(ours.keypoints.flatten(1), theirs[:, :2 * k] * (theirs[:, 2 * k:] > 0).repeat(2, 1), 1e-5)
+    assert torch.equal(ours.poses, ours.keypoints)
+
+
+def twice(sample: Sample) -> Sample:
+    """As TrainImages: annotated keypoints, then those for the diffusion."""
+    return replace(sample, keypoints=np.concatenate([sample.keypoints] * 2, 1))
+
+
+@needs_golden_data
+@cases
+def test_augmentation_equals_the_release(name):
+    case = GOLDEN_DATA[name]
+    sample = recorded_sample(case["input"], "area" in case["input"])
+    assert_targets(method.to_targets(twice(sample)), case["input_normalised_directly"])
+    flip = get_skeleton("crowdpose" if sample.keypoints.shape[1] == 14 else "coco").flip
+    assert_sample(transforms.hflip(sample, flip), case["after_hflip"])
+    sample = transforms.resize_short_side(sample, 600)
+    assert_sample(sample, case["after_resize_600"])
+    pixels = np.array(sample.image)[np.ix_([0, 100], [0, 200])].reshape(-1, 3)
+    assert (pixels == case["resized_pixels_rows_0_100_cols_0_200"]).all()
+    sample = transforms.crop(sample, 120, 50, 450, 500)
+    assert_sample(sample, case["then_crop_top50_left120_h500_w450"])
+    sample = transforms.resize_short_side(sample, 736, 1333)
+    assert_sample(sample, case["then_resize_736_max1333"])
+    assert_targets(method.to_targets(twice(sample)), case["then_normalise"])
+    tensor = method.normalise(sample.image)
+    for y, x, values in case["tensor_values"]:
+        close(tensor[:, y, x], values, 1e-5)
+
+
+@needs_golden_data
+def test_the_size_rule_equals_the_release():
+    rows = next(rows for name, rows in GOLDEN_DATA.items() if name.startswith("resize_sizes"))
+    for w, h, short, longest, *expected in rows:
+        assert transforms.short_side_size((w, h), short, longest or np.inf) == tuple(expected), (w, h, short, longest)
+
+
+def test_pictures_of_different_sizes_are_padded_at_the_right_and_bottom():
+    images, padded = method.pad_images([torch.ones(3, 4, 7), 2 * torch.ones(3, 6, 5)])
+    assert images.shape == (2, 3, 6, 7) and padded.shape == (2, 6, 7) and padded.dtype == torch.bool
+    assert (images[0, :, :4] == 1).all() and (images[0, :, 4:] == 0).all() and padded[0, 4:].all() and not padded[0, :4].any()
+    assert (images[1, ..., :5] == 2).all() and (images[1, ..., 5:] == 0).all() and padded[1, :, 5:].all()
+
+
+def test_training_images_depend_on_seed_epoch_and_index_and_carry_completed_poses(puppets_folder):
+    cfg = Config(size=64, longest=107, multiscale=False)
+    data = open_dataset(str(puppets_folder), "train").training()
+    completion = method.learn_completion(data)
+    images = method.TrainImages(data, cfg, 3, completion)
+    for i in range(6):
+        (image, targets, skipped), again = images[i], images[i]
+        assert torch.equal(image, again[0]) and torch.equal(targets.poses, again[1].poses) and not skipped
+        assert min(image.shape[1:]) == 64
+        visible = targets.visible > 0
+        assert torch.equal(targets.poses[visible], targets.keypoints[visible])
+        assert (targets.keypoints[~visible] == 0).all()
+    holes = [(t.poses[t.visible == 0] != 0).float().mean() for _, t, _ in (images[i] for i in range(10)) if (t.visible == 0).any()]
+    assert np.mean(holes) > 0.3, "unlabelled joints have places"
+    plain = method.TrainImages(data, cfg, 3, None)
+    assert all(torch.equal(plain[i][1].poses, plain[i][1].keypoints) for i in range(4))
+    flipped = [torch.equal(images[i][0], method.TrainImages(data, cfg, 4, None)[i][0]) for i in range(10)]
+    assert not all(flipped), "another epoch mirrors other images"
+
+
+def test_crops_and_sizes_are_those_of_the_release():
+    rng, sample = np.random.default_rng(0), Sample(Image.new("RGB", (640, 480)), 1, (640, 480), np.zeros((1, 17, 3), np.float32),
+                                                   np.float32([[0, 0, 640, 480]]), np.float32([9]), np.zeros(1, bool))
+    sizes = [method.augment(sample, None, Config(), rng).size for _ in range(60)]
+    short = {min(size) for size in sizes}
+    assert short <= set(range(480, 801, 32)) | {min(s) for s in sizes if max(s) == 1333} and max(map(max, sizes)) <= 1333
+    assert len({round(w / h, 2) for w, h in sizes}) > 10, "crops of many shapes"
+
+
+def test_mirroring_a_completed_pose_is_completing_then_mirroring(puppets_folder):
+    """The poses for the diffusion keep left and right apart as the annotation does."""
+    data = open_dataset(str(puppets_folder), "train").training()
+    cfg = Config(size=64, longest=107, multiscale=False)
+    images = method.TrainImages(data, cfg, 0, method.learn_completion(data))
+    for i in range(8):
+        targets = images[i][1]
+        seen = targets.visible > 0
+        assert torch.allclose(targets.poses[seen], targets.keypoints[seen])
+
+
+def test_crowdpose_losses_take_the_area_of_the_box(puppets_folder):
+    data = open_dataset(str(puppets_folder), "train").training()
+    cfg = Config(size=64, longest=107, multiscale=False)
+    before = method.TrainImages(data, cfg, 0, None)[0][1].areas
+    data.name = "crowdpose"
+    targets = method.TrainImages(data, cfg, 0, None)[0][1]
+    assert torch.allclose(targets.areas, targets.boxes[:, 2:].prod(1), rtol=1e-4) and not torch.allclose(targets.areas, before)
