@@ -1,5 +1,6 @@
 """DiffusionRegPose against the released code's numbers, second half: completion, losses, post-processing, data."""
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,8 +13,9 @@ import part_b as method
 from common import transforms, weights
 from common.datasets import PoseDataset, Sample, open_dataset
 from common.skeletons import Skeleton, flip_from_names, get_skeleton
-from diffusionregpose import Config, Targets
+from diffusionregpose import RENAME, Config, DiffusionRegPose, Noise, PoseNoise, Targets, noise_poses, pad_poses
 from tests.conftest import REFERENCE
+from tests.test_diffusionregpose import model_of, normal
 
 FOLDER = REFERENCE / "diffusionregpose"
 
@@ -212,7 +214,7 @@ def test_every_loss_term_and_its_gradient_equals_the_release(file):
     losses = method.criterion(result, targets_of(case), sigmas_of(case))
     result["denoising"].known = torch.ones_like(result["denoising"].known)
     boxes_of_nobody = method.criterion(result, targets_of(case), sigmas_of(case))
-    losses |= {name: value for name, value in boxes_of_nobody.items() if name.startswith(("dn_loss_bbox", "dn_loss_giou"))}
+    losses |= {name: boxes_of_nobody[name] for name in losses if name.startswith(("dn_loss_bbox", "dn_loss_giou"))}
     check_losses(losses, case, 1e-5)
     sum(losses.values()).backward()
     last = len(result["layers"]) - 1
@@ -481,3 +483,275 @@ def test_crowdpose_losses_take_the_area_of_the_box(puppets_folder):
     targets = method.TrainImages(data, cfg, 0, None)[0][1]
     assert torch.allclose(targets.areas, targets.boxes[:, 2:].prod(1), rtol=1e-4)
     assert not torch.allclose(targets.areas, before)
+
+
+# ------------------------------------------------------------------------------------------ a training step
+
+
+def pose_noise_of(case, meta, keypoints: int) -> PoseNoise:
+    """The case's draws; poses that its padding does not draw are nowhere used."""
+    groups, counts = meta["num_people"], [len(t) for t in targets_of(case)]
+    eps = torch.stack([torch.from_numpy(case[f"rng/diff_noise{b}"]) for b in range(len(counts))])
+    pad = torch.full_like(eps, math.nan)
+    for b, count in enumerate(counts):
+        if f"rng/diff_pad{b}" in case.files:
+            pad[b, count:] = torch.from_numpy(case[f"rng/diff_pad{b}"])
+    split = (len(counts), groups, keypoints, 2)
+    return PoseNoise(torch.tensor(meta["t"]), eps.view(split), [torch.arange(0)] * len(counts), pad.view(split))
+
+
+def denoising_noise_of(case) -> Noise:
+    counts, dn = [len(t) for t in targets_of(case)], case["rng/dn_label_u"].shape[1]
+    person = [np.concatenate([np.tile(np.arange(n), dn // n), case[f"rng/dn_residue_idx{b}"]])
+              for b, n in enumerate(counts)]
+    return Noise(torch.from_numpy(np.stack(person).astype(np.int64)), torch.from_numpy(case["rng/dn_label_u"]) < 0.5,
+                 torch.from_numpy(case["rng/dn_label_new"]), 2 * torch.from_numpy(case["rng/dn_box_u"]) - 1)
+
+
+@golden("train_")
+def test_a_training_step_equals_the_release(file):
+    case = np.load(file)
+    shared, meta = model_of(case)
+    model = DiffusionRegPose(shared.cfg, shared.skeleton).train()
+    model.load_state_dict(shared.state_dict())
+    targets, k = targets_of(case), model.skeleton.num_keypoints
+    noise = pose_noise_of(case, meta, k)
+    padding = dict(normal="noise", zero="empty")[meta["padding"]]
+    poses = noise_poses(pad_poses(targets, noise, padding), noise.t, noise.eps, model.cfg.scale)
+    close(poses.flatten(2), case["x_t_01"], 1e-5, "noisy poses")
+    denoising = model.denoising_queries(targets, denoising_noise_of(case))
+    close(denoising.reference, torch.from_numpy(case["dn_query_bbox_unsigmoid"]).sigmoid(), 1e-5, "noisy boxes")
+    close(denoising.boxes, case["dn_known_boxes"], 1e-6)
+    theirs = case["dn_noised_labels_embed_stride"]
+    close(denoising.content[..., ::denoising.content.shape[2] // theirs.shape[2]], theirs, 1e-6)
+    dn = denoising.blocked.shape[1]
+    assert (denoising.blocked.numpy() == case["attn_mask_box"][:, :dn, :dn]).all() and denoising.known.all()
+    pictures = [normal(key, (3, *shape)) for key, shape in zip(meta["input_keys"], meta["images"])]
+    result = model(*method.pad_images(pictures), poses, noise.t, denoising)
+    for name in ("logits", "boxes"):
+        close(result[name], case[f"out/pred_{name}"], 1e-3, name)
+    close(result["keypoints"].flatten(2), case["out/pred_keypoints"][..., :2 * k], 1e-3, "keypoints")
+    close(result["dn_layers"][-1][0], case["out/dn_class_pred"], 1e-3, "denoising")
+    losses = method.criterion(result | dict(denoising=denoising), targets, model.sigmas)
+    check_losses(losses, case, 1e-3)
+    sum(losses.values()).backward()
+    check_gradients(model, case, json.loads(file.with_name(f"{file.stem}_grads.json").read_text()))
+
+
+def check_gradients(model: DiffusionRegPose, case, names: dict):
+    """Norms of all gradients and the stored whole ones, by the release's names; of its heads by the second ones."""
+    first = [re.sub(r"^transformer\.decoder\.(?=(class|bbox|pose|pose_hw)_embed)", "", n) for n in names["parameter_order"]]
+    ours = dict(zip(names["parameter_order"], weights.rename(dict.fromkeys(first), RENAME)))
+    learned = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    idle = {ours[name] for name in names["zero_grad"]}
+    assert learned.keys() == set(ours.values()), "every trained parameter of the release, and no other"
+    assert {name for name, grad in learned.items() if grad is None} == idle
+    biases = {"decoder.ksa.key.bias", "decoder.kca.key.bias"}                  # zero but for rounding
+    total = float(case["grad_total_norm"][0])
+    for name, norm in zip(names["parameter_order"], case["grad_norms"]):
+        if ours[name] not in idle | biases:
+            assert learned[ours[name]].norm().item() == pytest.approx(float(norm), rel=2e-3, abs=1e-6 * total), name
+    for key in [key for key in case.files if key.startswith("grad/")]:
+        if ours[key[5:]] not in idle | biases:
+            theirs, gradient = torch.from_numpy(case[key]), learned[ours[key[5:]]]
+            step = gradient.shape[1] // theirs.shape[1] if theirs.dim() > 1 else 1
+            close(gradient[..., ::step] / theirs.abs().max(), theirs / theirs.abs().max(), 2e-3, key)
+
+
+# ------------------------------------------------------------------------------------------ by itself
+
+SMALL = dict(dim=32, heads=4, ffn=32, layers=2, box_queries=12, queries=5, dn_queries=4, short_side=64, long_side=64)
+FLAGS = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+ALONE = runtime.Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("counts", [[2, 0, 1], [0, 0, 0]])
+@pytest.mark.parametrize("ablation", [
+    dict(), dict(padding="repeat"), dict(padding="noise"), dict(padding="mean"), dict(scale=10.0), dict(queries=3),
+    dict(uniform_t=False), dict(ksa_kca=False), dict(dn_queries=0), dict(as_released=True)], ids=str)
+def test_every_ablation_gives_every_parameter_a_finite_gradient(ablation, counts):
+    model = drp.build("tiny", "crowdpose" if "scale" in ablation else "coco", **SMALL | ablation).train()
+    targets, pictures = some_people(counts, model.skeleton.num_keypoints), [torch.rand(3, 64, w) for w in (64, 48, 40)]
+    for _ in range(2):                                  # the first step leaves zero-started heads behind
+        losses = drp.batch_losses(model, model, *drp.pad_images(pictures), targets, ALONE)
+        sum(losses.values()).backward()
+        torch.optim.SGD(model.parameters(), 1e-4).step()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert ("dn_loss_ce" in losses) == (model.cfg.dn_queries > 0)
+
+
+def test_two_halves_of_a_batch_have_the_loss_of_the_whole(monkeypatch):
+    targets, sigmas, result = some_people([2, 1]), torch.full((17,), 0.05), random_result(2)
+    known = SimpleNamespace(boxes=torch.rand(2, 4, 4), known=torch.ones(2, 4, dtype=torch.bool))
+    result |= dict(dn_layers=[(torch.randn(2, 4, 2), torch.rand(2, 4, 4))] * 2, denoising=known)
+    whole = drp.criterion(result, targets, sigmas)
+    monkeypatch.setattr(runtime, "mean_over_ranks", lambda count: torch.tensor(1.5))
+    halves = []
+    for b in (0, 1):
+        part = {name: [tuple(None if x is None else x[b:b + 1] for x in output) for output in result[name]]
+                for name in ("layers", "dn_layers")}
+        part |= dict(proposals=tuple(x[b:b + 1] for x in result["proposals"]),
+                     denoising=SimpleNamespace(boxes=known.boxes[b:b + 1], known=known.known[b:b + 1]))
+        halves.append(drp.criterion(part, targets[b:b + 1], sigmas, shares=2))
+    for name, value in whole.items():
+        assert (halves[0][name] + halves[1][name]).item() / 2 == pytest.approx(value.item(), rel=1e-5), name
+
+
+def test_predictions_are_people_in_pixels_of_the_original_whoever_shares_the_batch():
+    model = drp.build("tiny", **SMALL, nms="none").eval()
+    for parameter in model.parameters():
+        parameter.data += 0.03 * torch.randn_like(parameter)
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 255, (h, w, 3), np.uint8)) for h, w in ((100, 150), (50, 75))]
+    batch = drp.to_batch(pictures, ["a", 7], model.cfg)
+    first, second = drp.predict(model, batch)
+    assert (first.image_id, second.image_id) == ("a", 7) and batch["sizes_px"] == [(150, 100), (75, 50)]
+    assert first.keypoints.shape == (5, 17, 2) and (np.diff(first.scores) <= 0).all()
+    larger = drp.predict(model, batch | dict(sizes_px=[(300, 300), (75, 50)]))[0]
+    close(larger.keypoints, first.keypoints * (2, 3), 1e-6, "pixels of the original")
+    close(larger.boxes, first.boxes * (2, 3, 2, 3), 1e-6)
+    close(drp.predict(drp.fuse(model), drp.to_batch(pictures[1:], [7], model.cfg))[0].keypoints, second.keypoints, 1e-3, "alone")
+
+
+def test_an_ensemble_joins_the_people_of_all_steps():
+    counts = []
+    for options in dict(), dict(steps=3), dict(steps=3, ensemble=True):
+        model = drp.build("tiny", **SMALL, nms="none", **options).eval()
+        counts.append(len(drp.predict(model, drp.to_batch([Image.new("RGB", (64, 64))], [1], model.cfg))[0].scores))
+    assert counts == [5, 5, 15]
+
+
+def test_the_process_is_ten_steps_of_noise_then_people_and_one_picture_of_ellipses():
+    model = drp.build("tiny", **SMALL, nms="none").eval()
+    for threshold in (0, 1):                            # everybody, nobody
+        shown = drp.show_process(model, Image.new("RGB", (80, 60)), threshold)
+        assert {name: len(pictures) for name, pictures in shown.items()} == dict(process=11, uncertainty=1)
+        assert len({picture.size for pictures in shown.values() for picture in pictures}) == 1
+        assert (np.ptp(np.asarray(shown["uncertainty"][0])) > 0) == (threshold == 0)
+
+
+def test_the_learning_rate_falls_as_a_cosine_or_drops_twice():
+    cosine, drops = drp.PRESETS["tiny"], drp.PRESETS["r50"]
+    rates = [drp.lr_scale(step, 1000, 0, cosine) for step in range(1000)]
+    assert rates[0] < 0.01 and max(rates) > 0.85 and rates[-1] < 1e-4
+    assert [drp.lr_scale(0, 10, epoch, drops) for epoch in (30, 31, 60, 61)] == pytest.approx([1, 0.1, 0.1, 0.01])
+
+
+def test_puppets_in_crowds_are_evaluated_by_crowding(tmp_path, monkeypatch):
+    monkeypatch.setattr(puppets, "ROOT", tmp_path)
+    monkeypatch.setattr(puppets, "COUNTS", puppets.COUNTS | {"crowd": {"val": 4}})
+    model = drp.build("tiny", **SMALL).eval()
+    table, found = drp.evaluate(model, drp.open_crowd(model.skeleton, ALONE), model.cfg, ALONE)
+    assert {"AP", "AP_E", "AP_M", "AP_H"} <= table.keys() and len(found) == 4
+
+
+# ------------------------------------------------------------------------------------------ training runs
+
+
+def train(data: Path, out: Path, *flags: str) -> dict:
+    """Train in this process, 2 x 5 steps; the content of last.pt."""
+    words = flags if "--resume" in flags else (
+        "--train", *FLAGS, "--processes", "1", "--eval_every", "1", "--epochs", "2", "--batch", "4", "--accum", "2",
+        "--device", "cpu", "--data", str(data), "--out", str(out), *flags)
+    drp.train(*runtime.parse(drp.Config, drp.PRESETS, "", list(words)))
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def whole_run(puppets_folder, tmp_path_factory) -> Path:
+    """The folder of a run that was never cut."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    train(puppets_folder, folder)
+    return folder
+
+
+@pytest.mark.parametrize("how, step", [("SIGTERM", 4), ("kill", 2)])
+def test_a_run_that_is_cut_and_resumed_ends_with_the_same_bits(how, step, puppets_folder, whole_run, tmp_path):
+    losses, calls = drp.batch_losses, []
+
+    def cut(*args):
+        calls.append(0)
+        if len(calls) == 7 and how == "SIGTERM":
+            signal.raise_signal(signal.SIGTERM)
+        if len(calls) == 7 and how == "kill":
+            raise KeyboardInterrupt
+        return losses(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drp, "batch_losses", cut)
+        patch.setattr(runtime.Run, "draw", lambda *args: None)
+        patch.setattr(runtime.Run, "save_is_due", lambda self: len(calls) == 4)
+        with suppress(KeyboardInterrupt):
+            train(puppets_folder, tmp_path / "run")
+        patch.setattr(drp, "batch_losses", losses)
+        assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == step
+        after = train(puppets_folder, tmp_path / "run", "--resume", str(tmp_path / "run"))
+    expected = torch.load(whole_run / "last.pt", weights_only=True)
+    assert after["step"] == 10
+    parts = ("model", "ema", "optimizer", "epoch", "step", "best", "rows")
+    assert_equal({part: after[part] for part in parts}, {part: expected[part] for part in parts})
+
+
+def test_a_run_leaves_its_pictures_and_a_checkpoint_that_eval_understands(whole_run, tmp_path, monkeypatch, capsys):
+    assert {"completion.png", "predictions.png", "curves.png", "best.pt"} <= {path.name for path in whole_run.iterdir()}
+    Image.new("RGB", (50, 40)).save(tmp_path / "photo.png")
+    evaluation = importlib.import_module("eval")
+    for words in ["--eval_batch", "3"], ["--images", str(tmp_path / "photo.png"), "--process", "--threshold", "0"]:
+        words = ["eval.py", str(whole_run), *words, "--device", "cpu", "--out", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", words)
+        evaluation.main()
+    assert "8 images in" in capsys.readouterr().out
+    drawn = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"photo.png", "photo_process.gif", "photo_uncertainty.png", "results.json"} <= drawn
+
+
+def test_a_training_set_without_a_whole_person_says_so_and_trains_without_completion(puppets_folder, tmp_path, capsys):
+    data = Path(shutil.copytree(puppets_folder, tmp_path / "data"))
+    file = data / "annotations" / "person_keypoints_train2017.json"
+    content = json.loads(file.read_text())
+    for annotation in content["annotations"]:
+        annotation["keypoints"][9:12] = [0, 0, 0]
+    file.write_text(json.dumps(content))
+    assert train(data, tmp_path / "run", "--epochs", "1", "--batch", "22")["step"] == 1
+    assert capsys.readouterr().out.count("no keypoint completion") == 1
+    assert not (tmp_path / "run" / "completion.png").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_name_and_the_images(puppets_folder, tmp_path, monkeypatch):
+    losses = drp.criterion
+    monkeypatch.setattr(drp, "criterion", lambda *args: losses(*args) | dict(loss_oks=torch.tensor(math.nan)))
+    with pytest.raises(runtime.UserError, match=r"loss_oks not finite at step 0, images \["):
+        train(puppets_folder, tmp_path / "run")
+
+
+def test_frozen_norms_without_start_weights_are_refused():
+    args = SimpleNamespace(device="cpu", saved=None)
+    with pytest.raises(runtime.UserError, match="frozen norms need start weights"):
+        drp.train(runtime.resolve(drp.PRESETS["r50"], init=""), args)
+
+
+@pytest.mark.slow
+def test_the_tiny_preset_learns_eight_puppets_by_heart(puppets_folder):
+    """A model that cannot overfit has a bug: the loss of the final poses falls below a fifth of its start."""
+    data = open_dataset(str(puppets_folder), "train").training()
+    model = drp.build("tiny", data.skeleton).train()
+    images = drp.TrainImages(data, model.cfg, 0, drp.learn_completion(data))
+    (images, padded), targets, _ = drp.collate([images[i] for i in range(8)], drp.pad_images)
+    optimizer, values = drp.build_optimizer(model, model.cfg), []
+    for step in range(200):
+        runtime.seed_all(step)
+        losses = drp.batch_losses(model, model, images, padded, targets, ALONE)
+        sum(losses.values()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), model.cfg.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        values.append(losses["loss_keypoints"].item())
+    assert np.mean(values[-10:]) < values[0] / 5
+
+
+@pytest.mark.slow
+def test_the_summary_has_the_parameters_of_the_release():
+    rows = {line.split()[0]: line.split() for line in drp.summary().splitlines()}
+    assert {"tiny", "r50", "r50-crowdpose", "r50-edpose"} <= rows.keys()
+    assert rows["r50"][2:6:2] == ["49.66", "49.44"] and rows["r50-crowdpose"][2:6:2] == ["49.53", "49.30"]
+    assert 200 < float(rows["r50"][-1]) < 225, "213 GFLOPs counted on the release"
