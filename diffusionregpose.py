@@ -61,7 +61,7 @@ from kernels.deform_attn import deform_attn_offsets
 
 # ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. -----------
 
-BACKBONES = {"r50": (64, (3, 4, 6, 3)), "r14": (16, (1, 1, 1, 1))}      # width of layer 1, blocks in layers 1 to 4
+BACKBONES = {"r50": (64, (3, 4, 6, 3)), "r26": (24, (2, 2, 2, 2))}      # width of layer 1, blocks in layers 1 to 4
 PADDINGS = ("empty", "repeat", "noise", "mean")
 NMS = ("official", "plain", "none")
 
@@ -69,7 +69,7 @@ NMS = ("official", "plain", "none")
 @dataclass(frozen=True)
 class Config:
     # model
-    backbone: str = "r50"          # ResNet: r50 or r14 (narrow, four blocks)
+    backbone: str = "r50"          # ResNet: r50, or r26 of less than half its width
     frozen_norm: bool = True       # backbone norms keep their ImageNet statistics; off to train from nothing
     freeze: bool = True            # stem and layer 1 of the backbone stay as they start
     levels: int = 4                # L, feature maps: the backbone's coarsest ones, the fourth made from the last
@@ -121,7 +121,7 @@ class Config:
     processes: int = 1             # training processes when there is no GPU and no torchrun
     workers: int = 4               # image loading processes per GPU; 0: none
     eval_every: int = 1            # epochs between evaluations
-    eval_batch: int = 1            # images per evaluation batch
+    eval_batch: int = 1            # images per evaluation batch; padding moves the results a little
     seed: int = 0                  # all random numbers follow from it
 
     def __post_init__(self):
@@ -151,8 +151,8 @@ class Config:
 
 
 PRESETS: dict[str, Config] = {
-    "tiny": Config("r14", frozen_norm=False, freeze=False, levels=3, dim=96, heads=4, ffn=192, points=2,
-                   encoder_layers=1, layers=3, box_layers=1, box_queries=40, queries=10, init="", dn_queries=10,
+    "tiny": Config("r26", frozen_norm=False, freeze=False, levels=3, dim=96, heads=4, ffn=192, points=2,
+                   encoder_layers=2, layers=4, box_layers=1, box_queries=40, queries=10, init="", dn_queries=10,
                    epochs=5, batch=16, lr=1e-3, lr_backbone=1e-3, schedule="cosine", warmup=200, drop_epochs="",
                    clip=1.0, ema=0.995, ema_warmup=100, short_side=128, long_side=128, multiscale=False, processes=2,
                    workers=0, eval_every=3, eval_batch=50),
@@ -601,15 +601,15 @@ class Decoder(nn.Module):
         attend, boxes, last = partial(attend_boxes, blocked=blocked), x.shape[1], len(self.layers) - 1
         predictions = []
         for l, layer in enumerate(self.layers):
-            known = reference.detach()
-            inside = known[:, :, None] * grid.valid.repeat(1, 1, 2)[:, None]            # (B, tokens, L, 4)
-            yxwh = inside[:, :, 0, [1, 0, 2, 3]]
+            start = reference.detach()
+            inside = start[:, :, None] * grid.valid.repeat(1, 1, 2)[:, None]            # (B, tokens, L, 4)
+            yxwh = inside[:, :, 0, [1, 0, 2, 3]]                    # as released, in fractions of the padded image
             position = self.position_head(sine_embedding(yxwh, x.shape[-1] // 2, temperature=10000))
             x = layer(x, position, inside, memory, grid, attend)
             if self.training or l == last:
                 predictions.append(self.predict(l, self.norm(x), reference, boxes))
             if l < last:
-                reference = self.refine(l, x, known, boxes)
+                reference = self.refine(l, x, start, boxes)
             if l == self.box_layers - 1:
                 x, reference = self.expand(x, reference, poses, dn)
                 attend, boxes = partial(attend_groups, blocked=blocked, groups=self.groups), dn + self.groups
@@ -752,8 +752,8 @@ class DiffusionRegPose(nn.Module):
         device, counts = self.level_embed.device, [len(t) for t in targets]
         noise = noise or draw_noise(counts, self.cfg, device)
         people = torch.tensor(counts, device=device)[:, None]
-        boxes = torch.stack([t.boxes[person] if len(t) else person.new_full((len(person), 4), 0.5, dtype=torch.float32)
-                             for t, person in zip(targets, noise.person)])
+        boxes = torch.stack([t.boxes[person] if len(t) else torch.full_like(shift, 0.5)
+                             for t, person, shift in zip(targets, noise.person, noise.shift)])
         half = torch.cat([boxes[..., 2:] / 2, boxes[..., 2:]], -1)
         noisy = (boxes + noise.shift * half * self.cfg.box_noise).clamp(0, 1)
         turn = torch.arange(self.cfg.dn_queries, device=device) // people.clamp(min=1)                  # (B, D)
@@ -1246,8 +1246,7 @@ RENAME = [            # released name → ours, first match wins; what matches n
 ]
 IGNORED = {r"^transformer\.decoder\.(class|bbox|pose|pose_hw)_embed\.": "stored twice",
            r"^pose_hw_embed\.[1-9]": "one module, stored four times",
-           r"^(betas|(log_one_minus|sqrt|sqrt_one_minus|sqrt_recip|sqrt_recipm1|)_?alphas_cumprod(_prev)?"
-           r"|posterior_(variance|log_variance_clipped|mean_coef[12]))$": "constants of the diffusion"}
+           r"^(betas|\w*alphas_cumprod\w*|posterior_\w+)$": "constants of the diffusion"}
 NEW = r"^(time_embedding|decoder\.(ksa|kca))\."          # the 18 tensors that ED-Pose does not have
 
 

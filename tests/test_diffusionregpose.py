@@ -460,9 +460,9 @@ def test_tiny_model_gives_the_promised_shapes():
     result = model.train()(images, None, torch.rand(2, 10, 17, 2), torch.tensor([3, 999]), denoising)
     assert [result[name].shape for name in ("logits", "boxes", "keypoints")] == [(2, 10, 2), (2, 10, 4), (2, 10, 17, 2)]
     assert [[None if x is None else tuple(x.shape) for x in layer] for layer in result["layers"]] == [
-        [(2, 40, 2), (2, 40, 4), None]] + [[(2, 10, 2), (2, 10, 4), (2, 10, 17, 2)]] * 2
+        [(2, 40, 2), (2, 40, 4), None]] + [[(2, 10, 2), (2, 10, 4), (2, 10, 17, 2)]] * 3
     assert [tuple(x.shape) for x in result["proposals"]] == [(2, 40, 2), (2, 40, 4)]
-    assert [[tuple(x.shape) for x in layer] for layer in result["dn_layers"]] == [[(2, 10, 2), (2, 10, 4)]] * 3
+    assert [[tuple(x.shape) for x in layer] for layer in result["dn_layers"]] == [[(2, 10, 2), (2, 10, 4)]] * 4
     assert model.eval()(images, None, torch.rand(2, 10, 17, 2), torch.tensor([3, 999])).keys() == {
         "logits", "boxes", "keypoints"}
 
@@ -1269,4 +1269,4 @@ def test_the_summary_has_the_parameters_of_the_release():
     rows = {line.split()[0]: line.split() for line in drp.summary().splitlines()}
     assert {"tiny", "r50", "r50-crowdpose", "r50-edpose"} <= rows.keys()
     assert rows["r50"][2:6:2] == ["49.66", "49.44"] and rows["r50-crowdpose"][2:6:2] == ["49.53", "49.30"]
-    assert 200 < float(rows["r50"][-1]) < 225, "213 GFLOPs counted on the release"
+    assert 185 < float(rows["r50"][-1]) < 213, "GFLOPs of the release, which computes what its masks forbid"
