@@ -947,7 +947,7 @@ class KeypointCompletion:
     def __init__(self, y: np.ndarray, joints: tuple[int, int] | None):
         self.joints, self.mean, self.covariance = joints, y.mean(0), np.cov(y, rowvar=False)
         few = len(y) <= y.shape[1]                                     # then Σ has no inverse
-        ridge = (1e-2 if few else 1e-12) * self.covariance.diagonal().mean()
+        ridge = (1e-2 if few else 1e-12) * self.covariance.diagonal().mean() + 1e-12
         self.covariance += ridge * np.eye(y.shape[1])
 
     def __call__(self, keypoints: np.ndarray, boxes: np.ndarray) -> np.ndarray:
@@ -1160,13 +1160,13 @@ def pad_images(pictures: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def start_noise(image_id: int | str, cfg: Config, keypoints: int, draw_number: int = 0) -> Tensor:
-    """x_T (Ng, K, 2) of an image: the same whichever pictures share its batch."""
+    """x_T (G, K, 2) of an image: the same whichever pictures share its batch."""
     seed = zlib.crc32(f"{cfg.seed}:{draw_number}:{image_id}".encode())
     return torch.randn(cfg.queries, keypoints, 2, generator=torch.Generator().manual_seed(seed))
 
 
 def detect(model: DiffusionRegPose, pictures: list[Tensor], noise: Tensor, steps: int) -> list[dict[str, Tensor]]:
-    """The outputs of each DDIM step for normalised pictures and their noise (B, Ng, K, 2)."""
+    """The outputs of each DDIM step for normalised pictures and their noise (B, G, K, 2)."""
     device = next(model.parameters()).device
     images, padded = pad_images(pictures)
     with runtime.autocast(device, model.cfg.amp):
@@ -1193,7 +1193,7 @@ def to_prediction(entries: dict[str, np.ndarray], image_id: int | str, input_px:
 def predict(model: DiffusionRegPose, batch: dict) -> list[Prediction]:
     """People of a batch {images: list of (3, h, w) from `input_image`, image_ids, sizes_px}: one Prediction per image.
 
-    All Ng people, or those that the NMS leaves; with `ensemble` those of all DDIM steps together, else of the last.
+    All G people, or those that the NMS leaves; with `ensemble` those of all DDIM steps together, else of the last.
     The model has no score per keypoint: every keypoint gets 1.
     """
     cfg, joints, pictures = model.cfg, model.skeleton.num_keypoints, batch["images"]
@@ -1310,14 +1310,14 @@ def augment(people: Sample, flip: tuple[int, ...] | None, cfg: Config, rng: np.r
         people = transforms.hflip(people, flip)
     if not cfg.multiscale:
         return transforms.resize_short_side(people, cfg.short_side, cfg.long_side)
-    longest = cfg.short_side
+    full = cfg.short_side
     if rng.random() < 0.5:
-        before = rng.choice([longest // 2, longest * 5 // 8, longest * 3 // 4])
+        before = rng.choice([full // 2, full * 5 // 8, full * 3 // 4])
         people = transforms.resize_short_side(people, int(before))
-        window = [int(rng.integers(longest * 12 // 25, min(side, longest * 3 // 4) + 1)) for side in people.size]
+        window = [int(rng.integers(full * 12 // 25, min(side, full * 3 // 4) + 1)) for side in people.size]
         corner = [int(rng.integers(0, side - length + 1)) for side, length in zip(people.size, window)]
         people = transforms.crop(people, *corner, *window)
-    short_side = int(rng.choice(range(longest * 3 // 5, longest + 1, 32)))
+    short_side = int(rng.choice(range(full * 3 // 5, full + 1, 32)))
     return transforms.resize_short_side(people, short_side, cfg.long_side)
 
 

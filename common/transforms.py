@@ -65,7 +65,7 @@ def short_side_size(size: tuple[int, int], short_side: int, longest: float = flo
     w, h = size
     short, long = min(w, h), max(w, h)
     if long / short * short_side > longest:
-        short_side = round(longest * short / long)
+        short_side = max(1, round(longest * short / long))
     return short_side * w // short, short_side * h // short
 
 
