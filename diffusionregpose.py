@@ -158,7 +158,7 @@ PRESETS: dict[str, Config] = {
                    workers=0, eval_every=3, eval_batch=50),
     "r50": Config(),
     "r50-crowdpose": Config(data="data/crowdpose"),                      # the release's numbers are the same
-    "r50-edpose": Config(ksa_kca=False, nms="none"),                     # for the weights that the release started from
+    "r50-edpose": Config(ksa_kca=False, nms="none"),                     # for the weights that the release starts from
 }
 
 # ---- Backbone: ResNet ---------------------------------------------------------------------------------------
@@ -537,8 +537,8 @@ class Decoder(nn.Module):
     """Layers that refine boxes, then boxes and keypoints, with their heads.
 
     box_l = σ( head_l(h) + σ⁻¹(reference_l) ), keypoints alike, with h the normed output of layer l. The reference of
-    the next layer comes from the same head on the output before the norm. A layer's input has no gradient for
-    attention, but has one for the heads. Keypoints have a width and height, too: where they read the image.
+    the next layer comes from the same head on the output before the norm; gradients pass through it into heads, but
+    not into layers. Keypoints have a width and height, too: how far around them a layer reads the image.
     """
 
     def __init__(self, cfg: Config, keypoints: int):
@@ -853,8 +853,8 @@ def draw_pose_noise(counts: list[int], keypoints: int, cfg: Config, device: torc
 def pad_poses(targets: list[Targets], noise: PoseNoise, padding: str) -> Tensor:
     """Each image's true poses, then padding up to G: (B, G, K, 2). Of more than G people, G at random.
 
-    empty: zeros, the paper's choice; repeat: the true poses again; noise: Gaussian, as released; mean: the batch's mean
-    pose at Gaussian places, with the image as ±3 deviations. Without people it is all padding.
+    empty: zeros, the paper's choice; repeat: the true poses again; noise: Gaussian, as released; mean: the batch's
+    mean pose at Gaussian places, with the image as ±3 deviations. Without people it is all padding.
     """
     poses = noise.pad if padding == "noise" else torch.zeros_like(noise.pad)
     everyone = torch.cat([t.poses for t in targets])

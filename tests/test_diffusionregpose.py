@@ -252,7 +252,8 @@ def watch_model(model, images, x):
     """A forward pass of one DDIM step from x, and what the model's parts took and gave."""
     decoder = model.decoder
     parts = dict(encoder=model.encoder[0], last=model.encoder[-1], score=model.selection.score, ksa=decoder.ksa,
-                 selection=model.selection, kca=decoder.kca, mlp=model.time_embedding.mlp[2], time=model.time_embedding)
+                 selection=model.selection, kca=decoder.kca, time=model.time_embedding,
+                 mlp=model.time_embedding.mlp[2])
     layers = {f"layer{l}": layer for l, layer in enumerate(decoder.layers)}
     with watch(**parts, **layers) as seen:
         result = drp.sample(model, images, noise=x)[0]
@@ -324,7 +325,8 @@ def test_ddim_equals_the_release(file):
         close(eps.flatten(2), case[f"loop_pred_noise_{i}"], 1e-4)
 
 
-@pytest.mark.parametrize("steps, times", [(1, [999]), (2, [999, 499]), (3, [999, 665, 332]), (4, [999, 749, 499, 249])])
+@pytest.mark.parametrize("steps, times", [(1, [999]), (2, [999, 499]), (3, [999, 665, 332]),
+                                          (4, [999, 749, 499, 249])])
 def test_times_of_ddim(steps, times):
     assert drp.ddim_times(steps) == [*times, -1]
 
@@ -401,7 +403,7 @@ def test_every_released_tensor_is_used_or_ignored_by_name(file):
     for key, canonical in manifest["aliases"].items():
         assert torch.equal(state[key], state[canonical]), key
     fresh = drp.build(preset, {17: "coco", 14: "crowdpose"}[keypoints])
-    counts = [sum(p.numel() for p in fresh.parameters() if p.requires_grad or not trained) for trained in (False, True)]
+    counts = [sum(p.numel() for p in fresh.parameters() if p.requires_grad or every) for every in (True, False)]
     assert counts == {17: [49_660_196, 49_437_796], 14: [49_527_324, 49_304_924]}[keypoints]
     key = "transformer.decoder.hw.weight"
     with pytest.raises(runtime.UserError, match="keypoint_size"):
@@ -456,7 +458,8 @@ def test_tiny_model_gives_the_promised_shapes():
     targets = [some_people(2), some_people(0)]
     denoising = model.denoising_queries(targets)
     result = model.train()(images, None, torch.rand(2, 10, 17, 2), torch.tensor([3, 999]), denoising)
-    assert [result[name].shape for name in ("logits", "boxes", "keypoints")] == [(2, 10, 2), (2, 10, 4), (2, 10, 17, 2)]
+    assert [tuple(result[name].shape) for name in ("logits", "boxes", "keypoints")] == [
+        (2, 10, 2), (2, 10, 4), (2, 10, 17, 2)]
     assert [[None if x is None else tuple(x.shape) for x in layer] for layer in result["layers"]] == [
         [(2, 40, 2), (2, 40, 4), None]] + [[(2, 10, 2), (2, 10, 4), (2, 10, 17, 2)]] * 3
     assert [tuple(x.shape) for x in result["proposals"]] == [(2, 40, 2), (2, 40, 4)]
