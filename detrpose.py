@@ -88,11 +88,13 @@ class Config:
     pose_denoising: bool = True    # noisy copies of the true poses as extra queries (row 3 adds them)
     fdr: bool = True               # fine-grained distribution refinement heads; off: offsets (row 4 adds it)
     ksvf: bool = True              # keypoint-similarity varifocal loss; off: focal loss (row 5 adds it)
+    ksvf_from: int = 0             # first epoch with it; to train from nothing, epochs of focal loss come before
     pose_lqe: bool = True          # scores look at the image under the predicted keypoints (row 6 adds it)
     mean_pose: bool = False        # first poses start as the training set's mean pose, not as a point
     init: str = "dfine-l-obj365"   # start weights: file or name, DETRPose, D-FINE or HGNetv2 (row 7 adds D-FINE)
     as_released: bool = False      # train with the released code's noise (see Departs above)
     dn_queries: int = 20           # positive denoising queries per image, shared among its people
+    score_weight: float = 2.0      # weight of the score's loss; the keypoints' L1 has 10 and OKS has 4
     # optimisation (Sec. 4.1)
     epochs: int = 52               # passes over the training images
     batch: int = 16                # images per optimiser step, over all GPUs and micro-batches
@@ -132,7 +134,7 @@ class Config:
                             "dn_queries size epochs batch accum processes eval_every eval_batch")
         runtime.check_range(self, 1e-6, math.inf, "expansion reg_scale lr clip")
         runtime.check_range(self, 0, math.inf, "lr_backbone weight_decay warmup drop_epoch ema_warmup "
-                            "multiscale aug_from mosaic_until aug_until workers seed")
+                            "multiscale aug_from mosaic_until aug_until workers seed ksvf_from score_weight")
         runtime.check_range(self, 0, 1, "ema jitter zoom_out mosaic")
         if self.dim % (2 * self.heads) or self.dim % 4:
             raise runtime.UserError(f"--dim {self.dim} does not split over {self.heads} heads: choose a multiple of "
@@ -152,11 +154,13 @@ def _presets() -> dict[str, Config]:
                 multiscale=6, mosaic_until=34, aug_until=60, init="dfine-m-obj365")
     l = Config(accum=2)
     x = Config("B5", dim=384, encoder_ffn=2048, reg_scale=8.0, lr_backbone=5e-5, init="dfine-x-obj365")
-    # From nothing the focal loss learns sooner: eq. 5 rewards a cell by an OKS that is 0 until the poses are good.
+    # To train from nothing in minutes: the focal loss first, because eq. 5 rewards a cell by an OKS that is 0 until the
+    # poses are good; more weight on the scores; no denoising, whose noise is finer than what is learned in that time.
     tiny = replace(s, init="", lab=False, frozen_norm=False, dim=96, heads=4, encoder_ffn=192, decoder_ffn=192,
-                   points=2, queries=16, size=128, ksvf=False, mean_pose=True, dn_queries=4, epochs=5, batch=16,
-                   lr=1e-3, lr_backbone=1e-3, schedule="cosine", warmup=200, clip=1.0, ema=0.995, ema_warmup=100,
-                   multiscale=0, mosaic=0.0, zoom_out=0.0, processes=2, workers=0, eval_every=3, eval_batch=50)
+                   points=2, queries=10, size=128, ksvf_from=2, score_weight=8.0, mean_pose=True, pose_denoising=False,
+                   dn_queries=4, epochs=8, batch=16, lr=1e-3, lr_backbone=1e-3, schedule="cosine", warmup=60, clip=1.0,
+                   ema=0.995, ema_warmup=100, multiscale=0, jitter=0.0, mosaic=0.0, zoom_out=0.0, processes=2,
+                   workers=0, eval_every=4, eval_batch=50)
     crowd = dict(lr_backbone=1e-5, accum=2)                # as released
     return {"tiny": tiny, "n": n, "s": s, "m": m, "l": l, "x": x,
             "n-crowdpose": replace(n, **crowd, epochs=284, mosaic_until=136, aug_until=264),
@@ -1009,11 +1013,12 @@ def pair_errors(keypoints: Tensor, pairs: Pairs, people: Targets, sigmas: Tensor
     return distance, object_keypoint_similarity(difference.square().sum(-1), matched, sigmas)
 
 
-def criterion(result: dict, targets: list[Targets], sigmas: Tensor, ksvf: bool = True) -> dict[str, Tensor]:
+def criterion(result: dict, targets: list[Targets], sigmas: Tensor, ksvf: bool = True,
+              score_weight: float = 2.0) -> dict[str, Tensor]:
     """All weighted loss terms of a training forward, by name; their sum is minimised. Computed in float32.
 
     For the final poses (no suffix), the layers before (_0, _1, ...), the pre-poses (_pre), the selected cells
-    (_enc_0) and the denoising queries (_dn_...): 2·vfl + 10·Σ v|Δ| + 4·(1 − OKS), each per person.
+    (_enc_0) and the denoising queries (_dn_...): score_weight·vfl + 10·Σ v|Δ| + 4·(1 − OKS), each per person.
     No pairs give 0 with a zero gradient.
     """
     people = gather_people(targets)
@@ -1030,7 +1035,7 @@ def criterion(result: dict, targets: list[Targets], sigmas: Tensor, ksvf: bool =
         logits, keypoints, suffix = logits.float(), keypoints.float(), f"_{name}" if name else ""
         quality = pair_errors(keypoints, score_pairs, people, sigmas)[1]
         distance, similarity = pair_errors(keypoints, pose_pairs, people, sigmas)
-        losses[f"loss_vfl{suffix}"] = 2 * vfl_loss(logits, score_pairs, quality, ksvf) / score_count
+        losses[f"loss_vfl{suffix}"] = score_weight * vfl_loss(logits, score_pairs, quality, ksvf) / score_count
         losses[f"loss_keypoints{suffix}"] = 10 * distance.sum() / pose_count
         losses[f"loss_oks{suffix}"] = 4 * (1 - similarity).sum() / pose_count
     return losses
@@ -1250,7 +1255,8 @@ def batch_losses(net: nn.Module, images: Tensor, targets: list[Targets], cfg: Co
     targets = [t.to(ranks.device) for t in targets]
     with runtime.autocast(ranks.device, cfg.amp):
         result = net(images, targets)
-    losses = criterion(result, targets, sigmas, cfg.ksvf) | dict(unused=result["unused"])
+    losses = criterion(result, targets, sigmas, cfg.ksvf and epoch >= cfg.ksvf_from, cfg.score_weight)
+    losses["unused"] = result["unused"]
     finite = torch.stack([*losses.values()]).isfinite().tolist()        # one wait for the GPU, not one per term
     if not all(finite):
         raise FloatingPointError(", ".join([name for name, good in zip(losses, finite) if not good][:5]))
@@ -1300,15 +1306,15 @@ def train(cfg: Config, args) -> None:
     if at["epoch"] >= cfg.epochs:
         run.say(f"all {cfg.epochs} epochs are done; --epochs {2 * cfg.epochs} would go on")
     for epoch in range(at["epoch"], cfg.epochs):
-        todo = runtime.epoch_batches(len(data), micro, cfg.accum, cfg.seed, epoch, ranks)[at["done"] * cfg.accum:]
-        loader = DataLoader(TrainImages(data, cfg, epoch), batch_sampler=todo, num_workers=cfg.workers,
+        batches = runtime.epoch_batches(len(data), micro, cfg.accum, cfg.seed, epoch, ranks)[at["done"] * cfg.accum:]
+        loader = DataLoader(TrainImages(data, cfg, epoch), batch_sampler=batches, num_workers=cfg.workers,
                             collate_fn=collate, worker_init_fn=runtime.ignore_signals,
                             pin_memory=ranks.device.type == "cuda")
-        bar = tqdm(loader, f"epoch {epoch + 1}/{cfg.epochs}", per_epoch, initial=per_epoch - len(todo),
+        bar = tqdm(loader, f"epoch {epoch + 1}/{cfg.epochs}", per_epoch, initial=per_epoch - len(batches),
                    disable=ranks.rank > 0, dynamic_ncols=True)
         net.train()
         seen = []                                                # ids of the images of this optimiser step
-        for i, (images, targets, skipped) in enumerate(bar, per_epoch - len(todo)):
+        for i, (images, targets, skipped) in enumerate(bar, per_epoch - len(batches)):
             run.bad_files(sum(skipped, []))
             seen += [t.image_id for t in targets]
             runtime.seed_all(cfg.seed, epoch, i, ranks.rank)
