@@ -84,6 +84,7 @@ class Config:
     queries: int = 100             # G, boxes that become people, and noisy poses; K-SA's temperature depends on it
     # diffusion
     ksa_kca: bool = True           # noisy poses enter the decoder and t the encoder; off: the file is ED-Pose
+    near_identity: bool = False    # K-CA starts near the identity, K-SA at 0: ours, to train from nothing
     scale: float = 6.0             # ζ, size of the signal against the noise; the paper tries 5 and 10
     padding: str = "empty"         # noised beside the true poses: empty, repeat (of the true ones), noise, mean
     uniform_t: bool = True         # train at t uniform in 0 … 999; off: at t = 0
@@ -152,7 +153,8 @@ class Config:
 
 PRESETS: dict[str, Config] = {
     "tiny": Config("r26", frozen_norm=False, freeze=False, levels=3, dim=96, heads=4, ffn=192, points=2,
-                   encoder_layers=2, layers=4, box_layers=1, box_queries=40, queries=10, init="", dn_queries=10,
+                   encoder_layers=2, layers=4, box_layers=1, box_queries=40, queries=10, near_identity=True, init="",
+                   dn_queries=10,
                    epochs=8, batch=16, lr=1e-3, lr_backbone=1e-3, schedule="cosine", warmup=60, drop_epochs="",
                    clip=1.0, ema=0.995, ema_warmup=100, short_side=128, long_side=128, multiscale=False, processes=2,
                    workers=0, eval_every=4, eval_batch=50),
@@ -532,6 +534,20 @@ class PointAttention(nn.Module):
             mean = F.scaled_dot_product_attention(q[:, None], p[:, None], p[:, None], scale=p.shape[1] ** 0.5)
             return self.value(mean[:, 0, :, :2])
 
+    @torch.no_grad()
+    def start_near_identity(self, points: int) -> None:
+        """Departs: ours, for training from nothing. With the start of the release all people's keypoints fall on about
+        one point. Of points with variance s² per axis, a softmax over q·p has the mean  mean(p) + s²·q  (exactly if they
+        are Gaussian), so √n Q(z)·K(p) = (z − ½)·p / s² and V = 1 give about z, if people are all over the image.
+        """
+        for parameter in (*self.query.parameters(), *self.key.parameters()):
+            parameter.mul_(0.1)                            # not 0: the other channels could not learn
+        one = torch.eye(2) * (16 / points ** 0.5) ** 0.5   # s² = 1/16
+        for layer, half in ((self.query, 0.5), (self.key, 0.0)):
+            layer.weight[:2], layer.bias[:2] = one, -half * one.diagonal()
+        nn.init.eye_(self.value.weight)
+        nn.init.zeros_(self.value.bias)
+
 
 class Decoder(nn.Module):
     """Layers that refine boxes, then boxes and keypoints, with their heads.
@@ -726,6 +742,10 @@ class DiffusionRegPose(nn.Module):
                 module.reset_parameters()
         for head in [self.selection.score, *decoder.score_heads]:
             nn.init.constant_(head.bias, -math.log(99))                    # a prior of 0.01
+        if self.cfg.ksa_kca and self.cfg.near_identity:
+            decoder.kca.start_near_identity(self.cfg.queries * self.skeleton.num_keypoints)
+            for parameter in decoder.ksa.value.parameters():
+                nn.init.zeros_(parameter)
         for head in [self.selection.box, *decoder.box_heads, *decoder.pose_heads, decoder.coarse_head]:
             if head:
                 nn.init.zeros_(head.layers[-1].weight)

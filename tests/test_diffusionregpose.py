@@ -1271,3 +1271,15 @@ def test_the_summary_has_the_parameters_of_the_release():
     assert {"tiny", "r50", "r50-crowdpose", "r50-edpose"} <= rows.keys()
     assert rows["r50"][2:6:2] == ["49.66", "49.44"] and rows["r50-crowdpose"][2:6:2] == ["49.53", "49.30"]
     assert 185 < float(rows["r50"][-1]) < 213, "GFLOPs of the release, which computes what its masks forbid"
+
+
+def test_k_ca_near_the_identity_returns_about_its_points():
+    """On points spread over the image; the start of the release sends all of them to one place."""
+    points = torch.rand(1, 170, 2, generator=torch.Generator().manual_seed(0)) * 0.9 + 0.05
+    attention = drp.PointAttention(96)
+    scattered = attention(points, points).std(1)
+    attention.start_near_identity(170)
+    with torch.no_grad():
+        out = attention(points, points)
+    assert (out - points).abs().mean() < 0.05 and (out.std(1) > 0.8 * points.std(1)).all()
+    assert (scattered < 0.5 * points.std(1)).all()
