@@ -4,6 +4,7 @@
     python eval.py runs/<run>/best.pt --data puppets --split ood
     python eval.py runs/<run>/best.pt --data data/coco          another dataset
     python eval.py best.pt --images photo.jpg folder/ clip.gif  draws people, writes COCO results
+    python eval.py best.pt --images photo.jpg --process         and how the method finds them (diffusionregpose)
     python eval.py detrpose-l --images photo.jpg                released weights by name, fetched once
     python eval.py detrpose_hgnetv2_l.pth --data data/coco      released weights from a file
     torchrun --nproc_per_node=8 eval.py detrpose-l --data data/coco
@@ -29,7 +30,7 @@ from common import draw, metrics, runtime, weights
 from common.datasets import BadImage, Prediction, default_splits, load_image, open_dataset
 from common.runtime import UserError
 
-METHODS = ("detrpose",)
+METHODS = ("detrpose", "diffusionregpose")
 SKELETON_OF = {17: "coco", 14: "crowdpose"}            # of released weights, by their number of keypoints
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 
@@ -160,6 +161,8 @@ def frames_of(path: Path) -> list[Image.Image]:
 
 def draw_pictures(module: ModuleType, model: nn.Module, args: argparse.Namespace, device: torch.device) -> None:
     """Draw the people of each picture into args.out; a GIF becomes a GIF, --gif joins everything into one."""
+    if args.process and not hasattr(module, "show_process"):
+        raise UserError(f"{module.__name__} has nothing to show with --process")
     pictures, out = find_pictures(args.images), runtime.make_folder(args.out)
     if any(out.samefile(path.parent) for path in pictures):
         raise UserError(f"--out {out} holds the pictures themselves: choose another folder for the drawn ones")
@@ -180,10 +183,9 @@ def draw_pictures(module: ModuleType, model: nn.Module, args: argparse.Namespace
         drawn = [draw.draw_people(frame, p.keypoints, p.keypoint_scores, model.skeleton, p.boxes, p.scores)
                  for frame, p in zip(frames, confident)]
         target = out / (path.stem if name == path.name else re.sub(r"\W+", "_", name).strip("_"))
-        if len(drawn) > 1:
-            draw.save_gif(drawn, target.with_name(target.name + ".gif"))
-        else:
-            drawn[0].save(target.with_name(target.name + ".png"))
+        save_drawn(drawn, target)
+        for what, shown in module.show_process(model, frames[0], args.threshold).items() if args.process else ():
+            save_drawn(shown, target.with_name(f"{target.name}_{what}"))
         everything += drawn if args.gif else []
         people += sum(len(p.scores) for p in confident)
         results += metrics.to_results(predictions)
@@ -194,6 +196,14 @@ def draw_pictures(module: ModuleType, model: nn.Module, args: argparse.Namespace
     (out / "results.json").write_text(json.dumps(results))
     print(f"{people} people of score {args.threshold:g} or more in {len(pictures) - bad} pictures"
           f"{f', {bad} could not be read' if bad else ''}; drawn into {out}")
+
+
+def save_drawn(drawn: list[Image.Image], target: Path) -> None:
+    """One picture as PNG, several as GIF."""
+    if len(drawn) > 1:
+        draw.save_gif(drawn, target.with_name(target.name + ".gif"))
+    else:
+        drawn[0].save(target.with_name(target.name + ".png"))
 
 
 def keep_confident(p: Prediction, threshold: float) -> Prediction:
@@ -216,6 +226,7 @@ def main() -> None:
     parser.add_argument("--images", nargs="+", default=[], help="pictures, GIFs or folders to draw people on")
     parser.add_argument("--threshold", type=float, default=0.5, help="smallest score that is drawn (default 0.5)")
     parser.add_argument("--gif", action="store_true", help="also join the drawn pictures into all.gif")
+    parser.add_argument("--process", action="store_true", help="also draw how the method gets there, if it can show it")
     parser.add_argument("--out", type=Path, default=Path("runs/eval"), help="folder for what is written")
     parser.add_argument("--workers", type=int, help="image loading processes per GPU (default: the model's own)")
     parser.add_argument("--eval_batch", type=int, help="images of the dataset at once (default: the model's own)")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,16 +63,12 @@ def draw_people(image: Image.Image, keypoints: np.ndarray, scores: np.ndarray | 
              person_scores (P,) or None: written beside each person, and the best are drawn on top
     Returns  a new RGB image. Keypoints of v = 1 or a score below `threshold` are rings, those of v = 0 left out.
     """
-    width, height = image.size
-    zoom = max(1, min(math.ceil(min_side / min(width, height)), 4096 // max(width, height)))
-    canvas = image.convert("RGB").resize((width * zoom, height * zoom), Image.Resampling.BICUBIC)
-    fine = 2 if max(canvas.size) <= 2048 else 1         # draw twice as large and shrink: smooth lines
-    layer = Image.new("RGBA", (canvas.width * fine, canvas.height * fine))
+    canvas, layer, zoom, fine = start_drawing(image, min_side)
     pen, unit = ImageDraw.Draw(layer), fine * math.sqrt(canvas.width * canvas.height) / 200
 
     keypoints = np.asarray(keypoints, dtype=float).reshape(-1, skeleton.num_keypoints, np.shape(keypoints)[-1])
     state = states(keypoints, scores, threshold)
-    limit = np.array([width, height])
+    limit = np.array(image.size)
     xy = (np.clip(np.nan_to_num(keypoints[..., :2]), -limit, 2 * limit) + 0.5) * zoom * fine
     order = range(len(xy)) if person_scores is None else np.argsort(person_scores)
     for p in order:
@@ -83,9 +79,41 @@ def draw_people(image: Image.Image, keypoints: np.ndarray, scores: np.ndarray | 
         if person_scores is not None and (box or state[p].any()):
             corner = box[:2] if box else xy[p][state[p] > ABSENT].min(0) - 4 * unit
             draw_label(pen, corner, f"{person_scores[p]:.2f}", max(11 * fine, 5 * unit))
+    return finish_drawing(canvas, layer)
+
+
+def start_drawing(image: Image.Image, min_side: int) -> tuple[Image.Image, Image.Image, int, int]:
+    """The enlarged picture, an empty layer to draw on, by what the picture grew and by what the layer is larger."""
+    width, height = image.size
+    zoom = max(1, min(math.ceil(min_side / min(width, height)), 4096 // max(width, height)))
+    canvas = image.convert("RGB").resize((width * zoom, height * zoom), Image.Resampling.BICUBIC)
+    fine = 2 if max(canvas.size) <= 2048 else 1         # draw twice as large and shrink: smooth lines
+    return canvas, Image.new("RGBA", (canvas.width * fine, canvas.height * fine)), zoom, fine
+
+
+def finish_drawing(canvas: Image.Image, layer: Image.Image) -> Image.Image:
     layer = layer.resize(canvas.size, Image.Resampling.BOX)
     canvas.paste(layer, (0, 0), layer)
     return canvas
+
+
+def draw_ellipses(image: Image.Image, draws: np.ndarray, skeleton: Skeleton, deviations: float = 2,
+                  min_side: int = 384) -> Image.Image:
+    """The image with an ellipse per keypoint that says how far several guesses of it lie apart.
+
+    draws (S, P, K, 2): S guesses of the keypoints of P people, px. An ellipse is their mean and `deviations`
+    standard deviations around it, in the colour of the keypoint.
+    """
+    canvas, layer, zoom, fine = start_drawing(image, min_side)
+    pen = ImageDraw.Draw(layer)
+    angle = np.linspace(0, 2 * math.pi, 49)
+    circle = deviations * np.stack([np.cos(angle), np.sin(angle)], -1)
+    for guesses in np.asarray(draws, dtype=float).swapaxes(0, 1):
+        for xy, colour in zip(guesses.swapaxes(0, 1), colours([side_of(skeleton, k) for k in range(guesses.shape[1])])):
+            _, size, axes = np.linalg.svd(xy - xy.mean(0), full_matrices=False)
+            outline = (xy.mean(0) + 0.5 + circle * (size / math.sqrt(len(xy)) + 0.3) @ axes) * zoom * fine
+            pen.polygon([tuple(point) for point in outline], (*colour, 110), (*colour, 255), fine)
+    return finish_drawing(canvas, layer)
 
 
 def draw_person(pen: ImageDraw.ImageDraw, xy: np.ndarray, state: np.ndarray, skeleton: Skeleton, unit: float):
@@ -173,6 +201,25 @@ def draw_predictions(data: PoseDataset, predictions: Sequence[Prediction], count
         guess = draw_people(sample.image, p.keypoints[good], p.keypoint_scores[good], data.skeleton,
                             person_scores=p.scores[good])
         pairs.append(contact_sheet([truth, guess], 2, gap=2))
+    return contact_sheet(pairs, columns=3, cell=720)
+
+
+def draw_completion(data: PoseDataset, complete: Callable, count: int = 9) -> Image.Image:
+    """The first images in which complete(keypoints (P, K, 3), boxes xyxy (P, 4)) labels further keypoints: the labels
+    left, the completed ones right, where what is new is hollow."""
+    pairs = []
+    for i in range(len(data)):
+        if len(pairs) == count:
+            break
+        sample, after = data[i], complete(data[i].keypoints, data[i].boxes)
+        labelled = sample.keypoints[..., 2] > 0
+        new = (after[..., 2] > 0) & ~labelled
+        picture = data.load(i)[0] if new.any() else None
+        if picture is None:
+            continue
+        sides = [np.concatenate([xy[..., :2], v[..., None]], 2)
+                 for xy, v in ((sample.keypoints, SOLID * labelled), (after, SOLID * labelled + HOLLOW * new))]
+        pairs.append(contact_sheet([draw_people(picture.image, side, None, data.skeleton) for side in sides], 2, gap=2))
     return contact_sheet(pairs, columns=3, cell=720)
 
 

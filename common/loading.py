@@ -1,5 +1,6 @@
 """Batches of a dataset for evaluation, and the loop over them that processes share."""
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from PIL import Image
@@ -27,20 +28,22 @@ class EvalImages(Dataset):
         return self.to_input(sample.image), sample.image_id, sample.size, message
 
 
-def collate(items: list[tuple]) -> tuple:
-    """Items of a batch column by column; the first column, tensors of one shape, stacked."""
+def collate(items: list[tuple], join: Callable = torch.stack) -> tuple:
+    """Items of a batch column by column; `join` makes one of the first, by default stacks tensors of one shape."""
     images, *columns = zip(*items)
-    return torch.stack(images), *map(list, columns)
+    return join(images), *map(list, columns)
 
 
 def predict_all(predict: Callable[[dict], list[Prediction]], data: PoseDataset, to_input: Callable, batch: int,
-                workers: int, ranks: runtime.Ranks) -> list[Prediction]:
+                workers: int, ranks: runtime.Ranks, join: Callable = torch.stack) -> list[Prediction]:
     """Predictions of a dataset; the images are shared among the processes, all get the result.
 
-    predict takes {images, image_ids, sizes_px}. A file that cannot be read is named, and nobody is found in it.
+    predict takes {images, image_ids, sizes_px}; join=list leaves images of different sizes apart. A file that cannot
+    be read is named, and nobody is found in it.
     """
     mine = Subset(EvalImages(data, to_input), range(ranks.rank, len(data), ranks.world))
-    loader = DataLoader(mine, batch, num_workers=workers, collate_fn=collate, worker_init_fn=runtime.ignore_signals)
+    loader = DataLoader(mine, batch, num_workers=workers, collate_fn=partial(collate, join=join),
+                        worker_init_fn=runtime.ignore_signals)
     found = []
     for images, ids, sizes, messages in tqdm(loader, "evaluate", disable=ranks.rank > 0, leave=False, dynamic_ncols=True):
         predictions = predict(dict(images=images, image_ids=ids, sizes_px=sizes))

@@ -57,11 +57,36 @@ def resize(sample: Sample, size: tuple[int, int]) -> Sample:
                    areas=sample.areas * scale.prod())
 
 
-def resize_short_side(sample: Sample, short_side: int) -> Sample:
-    """Resize so that the shorter side is `short_side`; the longer one keeps the aspect and is rounded down."""
-    w, h = sample.size
-    short = min(w, h)
-    return resize(sample, (short_side * w // short, short_side * h // short))
+def short_side_size(size: tuple[int, int], short_side: int, longest: float = float("inf")) -> tuple[int, int]:
+    """(w, h) with the shorter side `short_side`; the longer one keeps the aspect and is rounded down.
+
+    Where the longer side would then exceed `longest`, the shorter one becomes as small as that takes.
+    """
+    w, h = size
+    short, long = min(w, h), max(w, h)
+    if long / short * short_side > longest:
+        short_side = max(1, round(longest * short / long))
+    return short_side * w // short, short_side * h // short
+
+
+def resize_short_side(sample: Sample, short_side: int, longest: float = float("inf")) -> Sample:
+    """Resize to `short_side_size`."""
+    return resize(sample, short_side_size(sample.size, short_side, longest))
+
+
+def crop(sample: Sample, x: int, y: int, w: int, h: int) -> Sample:
+    """The window of w x h pixels whose top left corner is (x, y), as the DETR family cuts it.
+
+    Boxes end at the border, areas become those of the boxes, people without a box in the window go. Labelled
+    keypoints beyond the border move onto it and keep their v: half a person still has a whole pose.
+    """
+    limit = np.float32([w, h])
+    inside = _move(sample.keypoints, (1, 1), (-x, -y))
+    inside[..., :2] = np.where(inside[..., 2:] > 0, inside[..., :2].clip(0, limit), inside[..., :2])
+    boxes = (sample.boxes - np.float32([x, y, x, y])).clip(0, np.tile(limit, 2))
+    window = replace(_each_image(sample, lambda image: image.crop((x, y, x + w, y + h))), keypoints=inside, boxes=boxes,
+                     areas=(boxes[:, 2:] - boxes[:, :2]).prod(1))
+    return _take_people(window, (boxes[:, 2:] > boxes[:, :2]).all(1))
 
 
 def mosaic(samples: Sequence[Sample], short_side: int) -> Sample:
@@ -105,7 +130,11 @@ def filter_people(sample: Sample) -> Sample:
     """
     boxes = sample.boxes.clip(0, np.tile(np.float32(sample.size), 2))
     keep = ~sample.iscrowd & (sample.keypoints[..., 2] > 0).any(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
-    return replace(sample, keypoints=sample.keypoints[keep], boxes=boxes[keep], areas=sample.areas[keep],
+    return _take_people(replace(sample, boxes=boxes), keep)
+
+
+def _take_people(sample: Sample, keep: np.ndarray) -> Sample:
+    return replace(sample, keypoints=sample.keypoints[keep], boxes=sample.boxes[keep], areas=sample.areas[keep],
                    iscrowd=sample.iscrowd[keep],
                    track_ids=None if sample.track_ids is None else sample.track_ids[keep])
 

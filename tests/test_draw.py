@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from common.datasets import Prediction, open_dataset
-from common.draw import (HOLLOW, LINES, SOLID, colours, contact_sheet, draw_people, draw_predictions, plot_curves,
-                         save_gif, side_of, states, ticks)
+from common.draw import (HOLLOW, LINES, SOLID, colours, contact_sheet, draw_completion, draw_ellipses, draw_people,
+                         draw_predictions, plot_curves, save_gif, side_of, states, ticks)
 from common.skeletons import SKELETONS, get_skeleton
 
 COCO = get_skeleton("coco")
@@ -53,6 +53,32 @@ def test_hidden_and_doubtful_keypoints_are_rings():
         one[0, 5] = 200, 200, v
         centre[v] = np.asarray(draw_people(Image.new("RGB", (400, 400), "white"), one, None, COCO))[200, 200]
     assert centre[1].max() < 60 < centre[2].max()
+
+
+def test_an_ellipse_reaches_two_deviations_from_the_mean_in_each_direction():
+    """Guesses along a line of slope 3/4: deviation 20 px along it, none across."""
+    draws = np.full((2, 1, 17, 2), 200.0)
+    draws[0] -= (16, 12)
+    draws[1] += (16, 12)
+    pixels = np.asarray(draw_ellipses(Image.new("RGB", (400, 400)), draws, COCO)).sum(2)
+    y, x = np.nonzero(pixels)
+    along, across = ((x - 200) * 4 + (y - 200) * 3) / 5, ((y - 200) * 4 - (x - 200) * 3) / 5
+    assert 38 < along.max() < 43 and -43 < along.min() < -38 and np.abs(across).max() < 4
+    assert draw_ellipses(Image.new("RGB", (40, 20)), np.zeros((3, 0, 17, 2)), COCO).size == (800, 400)
+
+
+def test_completed_people_stand_beside_their_annotation(puppets_folder):
+    data = open_dataset(str(puppets_folder), "train")
+    calls = []
+
+    def complete(keypoints, boxes):
+        assert boxes.shape == (len(keypoints), 4)
+        calls.append(len(keypoints))
+        return np.where(keypoints[..., 2:] > 0, keypoints, np.float32([20, 20, 1]))
+
+    sheet = draw_completion(data, complete, count=2)
+    assert sheet.size[0] > 2 * sheet.size[1] and len(calls) < len(data)
+    assert draw_completion(data, lambda keypoints, boxes: keypoints).size < sheet.size, "nothing new, nothing drawn"
 
 
 @pytest.mark.parametrize("name", SKELETONS)

@@ -145,6 +145,25 @@ def test_short_side_is_kept_for_portrait_landscape_and_square():
         assert T.resize_short_side(random_sample(6, w, h), 32).size == expected
 
 
+def test_the_longer_side_is_limited_by_shrinking_the_shorter_one():
+    assert T.short_side_size((60, 40), 32, 48) == (48, 32) and T.short_side_size((60, 40), 32, 45) == (45, 30)
+    assert T.resize_short_side(random_sample(6, 30, 90), 32, 64).size == (21, 63)
+
+
+def test_a_crop_keeps_pixels_boxes_and_keypoints_together():
+    sample = random_sample(12)
+    sample.track_ids = np.arange(3)
+    cut = T.crop(sample, 3, 4, 20, 15)
+    assert cut.size == (20, 15) and cut.image.getpixel((5, 6)) == sample.image.getpixel((8, 10))
+    np.testing.assert_array_equal(cut.boxes, np.float32([[0, 0, 17, 15], [0, 1, 6, 15]]))       # of the third: nothing
+    np.testing.assert_array_equal(cut.areas, np.float32([17 * 15, 6 * 14]))
+    np.testing.assert_array_equal(cut.track_ids, [0, 1])
+    labelled = sample.keypoints[:2, :, 2] > 0
+    np.testing.assert_array_equal(cut.keypoints[..., 2], sample.keypoints[:2, :, 2])
+    expected = (sample.keypoints[:2, :, :2] - [3, 4]).clip(0, [20, 15])
+    np.testing.assert_allclose(cut.keypoints[..., :2], np.where(labelled[..., None], expected, 0), atol=1e-5)
+
+
 def test_filter_keeps_labelled_people_with_a_box_inside():
     sample = random_sample(7)
     sample.track_ids = np.arange(3)

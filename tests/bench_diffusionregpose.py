@@ -1,0 +1,143 @@
+"""How much faster and smaller DiffusionRegPose's forward pass is here than as released, on equal weights and threads.
+
+    python -m tests.bench_diffusionregpose [--pairs 7] [--threads 1]
+
+The released form: a deformable attention that samples level by level with `grid_sample`, K-SA and K-CA with the scores
+of all (G·K)² pairs of points, self-attention of the last four layers under one mask over all G(K+1) tokens, copied for
+each head, MLPs over all tokens at once, and the backbone's norms apart from its convolutions. It has torch's fused
+attention wherever that fits, so its figures are on the low side. Both forms do one DDIM step, t = 999, on a picture
+of noise with the weights of the golden tests, and must agree. They run in turn; the table has the median time of each
+and the median ratio of the pairs, and how far a process that runs one of them alone grows above its loaded weights.
+"""
+import argparse
+import statistics
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import diffusionregpose as drp
+from tests.bench_detrpose import sampled_level_by_level, seconds
+from tests.test_diffusionregpose import normal, official_model
+
+HEIGHT, WIDTH = 480, 640
+SEED = 4                   # of a picture whose 900 cells and 100 boxes are chosen by a margin of 1e-3, not by rounding
+
+
+def deform_attn_as_released(value: Tensor, shapes: list, reference: Tensor, offsets: Tensor, logits: Tensor,
+                            points: list) -> Tensor:
+    """Weights and locations of all points, then `grid_sample`; arguments as kernels.deform_attn_offsets."""
+    level = torch.arange(len(shapes)).repeat_interleave(torch.tensor(points))
+    reference = reference[:, :, None, level]                                            # (B, Q, 1, L·P, 2 or 4)
+    if reference.shape[-1] == 2:
+        locations = reference + offsets / torch.tensor(shapes).flip(1)[level]
+    else:
+        locations = reference[..., :2] + offsets / points[0] * reference[..., 2:] * 0.5
+    return sampled_level_by_level(value, shapes, locations, logits.softmax(-1), points)
+
+
+@lru_cache
+def mask_of_people(groups: int, keypoints: int, heads: int) -> Tensor:
+    """(M, tokens, tokens), True where a token may look: at its own person, and from box to box."""
+    person = torch.cat([torch.arange(groups), torch.arange(groups).repeat_interleave(keypoints)])
+    box = torch.arange(len(person)) < groups
+    return ((person[:, None] == person) | (box[:, None] & box)).repeat(heads, 1, 1)
+
+
+def attend_as_released(q: Tensor, k: Tensor, v: Tensor, blocked: None, groups: int) -> Tensor:
+    mask = mask_of_people(groups, q.shape[2] // groups - 1, q.shape[1])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None])
+
+
+def points_as_released(self: drp.PointAttention, z: Tensor, p: Tensor) -> Tensor:
+    return (self.query(z) * p.shape[1] ** 0.5 @ self.key(p).mT).softmax(-1) @ self.value(p)
+
+
+@contextmanager
+def as_released():
+    """What the model computes in here, it computes in the released form."""
+    with (mock.patch.multiple(drp, deform_attn_offsets=deform_attn_as_released, attend_groups=attend_as_released),
+          mock.patch.object(drp.PointAttention, "forward", points_as_released),
+          mock.patch.object(drp.MLP, "forward", drp.MLP.run)):
+        yield
+
+
+class Form:
+    """One of the two, ready to run; `save_weights` has filled the folder."""
+
+    def __init__(self, released: bool, folder: Path):
+        self.released = released
+        self.model = torch.load(folder / f"{released}.pt", weights_only=False)
+        self.image = normal("input", (1, 3, HEIGHT, WIDTH), SEED)
+        self.noise = normal("noise", (1, 100, 17, 2), SEED)
+
+    def __call__(self) -> dict:
+        if not self.released:
+            return drp.sample(self.model, self.image, noise=self.noise)[-1]
+        with as_released():
+            return drp.sample(self.model, self.image, noise=self.noise)[-1]
+
+
+def save_weights(folder: Path) -> None:
+    model = official_model()
+    torch.save(model, folder / "True.pt")
+    torch.save(drp.fuse(model), folder / "False.pt")
+
+
+def peak_memory(released: bool, folder: Path, threads: int) -> float:
+    """Megabytes that one forward adds to the largest size that this process had before."""
+    import resource                                             # Windows has none
+    torch.set_num_threads(threads)
+    form, sizes = Form(released, folder), []
+    for run in (lambda: None, form):
+        run()
+        sizes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return (sizes[1] - sizes[0]) / (1e6 if sys.platform == "darwin" else 1e6 / 1024)    # bytes; elsewhere KiB
+
+
+def alone(function, *args):
+    """The function's result, from a process of its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(function, *args).result()
+
+
+def compare_times(folder: Path, pairs: int) -> tuple[float, float, float]:
+    """Median milliseconds of the released form and of ours, and their ratio; the outputs agree first."""
+    released, ours = Form(True, folder), Form(False, folder)
+    expected, result = released(), ours()
+    for name in ("logits", "boxes", "keypoints"):
+        torch.testing.assert_close(result[name], expected[name], rtol=0, atol=1e-4)
+    times = [(seconds(released), seconds(ours)) for _ in range(pairs)]
+    slow, fast = (statistics.median(column) * 1e3 for column in zip(*times))
+    return slow, fast, statistics.median(a / b for a, b in times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(f"torch {torch.__version__}, {args.threads} threads, r50, {WIDTH}x{HEIGHT}, batch 1, t = 999\n"
+          f"         as released        ours    ratio")
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        alone(save_weights, folder)
+        # memory first: a process counts the size of its parent as its own, and this one is still small
+        if sys.platform != "win32":
+            slow, fast = (alone(peak_memory, released, folder, args.threads) for released in (True, False))
+            print(f"memory{slow:>11.0f} MB{fast:>9.0f} MB{slow / fast:>9.2f}", flush=True)
+        slow, fast, ratio = compare_times(folder, args.pairs)
+        print(f"time  {slow:>11.0f} ms{fast:>9.0f} ms{ratio:>9.2f}")
+
+
+if __name__ == "__main__":
+    main()

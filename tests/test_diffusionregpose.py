@@ -1,0 +1,1285 @@
+"""DiffusionRegPose against the released code's numbers, and by itself. Cases are found by file pattern."""
+import importlib
+import json
+import math
+import re
+import shutil
+import signal
+import sys
+import zlib
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import diffusionregpose as drp
+from common import runtime, transforms, weights
+from common.datasets import Sample, open_dataset
+from common.skeletons import Skeleton, flip_from_names, get_skeleton
+from data import puppets
+from diffusionregpose import Targets
+from tests.conftest import REFERENCE
+from tests.test_runtime import assert_equal
+
+FOLDER = REFERENCE / "diffusionregpose"
+LEVELS = [(6, 8), (3, 4), (2, 2), (1, 1)]                   # of the goldens of single blocks
+
+
+def golden(pattern: str):
+    """Run a test once for every golden_<pattern>.npz; none there is a failure to notice, not a silent pass."""
+    files = sorted(FOLDER.glob(f"golden_{pattern}.npz"))
+    missing = pytest.param(None, marks=pytest.mark.skip(reason=f"no golden_{pattern}.npz in {FOLDER}"))
+    return pytest.mark.parametrize("file", files or [missing], ids=lambda f: f.stem if f else "none")
+
+
+def normal(key: str, shape, seed: int = 0) -> torch.Tensor:
+    """The reference's standard-normal array, fixed by (seed, key)."""
+    rng = np.random.RandomState(zlib.crc32(f"{seed}:{key}".encode()))
+    return torch.from_numpy(rng.standard_normal(tuple(shape)).astype(np.float32))
+
+
+def fill(key: str, shape, seed: int) -> torch.Tensor:
+    """The reference's weights for a tensor of this name."""
+    n = normal(key, shape, seed)
+    if key.endswith("running_var"):
+        return 1 + 0.2 * n.tanh()
+    if key.endswith(("running_mean", "bias")):
+        return 0.05 * n
+    if len(shape) <= 1:
+        return 1 + 0.1 * n
+    return n / math.sqrt(math.prod(shape[1:]))
+
+
+@lru_cache
+def official_state(name: str) -> dict[str, torch.Tensor]:
+    """All tensors of a released file, the doubled ones and the constants as well."""
+    manifest, made, state = json.loads((FOLDER / name).read_text()), {}, {}
+    for key, shape in manifest["keys"].items():
+        key_of_weight = manifest["aliases"].get(key, key)
+        if key_of_weight not in made:
+            gain = torch.tensor(manifest["gains"].get(key_of_weight, 1.0))
+            made[key_of_weight] = fill(key_of_weight, shape, manifest["seed"]) * (
+                gain.view(-1, *[1] * (len(shape) - 1)) if gain.dim() else gain)
+        state[key] = made[key_of_weight]
+    return state | {constant: torch.zeros(1000, dtype=torch.float64) for constant in manifest["constants"]}
+
+
+@lru_cache
+def official_model(name: str = "manifest_coco.json", queries: int = 100, box_queries: int = 900):
+    """Our model with the reference's weights, shared by the tests: do not change it."""
+    preset, keypoints = drp.recognise(official_state(name))
+    model = drp.build(preset, {17: "coco", 14: "crowdpose"}[keypoints], queries=queries, box_queries=box_queries)
+    weights.load_strict(model, drp.convert_official(official_state(name), model.cfg), {})
+    return model.eval().requires_grad_(False)
+
+
+def model_of(case) -> tuple[drp.DiffusionRegPose, dict]:
+    """The model of a golden file and what its meta entry says."""
+    meta = json.loads(str(case["meta"]))
+    return official_model(meta["manifest"], meta["num_people"], meta["num_queries"]), meta
+
+
+def close(ours, theirs, tolerance: float, what: str = ""):
+    """Largest difference, relative to the largest entry or 1."""
+    ours, theirs = torch.as_tensor(ours).detach().double(), torch.as_tensor(theirs).double()
+    assert ours.shape == theirs.shape, f"{what}: {tuple(ours.shape)} against {tuple(theirs.shape)}"
+    finite = theirs.isfinite()
+    assert (ours[~finite] == theirs[~finite]).all(), what
+    if finite.any():
+        error = ((ours - theirs)[finite].abs().max() / theirs[finite].abs().max().clamp(min=1)).item()
+        assert error <= tolerance, f"{what}: error {error:.2e}"
+
+
+@contextmanager
+def watch(**modules):
+    """Lists of (arguments, result) of each call of the named modules."""
+    seen, hooks = {name: [] for name in modules}, []
+    for name, module in modules.items():
+        hooks.append(module.register_forward_hook(lambda m, args, out, name=name: seen[name].append((args, out))))
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+def level_masks(padding_mask: torch.Tensor) -> list[torch.Tensor]:
+    """(2, 65) → a mask (2, H, W) for each level."""
+    parts = padding_mask.split([h * w for h, w in LEVELS], 1)
+    return [part.view(-1, *shape) for part, shape in zip(parts, LEVELS)]
+
+
+# ------------------------------------------------------------------------------------------ blocks
+
+
+@golden("resnet50")
+def test_backbone_equals_the_release(file):
+    case, model = np.load(file), official_model()
+    image = normal("input", (1, 3, 96, 128))
+    for net in (model, drp.fuse(model)):                    # folding the norms must not change the result
+        for level, x in enumerate(net.backbone(image), 3):
+            close(x[:, ::2], case[f"c{level}"], 1e-4, f"level {level}")
+    padded = torch.zeros(1, 96, 128, dtype=torch.bool)
+    padded[:, 90:], padded[:, :, 100:] = True, True
+    grid = model.encode_image(image, padded).grid
+    for level, mask in zip((3, 4, 5), grid.padded.split([h * w for h, w in grid.shapes], 1)):
+        assert (mask.view(case[f"mask{level}"].shape).numpy() == case[f"mask{level}"]).all()
+
+
+@golden("embeddings")
+def test_embeddings_equal_the_release(file):
+    case, time = np.load(file), official_model().time_embedding
+    padded = torch.zeros(1, 96, 128, dtype=torch.bool)
+    padded[:, 90:], padded[:, :, 100:] = True, True
+    masks = [F.interpolate(padded[None].float(), (96 // s, 128 // s))[0].bool() for s in (8, 32)]
+    pos3, pos5 = (drp.cell_positions([mask], 256).view(1, *mask.shape[1:], 256).permute(0, 3, 1, 2) for mask in masks)
+    close(pos3[:, ::3], case["pos3"], 1e-5)
+    close(pos5, case["pos5"], 1e-5)
+    boxes = normal("sine", (5, 2, 4)).sigmoid()
+    close(boxes, case["sine_query_in"], 1e-6)
+    close(drp.sine_embedding(boxes[..., [1, 0, 2, 3]], 128, 10000), case["sine_query"], 1e-5)
+    t = torch.from_numpy(case["t"])
+    close(time.sinusoid(t), case["time_sinusoid"], 1e-4)
+    close(time.mlp[:3](time.sinusoid(t)), case["time_mlp"], 1e-4)
+    close(time(t), case["scale_shift"], 1e-4)
+
+
+@golden("deform_attn")
+def test_deformable_attention_equals_the_release(file):
+    case, model = np.load(file), official_model()
+    assert [tuple(shape) for shape in case["spatial_shapes"].tolist()] == LEVELS
+    grid = drp.make_grid(level_masks(torch.from_numpy(case["padding_mask"])))
+    layers = {"2d": model.encoder[0].self_attn, "4d": model.decoder.layers[0].cross_attn}
+    for kind, layer in layers.items():
+        reference = torch.from_numpy(case[f"ref{kind}"])
+        close(reference, normal(f"ref{kind[0]}", reference.shape).sigmoid(), 1e-6)
+        with watch(out=layer.output_proj) as seen:
+            out = layer(normal("query", (2, 9, 256)), reference, normal("value", (2, 65, 256)), grid)
+        close(seen["out"][0][0][0], case[f"core{kind}"], 1e-5, "before the output projection")
+        close(out, case[f"out{kind}"], 1e-5)
+
+
+@golden("encoder_layer")
+def test_encoder_layer_equals_the_release(file):
+    case, model = np.load(file), official_model()
+    grid = drp.make_grid(level_masks(torch.from_numpy(case["padding_mask"])))
+    close(grid.valid, case["valid_ratios"], 1e-6)
+    close(grid.centres[:, :, None] * grid.valid[:, None], case["reference_points"], 1e-5)
+    close(model.encoder[0](normal("src", (2, 65, 256)), normal("pos", (2, 65, 256)), grid), case["out"], 1e-4)
+
+
+@golden("decoder_layer")
+def test_decoder_layer_equals_the_release(file):
+    case, model = np.load(file), official_model()
+    padding = np.load(FOLDER / "golden_encoder_layer.npz")["padding_mask"]
+    grid = drp.make_grid(level_masks(torch.from_numpy(padding)))
+    allowed = ~torch.from_numpy(case["attn_mask"]).view(2, 8, 11, 11)
+    boxes = normal("dref", (11, 2, 4)).sigmoid().transpose(0, 1)
+    inside = boxes[:, :, None] * grid.valid.repeat(1, 1, 2)[:, None]
+    close(inside.transpose(0, 1), case["reference_input"], 1e-5)
+    sine = drp.sine_embedding(inside[:, :, 0, [1, 0, 2, 3]], 128, 10000)
+    close(sine.transpose(0, 1), case["query_sine"], 1e-4)
+    close(model.decoder.position_head(sine).transpose(0, 1), case["query_pos_from_head"], 1e-4)
+    x, position = (normal(key, (11, 2, 256)).transpose(0, 1) for key in ("tgt", "query_pos"))
+    out = model.decoder.layers[0](x, position, inside, normal("memory", (2, 65, 256)), grid,
+                                  lambda q, k, v: F.scaled_dot_product_attention(q, k, v, allowed))
+    close(out.transpose(0, 1), case["out"], 1e-4)
+
+
+@golden("proposals")
+def test_proposals_equal_the_release(file):
+    case = np.load(file)
+    grid = drp.make_grid(level_masks(torch.from_numpy(case["padding_mask"])))
+    proposals, usable = drp.box_proposals(grid)
+    close(proposals, case["proposals"], 1e-4)
+    memory = normal("memory", (2, 65, 256)).masked_fill(~usable[..., None], 0)
+    close(memory[:, :, ::8], case["memory_out"], 1e-6)
+
+
+# ------------------------------------------------------------------------------------------ the whole model
+
+
+def by_group(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """Our order, all boxes then all keypoints, → the release's: each person's box, then its keypoints."""
+    return torch.cat([x[:, :groups, None], x[:, groups:].unflatten(1, (groups, -1))], 2).flatten(1, 2)
+
+
+def check_encoder(case, seen, step: int, wide: int):
+    args, first = seen["encoder"][0]
+    for what, x in dict(enc_src=args[0], enc_pos=args[1], enc_layer0=first, memory=seen["last"][0][1]).items():
+        close(x[:, ::step, ::wide], case[what], 1e-4, what)
+    close(args[2].valid, case["enc_valid_ratios"], 1e-6)
+    assert [list(shape) for shape in args[2].shapes] == case["enc_spatial_shapes"].tolist()
+    assert (args[2].padded.numpy() == case["enc_padding_mask"]).all()
+    close(seen["score"][0][1], case["enc_class"], 1e-4, "scores of all cells")
+
+
+def check_decoder(case, seen, groups: int, wide: int, score_head):
+    """Queries of the box layers are stored by ascending cell, people by rank."""
+    scores = seen["score"][0][1].max(-1).values
+    cells = scores.topk(seen["selection"][0][1][0].shape[1]).indices
+    assert (cells.sort().values.numpy() == case["topk_token_ids_sorted"]).all()
+    rows = cells[0].argsort()[::int(case["box_layer_row_stride"][0])]
+    _, logits, boxes = seen["selection"][0][1]
+    close(logits[:, rows], case["interm_logits_sorted"], 1e-4)
+    close(boxes[:, rows], case["interm_boxes_sorted"], 1e-4)
+    for l in (0, 1):
+        close(seen["references"][l][:, rows], case[f"ref{l}_sorted"], 1e-4, f"reference {l}")
+        close(seen["hs"][l][:, rows, ::wide], case[f"hs{l}_sorted"], 1e-3, f"features {l}")
+    rank = score_head(seen["layers"][1][0]).max(-1).values.topk(groups)
+    assert (cells.gather(1, rank.indices).numpy() == case["selected_token_ids"]).all()
+    close(rank.values, case["selected_scores"], 1e-4)
+    close(seen["ksa"][0][0][0], case["noisy_pose_01"], 1e-5)
+    (z, _), moved = seen["kca"][0]
+    # the release overwrites its coarse keypoints, so the file has K-CA's output there, and z minus that for K-SA's
+    close(z, case["ksa_out_xy"] + case["coarse_kpt_xy"], 1e-4, "K-SA and coarse keypoints")
+    close(moved, case["coarse_kpt_xy"], 1e-4, "K-CA")
+    close(by_group(seen["references"][2], groups), case["ref2"], 1e-4, "after K-CA")
+    for l in (2, 3, 4, 5):
+        close(by_group(seen["hs"][l], groups)[:, ::11, ::wide], case[f"hs{l}"], 1e-3, f"features {l}")
+    refs = torch.stack([by_group(r, groups) for r in seen["references"][3:]])
+    tokens = refs.shape[2] // groups
+    close(refs[:, :, ::tokens], case["refs3to5_box"], 1e-4)
+    close(refs[:, :, :10 * tokens], case["refs3to5_kpt_first10"], 1e-4)
+
+
+def watch_model(model, images, x):
+    """A forward pass of one DDIM step from x, and what the model's parts took and gave."""
+    decoder = model.decoder
+    parts = dict(encoder=model.encoder[0], last=model.encoder[-1], score=model.selection.score, ksa=decoder.ksa,
+                 selection=model.selection, kca=decoder.kca, time=model.time_embedding,
+                 mlp=model.time_embedding.mlp[2])
+    layers = {f"layer{l}": layer for l, layer in enumerate(decoder.layers)}
+    with watch(**parts, **layers) as seen:
+        result = drp.sample(model, images, noise=x)[0]
+    seen["layers"] = [(seen[name][0][1], *seen[name][0][0]) for name in layers]
+    seen["references"] = [reference[:, :, 0] for _, _, _, reference, *_ in seen["layers"]]   # one image: not padded
+    seen["hs"] = [decoder.norm(out) for out, *_ in seen["layers"]]
+    return result, seen
+
+
+@golden("forward_*")
+def test_forward_equals_the_release(file):
+    case = np.load(file)
+    model, meta = model_of(case)
+    (shape,), groups, keypoints = meta["images"], meta["num_people"], model.skeleton.num_keypoints
+    x = normal("noise", (1, groups, 2 * keypoints)).view(1, groups, keypoints, 2)
+    image = normal(meta["input_keys"][0], (3, *shape))[None]
+    result, seen = watch_model(model, image, x)
+    for level, y in enumerate(model.backbone(image), 3):
+        close(y[:, ::32, ::2, ::2], case[f"backbone_c{level}"], 1e-4, f"level {level}")
+    close(seen["mlp"][0][1], case["time_embedding"], 1e-4)
+    close(seen["time"][0][1], case["time_scale_shift"].reshape(1, -1), 1e-4)
+    check_encoder(case, seen, meta["token_stride"], meta["channel_stride"])
+    check_decoder(case, seen, groups, meta["channel_stride"], model.decoder.score_heads[1])
+    close(result["logits"], case["pred_logits"], 1e-4)
+    close(result["boxes"], case["pred_boxes"], 1e-4)
+    close(result["keypoints"].flatten(2), case["pred_keypoints"][..., :2 * keypoints], 1e-4)
+    _, x0, eps = drp.ddim_step(x, result["keypoints"], meta["t"], 0, model.cfg.scale)
+    close(x0.flatten(2), case["x_start"], 1e-4)
+    close(eps.flatten(2), case["pred_noise"], 1e-4)
+
+
+# ------------------------------------------------------------------------------------------ diffusion
+
+
+@golden("ddim")
+def test_schedule_and_noising_equal_the_release(file):
+    case, alpha_bar = np.load(file), drp.ALPHA_BAR
+    before = torch.cat([torch.ones(1).double(), alpha_bar[:-1]])
+    index = torch.from_numpy(case["index"])
+    for name, ours in dict(alphas_cumprod=alpha_bar, alphas_cumprod_prev=before, betas=1 - alpha_bar / before,
+                           sqrt_recipm1_alphas_cumprod=(1 / alpha_bar - 1).sqrt()).items():
+        theirs = torch.from_numpy(case[f"{name}_f64"])
+        assert torch.allclose(ours[index], theirs, rtol=1e-9, atol=1e-12), name
+    pose, eps = (torch.from_numpy(case[name]).view(1, 6, 17, 2) for name in ("q_pose", "q_noise"))
+    for t in (0, 437, 999):
+        noisy = drp.noise_poses(pose, torch.tensor([t]), eps, float(case["scale"][0]))
+        close(noisy.view(6, 34), case[f"q_sample_01_t{t}"], 1e-5, f"t = {t}")
+
+
+@golden("ddim")
+def test_ddim_equals_the_release(file):
+    case = np.load(file)
+    x, pose = (torch.from_numpy(case[name]).view(1, 5, 17, 2) for name in ("ddim_x", "ddim_pose"))
+    for t, after in ((999, 499), (499, 249)):
+        new, _, eps = drp.ddim_step(x, pose, t, after, float(case["scale"][0]))
+        close(eps.flatten(2), case[f"ddim_noise_{t}"], 1e-5)
+        close(new.flatten(2), case[f"ddim_next_{t}_{after}"], 1e-5)
+    model = official_model(queries=10, box_queries=120)
+    image = normal("input", (3, 192, 256))[None]
+    results = drp.sample(model, image, steps=3, noise=normal("noise", (1, 10, 34)).view(1, 10, 17, 2))
+    assert [r["t"] for r in results] == [int(case[f"loop_t_{i}"][0]) for i in range(3)]
+    for i, found in enumerate(results):
+        close(found["x"].flatten(2), case[f"loop_x_{i}"], 1e-4, f"x before step {i}")
+        close(found["logits"], case[f"loop_pred_logits_{i}"], 1e-4)
+        close(found["boxes"], case[f"loop_pred_boxes_{i}"], 1e-4)
+        close(found["keypoints"].flatten(2), case[f"loop_pred_keypoints_{i}"][..., :34], 1e-4)
+        _, x0, eps = drp.ddim_step(found["x"], found["keypoints"], found["t"], 0, model.cfg.scale)
+        close(x0.flatten(2), case[f"loop_x_start_{i}"], 1e-4)
+        close(eps.flatten(2), case[f"loop_pred_noise_{i}"], 1e-4)
+
+
+@pytest.mark.parametrize("steps, times", [(1, [999]), (2, [999, 499]), (3, [999, 665, 332]),
+                                          (4, [999, 749, 499, 249])])
+def test_times_of_ddim(steps, times):
+    assert drp.ddim_times(steps) == [*times, -1]
+
+
+def test_padding_comes_after_the_true_poses():
+    cfg, people = runtime.resolve(drp.PRESETS["tiny"], queries=6), [3, 0, 8]
+    targets = [some_people(n) for n in people]
+    noise = drp.draw_pose_noise(people, 17, cfg, torch.device("cpu"))
+    for padding in drp.PADDINGS:
+        poses = drp.pad_poses(targets, noise, padding)
+        assert poses.shape == (3, 6, 17, 2)
+        assert torch.equal(poses[0, :3], targets[0].poses)
+        chosen = {tuple(pose.flatten().tolist()) for pose in poses[2]}             # six of the eight, none twice
+        assert len(chosen) == 6 and chosen <= {tuple(pose.flatten().tolist()) for pose in targets[2].poses}
+    assert (drp.pad_poses(targets, noise, "empty")[1] == 0).all()
+    assert torch.equal(drp.pad_poses(targets, noise, "noise")[1], noise.pad[1])
+    assert torch.equal(drp.pad_poses(targets, noise, "repeat")[0, 3:6].sort(0).values, targets[0].poses.sort(0).values)
+    mean = drp.pad_poses(targets, noise, "mean")[0, 3:]
+    assert torch.allclose(mean[0] - mean[0].mean(0), mean[2] - mean[2].mean(0), atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+def some_people(count: int) -> Targets:
+    poses = torch.rand(count, 17, 2)
+    return Targets(poses, torch.ones(count, 17), torch.rand(count, 4) / 2 + 0.2, torch.rand(count), poses)
+
+
+def noise_of(case, targets) -> drp.Noise:
+    person = [torch.cat([torch.arange(len(t)).repeat(100 // len(t)), torch.from_numpy(case[f"rng/dn_residue_idx{i}"])])
+              for i, t in enumerate(targets)]
+    return drp.Noise(torch.stack(person), torch.from_numpy(case["rng/dn_label_u"]) < 0.5,
+                     torch.from_numpy(case["rng/dn_label_new"]), 2 * torch.from_numpy(case["rng/dn_box_u"]) - 1)
+
+
+def pose_noise_of(case, targets) -> drp.PoseNoise:
+    eps = torch.stack([torch.from_numpy(case[f"rng/diff_noise{i}"]).view(-1, 17, 2) for i in range(2)])
+    pad = torch.zeros_like(eps)
+    for i, people in enumerate(targets):
+        if f"rng/diff_pad{i}" in case:
+            pad[i, len(people):] = torch.from_numpy(case[f"rng/diff_pad{i}"]).view(-1, 17, 2)
+    return drp.PoseNoise(torch.from_numpy(case["t"]), eps, [torch.arange(0)] * 2, pad)
+
+
+@golden("train_*")
+def test_attention_rules_equal_the_released_masks(file):
+    case = np.load(file)
+    groups, blocked = 10, torch.from_numpy(case["attn_mask_box"])[:, :100, :100]
+    q, k, v = normal("qkv", (3, 2, 4, 220, 8))
+    theirs = F.scaled_dot_product_attention(q, k, v, ~torch.from_numpy(case["attn_mask_box"])[:, None])
+    close(drp.attend_boxes(q, k, v, blocked), theirs, 1e-5)
+    close(drp.attend_boxes(q, k, v, None), F.scaled_dot_product_attention(q, k, v), 1e-5)
+    q, k, v = normal("qkv", (3, 2, 4, 280, 8))              # in our order; the mask is person after person
+    order = torch.cat([torch.arange(100), 100 + by_group(torch.arange(180)[None, :, None], groups)[0, :, 0]])
+    mask = torch.empty(2, 280, 280, dtype=torch.bool)
+    mask[:, order[:, None], order] = torch.from_numpy(case["attn_mask_pose"])
+    theirs = F.scaled_dot_product_attention(q, k, v, ~mask[:, None])
+    close(drp.attend_groups(q, k, v, blocked, groups), theirs, 1e-5)
+    close(drp.attend_groups(*(x[:, :, 100:] for x in (q, k, v)), None, groups), theirs[:, :, 100:], 1e-5)
+
+
+# ------------------------------------------------------------------------------------------ released files
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("manifest_*.json")), ids=lambda f: f.stem)
+def test_every_released_tensor_is_used_or_ignored_by_name(file):
+    manifest, state = json.loads(file.read_text()), official_state(file.name)
+    preset, keypoints = drp.recognise(state)
+    model = official_model(file.name)                       # loads strictly
+    assert (preset, keypoints) == ("r50", 17) if "coco" in file.stem else ("r50-crowdpose", 14)
+    ignored = {key for key in state if any(re.match(pattern, key) for pattern in drp.IGNORED)}
+    assert ignored == manifest["aliases"].keys() | set(manifest["constants"])
+    for key, canonical in manifest["aliases"].items():
+        assert torch.equal(state[key], state[canonical]), key
+    fresh = drp.build(preset, {17: "coco", 14: "crowdpose"}[keypoints])
+    counts = [sum(p.numel() for p in fresh.parameters() if p.requires_grad or every) for every in (True, False)]
+    assert counts == {17: [49_660_196, 49_437_796], 14: [49_527_324, 49_304_924]}[keypoints]
+    key = "transformer.decoder.hw.weight"
+    with pytest.raises(runtime.UserError, match="keypoint_size"):
+        weights.load_strict(model, drp.convert_official({k: v for k, v in state.items() if k != key}, model.cfg), {})
+    with pytest.raises(runtime.UserError, match="unheard_of"):
+        weights.load_strict(model, drp.convert_official(state | {"unheard_of": state[key]}, model.cfg), {})
+
+
+def test_start_weights_are_a_whole_release_edpose_or_a_resnet(tmp_path):
+    state = official_state("manifest_coco.json")
+    new = [key for key in state if "time_mlp" in key or ".emb_" in key]
+    assert len(new) == 18
+    edpose = {key: value for key, value in state.items() if key not in new}
+    assert drp.recognise(edpose) == ("r50-edpose", 17)
+    resnet = {key.removeprefix("backbone.0.body."): value for key, value in state.items() if "backbone" in key}
+    resnet |= {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000),
+               "bn1.num_batches_tracked": torch.tensor(0)}
+    average = dict(ema_model={"label_enc.weight": torch.zeros(101, 256)})     # which the release never updates
+    files = dict(release=dict(model=state, **average), average=average,
+                 edpose=dict(model=edpose), resnet=resnet)
+    for name, content in files.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+    whole = official_model().state_dict()
+    for name, parts in dict(release=("",), edpose=("encoder.", "decoder.layers.", "backbone."),
+                            resnet=("backbone.",)).items():
+        model = drp.build("r50")
+        drp.load_init(model, str(tmp_path / f"{name}.pth"))
+        equal = {key for key, value in model.state_dict().items() if torch.equal(value, whole[key])}
+        assert all(key in equal for key in whole if key.startswith(parts))
+        assert name == "release" or "decoder.ksa.key.weight" not in equal
+    bare = drp.build("r50-edpose")
+    weights.load_strict(bare, drp.convert_official(edpose, bare.cfg), {})
+    with pytest.raises(runtime.UserError, match="holds no tensors"):
+        drp.load_init(model, str(tmp_path / "average.pth"))
+
+
+# ------------------------------------------------------------------------------------------ by itself
+
+
+def tiny(**overrides) -> drp.DiffusionRegPose:
+    """A tiny model whose heads do not start at zero."""
+    model = drp.build("tiny", **overrides)
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_tiny_model_gives_the_promised_shapes():
+    model, images = tiny(), torch.randn(2, 3, 96, 128)
+    targets = [some_people(2), some_people(0)]
+    denoising = model.denoising_queries(targets)
+    result = model.train()(images, None, torch.rand(2, 10, 17, 2), torch.tensor([3, 999]), denoising)
+    assert [tuple(result[name].shape) for name in ("logits", "boxes", "keypoints")] == [
+        (2, 10, 2), (2, 10, 4), (2, 10, 17, 2)]
+    assert [[None if x is None else tuple(x.shape) for x in layer] for layer in result["layers"]] == [
+        [(2, 40, 2), (2, 40, 4), None]] + [[(2, 10, 2), (2, 10, 4), (2, 10, 17, 2)]] * 3
+    assert [tuple(x.shape) for x in result["proposals"]] == [(2, 40, 2), (2, 40, 4)]
+    assert [[tuple(x.shape) for x in layer] for layer in result["dn_layers"]] == [[(2, 10, 2), (2, 10, 4)]] * 4
+    assert model.eval()(images, None, torch.rand(2, 10, 17, 2), torch.tensor([3, 999])).keys() == {
+        "logits", "boxes", "keypoints"}
+
+
+@torch.no_grad()
+def test_result_depends_on_time_and_noise_unless_it_is_edpose():
+    image = torch.randn(1, 3, 96, 128)
+    poses, t = torch.rand(2, 1, 10, 17, 2), torch.tensor([[10], [900]])
+    for on in (True, False):
+        model = tiny(ksa_kca=on)
+        first, other_t, other_poses = (model(image, None, poses[i], t[j])["keypoints"]
+                                       for i, j in ((0, 0), (0, 1), (1, 0)))
+        assert torch.equal(first, other_t) is not on
+        assert torch.equal(first, other_poses) is not on
+    assert torch.equal(first, model(image, None, None, None)["keypoints"])
+    assert len(drp.sample(model, image, steps=4)) == 1
+
+
+@torch.no_grad()
+def test_encoding_an_image_once_serves_all_steps():
+    model, image, noise = tiny(), torch.randn(2, 3, 96, 128), torch.randn(1, 10, 17, 2)
+    steps = drp.sample(model, image, steps=4, noise=noise)
+    for step in steps:
+        again = model(image, None, step["noisy"], torch.full((2,), step["t"]))
+        assert torch.equal(again["keypoints"], step["keypoints"])
+    assert len(steps) == 4
+    assert torch.equal(steps[0]["noisy"], drp.to_poses(noise.expand(2, -1, -1, -1), model.cfg.scale))
+
+
+def surround(model, image: drp.Encoded) -> drp.Encoded:
+    """The same cells in a grid of twice the width and height, with random numbers in the padding."""
+    masks, tokens = [], []
+    for (h, w), part in zip(image.grid.shapes, image.tokens.split([h * w for h, w in image.grid.shapes], 1)):
+        mask, cells = torch.ones(1, 2 * h, 2 * w, dtype=torch.bool), 9 * torch.randn(1, 2 * h, 2 * w, model.cfg.dim)
+        mask[:, :h, :w], cells[:, :h, :w] = False, part.view(1, h, w, -1)
+        masks.append(mask)
+        tokens.append(cells.flatten(1, 2))
+    return drp.Encoded(torch.cat(tokens, 1), drp.cell_positions(masks, model.cfg.dim), drp.make_grid(masks))
+
+
+@torch.no_grad()
+def test_padding_changes_no_selected_box_and_its_content_changes_nothing():
+    model, poses, t = tiny(frozen_norm=True).train(), torch.rand(1, 10, 17, 2), torch.tensor([500])
+    image = model.encode_image(torch.randn(1, 3, 64, 96))
+    alone, one, other = (model.decode(encoded, poses, t) for encoded in (
+        image, surround(model, image), surround(model, image)))
+    for expected, found in zip(alone["proposals"], one["proposals"]):
+        close(found, expected, 1e-4)
+    for name in ("logits", "boxes", "keypoints"):           # as released, padding shifts the decoder's positions
+        close(one[name], other[name], 1e-5, name)
+
+
+def test_batch_without_people_gives_every_parameter_a_gradient():
+    model, cfg = tiny().train(), drp.PRESETS["tiny"]
+    targets = [some_people(0), some_people(0)]
+    noise = drp.draw_pose_noise([0, 0], 17, cfg, torch.device("cpu"))
+    noisy = drp.noise_poses(drp.pad_poses(targets, noise, cfg.padding), noise.t, noise.eps, cfg.scale)
+    denoising = model.denoising_queries(targets)
+    assert not denoising.known.any() and not denoising.blocked.any()
+    result = model(torch.randn(2, 3, 96, 128), None, noisy, noise.t, denoising)
+    layers = [x for layer in result["layers"] + result["dn_layers"] for x in layer if x is not None]
+    outputs = [*result["proposals"], *layers]
+    sum(x.sum() for x in outputs).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_denoising_queries_take_people_in_turn():
+    model = tiny()
+    counts = [3, 0, 25]
+    noise = drp.draw_noise(counts, model.cfg, torch.device("cpu"))
+    assert noise.person[0, :9].tolist() == [0, 1, 2] * 3
+    assert len(set(noise.person[2].tolist())) == 10                                # ten of the 25, none twice
+    denoising = model.denoising_queries([some_people(n) for n in counts], noise)
+    allowed = ~denoising.blocked[0]
+    assert torch.equal(allowed.nonzero(), torch.block_diag(*[torch.ones(3, 3)] * 3, torch.ones(1, 1)).nonzero())
+    assert denoising.known.all(1).tolist() == [True, False, True]
+    assert tiny(dn_queries=0).denoising_queries([some_people(1)]) is None
+
+
+def test_point_attention_equals_its_formula_with_gradients():
+    attention = drp.PointAttention(32).double()
+    z, p = (torch.rand(2, 9, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weights_ = (9 ** 0.5 * attention.query(z) @ attention.key(p).mT).softmax(-1)
+    close(attention(z, p), weights_ @ attention.value(p), 1e-12)
+    assert torch.autograd.gradcheck(attention, (z, p))
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(padding="zeros"), "choose from empty"), (dict(dim=100), "multiple of"), (dict(layers=1), "box_layers"),
+    (dict(queries=50), "box_queries"), (dict(drop_epochs="a"), "commas"), (dict(batch=3, accum=2), "accum")])
+def test_config_names_what_is_wrong(wrong, message):
+    with pytest.raises(runtime.UserError, match=message):
+        drp.build("tiny", **wrong)
+
+
+def test_as_released_sets_what_it_stands_for():
+    cfg = runtime.resolve(drp.PRESETS["r50"], as_released=True)
+    assert (cfg.uniform_t, cfg.padding, cfg.keypoint_completion) == (False, "noise", False)
+    assert (drp.draw_pose_noise([1, 0], 17, cfg, torch.device("cpu")).t == 0).all()
+
+
+def test_image_without_room_for_people_is_refused():
+    with pytest.raises(runtime.UserError, match="larger --short_side"):
+        tiny().encode_image(torch.zeros(1, 3, 16, 16))
+
+
+# ------------------------------------------------------------------------------------------ completion
+
+
+def completion_of(case) -> tuple[drp.KeypointCompletion, Skeleton]:
+    skeleton = get_skeleton(json.loads(str(case["meta"]))["skeleton"])
+    return drp.KeypointCompletion(case["population"], drp.reference_joints(skeleton)), skeleton
+
+
+def boxes_at(corners: np.ndarray) -> np.ndarray:
+    return np.concatenate([corners, corners + 1], 1)
+
+
+def keypoints_of(case) -> np.ndarray:
+    return np.concatenate([case["keypoints_px"], case["visibility"][..., None]], 2).astype(float)
+
+
+@golden("completion_*")
+def test_statistics_and_completed_poses_equal_the_release(file):
+    case = np.load(file)
+    completion, _ = completion_of(case)
+    assert sorted(completion.joints) == sorted(case["reference_joints"].tolist())
+    close(completion.mean, case["mean"], 1e-12)
+    close(completion.covariance, case["cov"], 1e-11)
+    keypoints = keypoints_of(case)
+    completed = completion(keypoints, boxes_at(case["box_corner"]))
+    done = ~np.isnan(case["completed_normalised"]).any((1, 2))
+    assert not done.all(), "one person lacks a reference joint"
+    close(completed[done, :, :2], case["completed_px"][done], 1e-9)
+    assert (completed[done, :, 2] > 0).all() and (completed[~done] == keypoints[~done]).all()
+    assert (completed[keypoints[..., 2] > 0] == keypoints[keypoints[..., 2] > 0]).all()
+
+
+@golden("completion_*")
+def test_the_conditional_mean_is_the_papers_least_squares_solution(file):
+    """eq. 10-12 as printed: U with UᵀU = Σ⁻¹, its columns split, the overdetermined system solved (float64)."""
+    completion, rng = completion_of(np.load(file))[0], np.random.default_rng(1)
+    upper = np.linalg.cholesky(np.linalg.inv(completion.covariance)).T
+    for _ in range(5):
+        visible = rng.random(len(completion.mean) // 2) < 0.6
+        visible[list(completion.joints)] = True
+        y = rng.multivariate_normal(completion.mean, completion.covariance).reshape(-1, 2)
+        length = np.linalg.norm(y[completion.joints[0]] - y[completion.joints[1]])
+        keypoints = np.concatenate([y, visible[:, None]], 1)[None]
+        completed = completion(keypoints, boxes_at(np.zeros((1, 2))))[0, ~visible, :2] / length
+        missing = ~visible.repeat(2)
+        right = upper @ completion.mean - upper[:, ~missing] @ (y / length).flatten()[~missing]
+        expected = np.linalg.lstsq(upper[:, missing], right, rcond=None)[0]
+        np.testing.assert_allclose(completed.flatten(), expected, atol=1e-9)
+
+
+@golden("completion_*")
+def test_moving_and_scaling_a_person_moves_and_scales_the_completion(file):
+    case = np.load(file)
+    completion, keypoints = completion_of(case)[0], keypoints_of(case)
+    first = completion(keypoints, boxes_at(case["box_corner"]))
+    moved = np.concatenate([keypoints[..., :2] * 3 + [7, -5], keypoints[..., 2:]], 2)
+    second = completion(moved, boxes_at(case["box_corner"] * 3 + [7, -5]))
+    np.testing.assert_allclose(second[..., :2], first[..., :2] * 3 + [7, -5], atol=1e-8)
+
+
+def dataset_of(people: np.ndarray, skeleton: Skeleton) -> SimpleNamespace:
+    """What learn_completion reads of a data set; boxes end at the outermost joints."""
+    low, size = people[..., :2].min(1), np.ptp(people[..., :2], 1)
+    return SimpleNamespace(keypoints=people, boxes=np.concatenate([low, size], 1), skeleton=skeleton,
+                           iscrowd=np.zeros(len(people), bool))
+
+
+def standing(rng, count: int, joints: int) -> np.ndarray:
+    """People whose joints lie in a row below each other, 10 px apart, (count, joints, 3)."""
+    places = np.arange(joints)[:, None] * [0, 10] + rng.uniform(50, 200, (count, 1, 2))
+    places = places + rng.normal(size=(count, joints, 2))
+    return np.concatenate([places, np.full((count, joints, 1), 2.0)], 2)
+
+
+@pytest.mark.parametrize("count", [2, 5, 400])
+def test_any_skeleton_is_completed_plausibly_from_few_people_too(count):
+    names = tuple("abcdefghij")
+    skeleton, rng = Skeleton("row", names, (), flip_from_names(names), (0.05,) * 10), np.random.default_rng(0)
+    completion = drp.learn_completion(dataset_of(standing(rng, count, 10), skeleton))
+    assert completion.joints is None, "no joint of that name: the diagonal of the box"
+    test = standing(rng, 20, 10)
+    holes = test * (rng.random((20, 10, 1)) < 0.6)
+    holes[0] = 0
+    completed = completion(holes, np.concatenate([test[..., :2].min(1), test[..., :2].max(1)], 1))
+    assert np.linalg.norm((completed - test)[1:, :, :2], axis=-1).max() < 8
+    assert (completed[0] == 0).all(), "nothing known, nothing guessed"
+
+
+def test_the_reference_length_is_that_of_the_head_where_there_is_one():
+    expected = dict(coco=(6, 12), crowdpose=(12, 13), posetrack=(2, 1), wholebody=(6, 12))
+    assert {name: drp.reference_joints(get_skeleton(name)) for name in expected} == expected
+
+
+def test_a_training_set_without_a_whole_person_has_no_completion(puppets_folder):
+    data = open_dataset(str(puppets_folder), "train")
+    assert drp.learn_completion(data) is not None
+    data.keypoints[:, 3] = 0
+    assert drp.learn_completion(data) is None
+
+
+# ------------------------------------------------------------------------------------------ matching and losses
+
+
+def targets_of(case) -> list[Targets]:
+    targets, i = [], 0
+    while f"target{i}_boxes" in case.files:
+        keypoints = torch.from_numpy(case[f"target{i}_keypoints"])
+        k = keypoints.shape[1] // 3
+        name = f"target{i}_keypoints_buquan"
+        poses = torch.from_numpy(case[name]) if name in case.files else keypoints
+        columns = keypoints[:, :2 * k].unflatten(1, (k, 2)), keypoints[:, 2 * k:].clamp(max=1)
+        targets.append(Targets(*columns, torch.from_numpy(case[f"target{i}_boxes"]),
+                               torch.from_numpy(case[f"target{i}_area"]), poses[:, :2 * k].unflatten(1, (k, 2))))
+        i += 1
+    return targets
+
+
+def recorded_result(case, k: int) -> tuple[dict, dict]:
+    """The case's network outputs as our forward returns them, and by name the tensors that get a gradient."""
+    leaves = {}
+
+    def load(name: str) -> torch.Tensor:
+        leaves[name] = torch.from_numpy(case[name]).requires_grad_()
+        return leaves[name]
+
+    layers = []
+    while f"layer{len(layers)}_pred_logits" in case.files:
+        name = f"layer{len(layers)}_pred_"
+        poses = load(name + "keypoints")[..., :2 * k].unflatten(2, (k, 2)) if case[name + "keypoints"].any() else None
+        layers.append((load(name + "logits"), load(name + "boxes"), poses))
+    dn_layers = [(load(f"layer{l}_dn_class_pred"), load(f"layer{l}_dn_bbox_pred")) for l in range(len(layers))]
+    known = SimpleNamespace(boxes=torch.from_numpy(case["dn_bbox_input"]),
+                            known=torch.from_numpy(case["dn_class_input"]) == drp.PERSON)
+    result = dict(layers=layers, dn_layers=dn_layers, denoising=known,
+                  proposals=(load("interm_pred_logits"), load("interm_pred_boxes")))
+    return result, leaves
+
+
+def sigmas_of(case) -> torch.Tensor:
+    return torch.tensor(get_skeleton(json.loads(str(case["meta"]))["skeleton"]).sigmas)
+
+
+@golden("losses*")
+def test_matching_costs_and_pairs_equal_the_release(file):
+    case = np.load(file)
+    targets, sigmas = targets_of(case), sigmas_of(case)
+    result, _ = recorded_result(case, len(sigmas))
+    names = [*(f"layer{l}" for l in range(len(result["layers"]))), "interm"]
+    outputs = [*result["layers"], (*result["proposals"], None)]
+    assert any(f"cost_{name}_0" in case.files for name in names)
+    for name, output, pairs in zip(names, outputs, drp.match(outputs, targets, sigmas)):
+        cost, first = drp.match_cost(output, drp.gather_people(targets), sigmas), 0
+        for i, people in enumerate(targets):
+            close(cost[i, :, first:first + len(people)], case[f"cost_{name}_{i}"], 1e-5, f"cost {name} {i}")
+            image, query, person = pairs
+            ours = set(zip(query[image == i].tolist(), (person[image == i] - first).tolist()))
+            assert ours == set(zip(*case[f"match_{name}_{i}"].tolist()))
+            first += len(people)
+
+
+def check_losses(losses: dict, case, rel: float):
+    """Each term, and the weighted sum, of a case; its names are those of the weights that are used."""
+    weights = json.loads((FOLDER / "loss_weights.json").read_text())["weights_used"]
+    assert losses.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert losses[name].item() == pytest.approx(weight * float(case[f"loss/{name}"][0]), rel=rel, abs=1e-6), name
+    assert sum(losses.values()).item() == pytest.approx(float(case["total"][0]), rel=rel)
+
+
+@golden("losses*")
+def test_every_loss_term_and_its_gradient_equals_the_release(file):
+    """The release also draws boxes of nobody (label 2) to their random places: so here, for these terms alone."""
+    case = np.load(file)
+    result, leaves = recorded_result(case, len(sigmas_of(case)))
+    losses = drp.criterion(result, targets_of(case), sigmas_of(case))
+    result["denoising"].known = torch.ones_like(result["denoising"].known)
+    boxes_of_nobody = drp.criterion(result, targets_of(case), sigmas_of(case))
+    losses |= {name: boxes_of_nobody[name] for name in losses if name.startswith(("dn_loss_bbox", "dn_loss_giou"))}
+    check_losses(losses, case, 1e-5)
+    sum(losses.values()).backward()
+    last = len(result["layers"]) - 1
+    places = [("pred_", f"layer{last}_pred_"), ("interm_boxes", "interm_pred_boxes"), ("_dn_boxes", "_dn_bbox_pred"),
+              (r"layer(\d)_(boxes|keypoints)", r"layer\1_pred_\2")]
+    names = [name.removeprefix("grad/") for name in case.files if name.startswith("grad/")]
+    assert names
+    for name in names:
+        ours, theirs = leaves[next(iter(weights.rename({name: 0}, places)))].grad, case[f"grad/{name}"]
+        close(ours / np.abs(theirs).max(), theirs / np.abs(theirs).max(), 1e-5, f"gradient of {name}")
+
+
+def test_images_without_people_teach_denoising_queries_no_boxes():
+    result, boxes = random_result(2), torch.rand(2, 4, 4, requires_grad=True)
+    known = torch.tensor([True, False])[:, None].expand(2, 4)
+    result |= dict(dn_layers=[(torch.randn(2, 4, 2), boxes)] * 2,
+                   denoising=SimpleNamespace(boxes=torch.rand(2, 4, 4), known=known))
+    sum(drp.criterion(result, some_targets([1, 0]), torch.full((17,), 0.05)).values()).backward()
+    assert boxes.grad[0].any() and not boxes.grad[1].any()
+
+
+def some_targets(counts: list[int], keypoints: int = 17) -> list[Targets]:
+    return [Targets(keypoints=0.2 + 0.6 * torch.rand(n, keypoints, 2), visible=(torch.rand(n, keypoints) > 0.2).float(),
+                    boxes=torch.tensor([[0.5, 0.5, 0.4, 0.6]]).repeat(n, 1), areas=0.05 + 0.1 * torch.rand(n),
+                    poses=torch.rand(n, keypoints, 2)) for n in counts]
+
+
+def random_result(batch: int, queries: int = 6, keypoints: int = 17) -> dict:
+    def output():
+        return torch.randn(batch, queries, 2, requires_grad=True), torch.rand(batch, queries, 4, requires_grad=True)
+    poses = torch.rand(batch, queries, keypoints, 2, requires_grad=True)
+    return dict(layers=[(*output(), None), (*output(), poses)], proposals=output(), dn_layers=[], denoising=None)
+
+
+def test_a_batch_without_people_has_a_finite_loss_and_a_gradient():
+    result = random_result(2)
+    losses = drp.criterion(result, some_targets([0, 0]), torch.full((17,), 0.05))
+    sum(losses.values()).backward()
+    assert losses["loss_keypoints"] == losses["loss_bbox_interm"] == 0 < losses["loss_ce"]
+    leaves = [x for output in [*result["layers"], result["proposals"]] for x in output if x is not None]
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in leaves)
+
+
+def test_more_people_than_queries_are_matched_as_far_as_queries_go():
+    result = random_result(1)
+    image, query, person = drp.match(result["layers"], some_targets([9]), torch.full((17,), 0.05))[1]
+    assert sorted(query.tolist()) == list(range(6)) and len(set(person.tolist())) == 6
+
+
+def test_the_order_of_people_does_not_change_the_loss():
+    targets, result, sigmas = some_targets([3]), random_result(1), torch.full((17,), 0.05)
+    shuffled = [targets[0].take(torch.tensor([2, 0, 1]))]
+    totals = [sum(drp.criterion(result, t, sigmas).values()).item() for t in (targets, shuffled)]
+    assert totals[0] == pytest.approx(totals[1], rel=1e-5)
+
+
+def test_perfect_outputs_have_no_loss_but_that_of_the_scores():
+    targets, sigmas = some_targets([2]), torch.full((17,), 0.05)
+    exact = torch.cat([targets[0].keypoints, torch.rand(4, 17, 2)])[None]
+    boxes = torch.cat([targets[0].boxes, torch.rand(4, 4)])[None]
+    logits = torch.tensor([[[-9.0, 9.0]] * 2 + [[-9.0, -9.0]] * 4])
+    result = random_result(1) | dict(layers=[(logits, boxes, exact)])
+    losses = drp.criterion(result, targets, sigmas)
+    assert losses["loss_keypoints"] == losses["loss_bbox"] == 0
+    assert max(losses["loss_oks"], losses["loss_giou"], losses["loss_ce"]) < 1e-3
+
+
+def test_a_non_finite_cost_is_said_before_the_assignment():
+    logits = torch.full((1, 6, 2), float("nan"))
+    with pytest.raises(FloatingPointError, match="matching cost"):
+        drp.match([(logits, torch.rand(1, 6, 4), None)], some_targets([2]), torch.full((17,), 0.05))
+
+
+def test_gradients_of_the_losses_are_right():
+    """gradcheck in float64; boxes overlap, contain each other, or are apart."""
+    true = some_targets([3])[0]
+    true = replace(true, **{name: getattr(true, name).double() for name in ("keypoints", "visible", "boxes", "areas")})
+    boxes = torch.tensor([[0.5, 0.45, 0.2, 0.3], [0.6, 0.8, 0.5, 0.3], [0.1, 0.1, 0.1, 0.1]]).double().requires_grad_()
+    poses = (true.keypoints + 0.05 * torch.randn(3, 17, 2)).requires_grad_()
+    logits = torch.randn(3, 2, dtype=torch.double, requires_grad=True)
+    positive, sigmas = (torch.rand(3, 2) > 0.5).double(), torch.full((17,), 0.05, dtype=torch.double)
+    assert torch.autograd.gradcheck(lambda b: tuple(drp.box_losses(b, true.boxes).values()), boxes)
+    assert torch.autograd.gradcheck(lambda p: tuple(drp.pose_losses(p, true, sigmas).values()), poses)
+    assert torch.autograd.gradcheck(lambda x: drp.focal_loss(x, positive), logits)
+
+
+# ------------------------------------------------------------------------------------------ post-processing
+
+
+@golden("postprocess_*")
+def test_nms_equals_the_release_without_its_fallback(file):
+    case = np.load(file)
+    k = case["entry_keypoints"].shape[1] // 3
+    keypoints, scores = case["entry_keypoints"][:, :2 * k].reshape(-1, k, 2), case["entry_scores"]
+    for reading, name in dict(official="official_reading", plain="interleaved").items():
+        kept = drp.nms(keypoints, scores, tuple(case["input_wh"]), reading)
+        assert kept.tolist() == sorted(case[f"keep_{name}_no_fallback"].tolist(), key=lambda i: -scores[i]), reading
+    assert drp.nms(keypoints, scores, (1, 1), "none").tolist() == np.argsort(-scores, kind="stable").tolist()
+
+
+@golden("postprocess_*")
+def test_predictions_equal_the_release_with_each_score_at_its_own_pose(file):
+    case = np.load(file)
+    k = case["keypoints"].shape[2] // 3
+    entries = dict(logits=case["logits"][0], boxes=case["boxes"][0],
+                   keypoints=case["keypoints"][0, :, :2 * k].reshape(-1, k, 2))
+    ours = drp.to_prediction(entries, 7, tuple(case["input_wh"]), tuple(case["orig_wh"]), "official")
+    close(ours.scores, case["paired_scores"], 1e-6)
+    close(ours.boxes, case["paired_boxes_xyxy"], 1e-6)
+    close(ours.keypoints, case["paired_keypoints"].reshape(-1, k, 3)[..., :2], 1e-6)
+    everybody = drp.to_prediction(entries, 7, tuple(case["input_wh"]), tuple(case["orig_wh"]), "none")
+    person = case["nonms_labels"] == drp.PERSON             # label 0 is never trained, and nobody here
+    count = person.sum()
+    close(everybody.scores[:count], case["nonms_scores"][person], 1e-6)
+    close(everybody.boxes[:count], case["nonms_boxes_xyxy"][person], 1e-6)
+
+
+@pytest.mark.parametrize("joints", [1, 3, 17, 133])
+@pytest.mark.parametrize("reading", ["official", "plain"])
+def test_nms_keeps_one_of_each_person_whatever_the_number_of_joints(joints, reading):
+    rng = np.random.default_rng(0)
+    people = rng.uniform(0, 0.2, (3, joints, 2)) + np.array([0, 0.4, 0.8])[:, None, None]
+    poses = np.concatenate([people, people, people]) + rng.normal(0, 1e-4, (9, joints, 2)) * (joints > 1)
+    scores = np.linspace(0.9, 0.1, 9)
+    kept = drp.nms(poses, scores, (640, 480), reading)
+    assert set(kept) == ({0, 1, 2} if joints > 1 else set(range(9))), "one joint has no extent: nobody is near"
+    assert len(drp.nms(poses, scores * 0.05, (640, 480), reading)) == 0
+
+
+def test_nms_of_nobody_is_nobody():
+    assert len(drp.nms(np.zeros((0, 17, 2)), np.zeros(0), (9, 9), "official")) == 0
+
+
+def test_start_noise_depends_on_seed_image_and_draw_alone():
+    cfg, first = drp.Config(), drp.start_noise("a", drp.Config(), 17)
+    torch.manual_seed(5)
+    assert torch.equal(first, drp.start_noise("a", cfg, 17)) and first.shape == (cfg.queries, 17, 2)
+    for other in ("b", cfg, 17), ("a", replace(cfg, seed=1), 17), ("a", cfg, 17, 1):
+        assert not torch.equal(first, drp.start_noise(*other))
+
+
+# ------------------------------------------------------------------------------------------ data
+
+FILE = FOLDER / "golden_transforms.json"
+GOLDEN_DATA = json.loads(FILE.read_text()) if FILE.exists() else {}
+needs_golden_data = pytest.mark.skipif(not GOLDEN_DATA, reason=f"no {FILE}")
+cases = pytest.mark.parametrize("name", [n for n in GOLDEN_DATA if isinstance(GOLDEN_DATA[n], dict)])
+
+
+def recorded_sample(record: dict, with_area: bool) -> Sample:
+    height, width = record["size"]
+    y, x = np.mgrid[:height, :width]
+    red = ((x + y) % 256).astype(np.uint8)
+    image = Image.fromarray(np.stack([red, 255 - red, (2 * red.astype(int) % 256).astype(np.uint8)], 2))
+    boxes = np.float32(record["boxes"])
+    areas = np.float32(record["area"]) if with_area else (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    return Sample(image, 1, (width, height), np.float32(record["keypoints"]), boxes, areas, np.zeros(len(boxes), bool))
+
+
+def assert_sample(ours: Sample, record: dict):
+    assert ours.size == tuple(record["size"][::-1]) == ours.image.size
+    labelled = ours.keypoints[..., 2] > 0
+    assert (labelled == (np.array(record["keypoints"])[..., 2] > 0)).all()
+    close(ours.keypoints[labelled], np.array(record["keypoints"])[labelled], 1e-6)
+    close(ours.boxes, record["boxes"], 1e-6)
+    if "area" in record:
+        close(ours.areas, record["area"], 1e-5)
+
+
+def assert_targets(ours: Targets, record: dict):
+    k = ours.keypoints.shape[1]
+    close(ours.boxes, record["boxes"], 1e-5)
+    close(ours.areas, record["area"], 1e-5)
+    theirs = np.array(record["keypoints"])
+    assert (ours.visible.numpy() == (theirs[:, 2 * k:] > 0)).all()
+    close(ours.keypoints.flatten(1), theirs[:, :2 * k] * (theirs[:, 2 * k:] > 0).repeat(2, 1), 1e-5)
+    assert torch.equal(ours.poses, ours.keypoints)
+
+
+def with_poses(sample: Sample) -> Sample:
+    """As TrainImages: annotated keypoints, then those for the diffusion."""
+    return replace(sample, keypoints=np.concatenate([sample.keypoints] * 2, 1))
+
+
+@needs_golden_data
+@cases
+def test_augmentation_equals_the_release(name):
+    case = GOLDEN_DATA[name]
+    sample = recorded_sample(case["input"], "area" in case["input"])
+    assert_targets(drp.to_targets(with_poses(sample)), case["input_normalised_directly"])
+    flip = get_skeleton("crowdpose" if sample.keypoints.shape[1] == 14 else "coco").flip
+    assert_sample(transforms.hflip(sample, flip), case["after_hflip"])
+    sample = transforms.resize_short_side(sample, 600)
+    assert_sample(sample, case["after_resize_600"])
+    pixels = np.array(sample.image)[np.ix_([0, 100], [0, 200])].reshape(-1, 3)
+    assert (pixels == case["resized_pixels_rows_0_100_cols_0_200"]).all()
+    sample = transforms.crop(sample, 120, 50, 450, 500)
+    assert_sample(sample, case["then_crop_top50_left120_h500_w450"])
+    sample = transforms.resize_short_side(sample, 736, 1333)
+    assert_sample(sample, case["then_resize_736_max1333"])
+    assert_targets(drp.to_targets(with_poses(sample)), case["then_normalise"])
+    tensor = drp.normalise(sample.image)
+    for y, x, values in case["tensor_values"]:
+        close(tensor[:, y, x], values, 1e-5)
+
+
+@needs_golden_data
+def test_the_size_rule_equals_the_release():
+    rows = next(rows for name, rows in GOLDEN_DATA.items() if name.startswith("resize_sizes"))
+    for w, h, short, longest, *expected in rows:
+        assert transforms.short_side_size((w, h), short, longest or np.inf) == tuple(expected), (w, h, short, longest)
+
+
+def test_pictures_of_different_sizes_are_padded_at_the_right_and_bottom():
+    images, padded = drp.pad_images([torch.ones(3, 4, 7), 2 * torch.ones(3, 6, 5)])
+    assert images.shape == (2, 3, 6, 7) and padded.shape == (2, 6, 7) and padded.dtype == torch.bool
+    for image, mask, inside in zip(images, padded, (np.s_[:4, :7], np.s_[:6, :5])):
+        assert (image[0] > 0).sum() == (~mask).sum() == (image[(0, *inside)] > 0).sum() == (~mask[inside]).sum()
+
+
+def test_training_images_depend_on_seed_epoch_and_index_and_carry_completed_poses(puppets_folder):
+    cfg = drp.Config(short_side=64, long_side=107, multiscale=False)
+    data = open_dataset(str(puppets_folder), "train").training()
+    completion = drp.learn_completion(data)
+    images = drp.TrainImages(data, cfg, 3, completion)
+    for i in range(6):
+        (image, targets, skipped), again = images[i], images[i]
+        assert torch.equal(image, again[0]) and torch.equal(targets.poses, again[1].poses) and not skipped
+        assert min(image.shape[1:]) == 64
+        visible = targets.visible > 0
+        assert torch.equal(targets.poses[visible], targets.keypoints[visible])
+        assert (targets.keypoints[~visible] == 0).all()
+    filled = torch.cat([t.poses[t.visible == 0] for _, t, _ in (images[i] for i in range(10))])
+    assert (filled != 0).float().mean() > 0.3, "unlabelled joints have places"
+    plain = drp.TrainImages(data, cfg, 3, None)
+    assert all(torch.equal(plain[i][1].poses, plain[i][1].keypoints) for i in range(4))
+    flipped = [torch.equal(images[i][0], drp.TrainImages(data, cfg, 4, None)[i][0]) for i in range(10)]
+    assert not all(flipped), "another epoch mirrors other images"
+
+
+def test_crops_and_sizes_are_those_of_the_release():
+    people = Sample(Image.new("RGB", (640, 480)), 1, (640, 480), np.zeros((1, 17, 3), np.float32),
+                    np.float32([[0, 0, 640, 480]]), np.float32([9]), np.zeros(1, bool))
+    rng = np.random.default_rng(0)
+    sizes = [drp.augment(people, None, drp.Config(), rng).size for _ in range(60)]
+    assert {min(size) for size in sizes if max(size) < 1333} <= set(range(480, 801, 32))
+    assert max(map(max, sizes)) <= 1333 and len({round(w / h, 2) for w, h in sizes}) > 10, "crops of many shapes"
+
+
+def test_mirroring_a_completed_pose_is_completing_then_mirroring(puppets_folder):
+    """The poses for the diffusion keep left and right apart as the annotation does."""
+    data = open_dataset(str(puppets_folder), "train").training()
+    cfg = drp.Config(short_side=64, long_side=107, multiscale=False)
+    images = drp.TrainImages(data, cfg, 0, drp.learn_completion(data))
+    for i in range(8):
+        targets = images[i][1]
+        seen = targets.visible > 0
+        assert torch.allclose(targets.poses[seen], targets.keypoints[seen])
+
+
+def test_crowdpose_losses_take_the_area_of_the_box(puppets_folder):
+    data = open_dataset(str(puppets_folder), "train").training()
+    cfg = drp.Config(short_side=64, long_side=107, multiscale=False)
+    before = drp.TrainImages(data, cfg, 0, None)[0][1].areas
+    data.name = "crowdpose"
+    targets = drp.TrainImages(data, cfg, 0, None)[0][1]
+    assert torch.allclose(targets.areas, targets.boxes[:, 2:].prod(1), rtol=1e-4)
+    assert not torch.allclose(targets.areas, before)
+
+
+# ------------------------------------------------------------------------------------------ a training step
+
+
+@golden("train_*")
+def test_a_training_step_equals_the_release(file):
+    case = np.load(file)
+    shared, meta = model_of(case)
+    model = drp.DiffusionRegPose(shared.cfg, shared.skeleton).train()
+    model.load_state_dict(shared.state_dict())
+    targets, k = targets_of(case), model.skeleton.num_keypoints
+    noise = pose_noise_of(case, targets)
+    poses = drp.pad_poses(targets, noise, {"normal": "noise", "zero": "empty"}[meta["padding"]])
+    noisy = drp.noise_poses(poses, noise.t, noise.eps, model.cfg.scale)
+    close(noisy.flatten(2), case["x_t_01"], 1e-5, "noisy poses")
+    denoising = model.denoising_queries(targets, noise_of(case, targets))
+    close(denoising.boxes, case["dn_known_boxes"], 1e-6)
+    assert denoising.known.all() and (case["dn_known_labels"] == 1).all()
+    close(denoising.reference, torch.from_numpy(case["dn_query_bbox_unsigmoid"]).sigmoid(), 1e-5)
+    close(denoising.content[..., ::16], case["dn_noised_labels_embed_stride"], 1e-6)
+    assert (denoising.blocked.numpy() == case["attn_mask_box"][:, :100, :100]).all()
+    pictures = [normal(key, (3, *shape)) for key, shape in zip(meta["input_keys"], meta["images"])]
+    result = model(*drp.pad_images(pictures), noisy, noise.t, denoising)
+    for name in ("logits", "boxes"):
+        close(result[name], case[f"out/pred_{name}"], 1e-4, name)
+    close(result["keypoints"].flatten(2), case["out/pred_keypoints"][..., :2 * k], 1e-4, "keypoints")
+    for ours, name in zip(result["dn_layers"][-1], ("class", "bbox")):
+        close(ours, case[f"out/dn_{name}_pred"], 1e-4, f"denoising {name}")
+    losses = drp.criterion(result | dict(denoising=denoising), targets, model.sigmas)
+    check_losses(losses, case, 1e-3)
+    sum(losses.values()).backward()
+    check_gradients(model, case, json.loads(file.with_name(f"{file.stem}_grads.json").read_text()))
+
+
+def check_gradients(model: drp.DiffusionRegPose, case, names: dict):
+    """Norms of all gradients and the stored whole ones, by the release's names, its heads by their second ones."""
+    twice = re.compile(r"^transformer\.decoder\.(?=(class|bbox|pose|pose_hw)_embed)")
+    first = [twice.sub("", name) for name in names["parameter_order"]]
+    ours = dict(zip(names["parameter_order"], weights.rename(dict.fromkeys(first), drp.RENAME)))
+    learned = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    idle = {ours[name] for name in names["zero_grad"]}
+    assert learned.keys() == set(ours.values()), "every trained parameter of the release, and no other"
+    assert {name for name, grad in learned.items() if not grad.any()} == idle
+    biases = {"decoder.ksa.key.bias", "decoder.kca.key.bias"}                  # zero but for rounding
+    total = float(case["grad_total_norm"][0])
+    for name, norm in zip(names["parameter_order"], case["grad_norms"]):
+        if ours[name] not in idle | biases:
+            assert learned[ours[name]].norm().item() == pytest.approx(float(norm), rel=2e-3, abs=1e-6 * total), name
+    for key in [key for key in case.files if key.startswith("grad/")]:
+        if ours[key[5:]] not in idle | biases:
+            theirs, gradient = torch.from_numpy(case[key]), learned[ours[key[5:]]]
+            step = gradient.shape[1] // theirs.shape[1] if theirs.dim() > 1 else 1
+            close(gradient[..., ::step] / theirs.abs().max(), theirs / theirs.abs().max(), 2e-3, key)
+
+
+# ------------------------------------------------------------------------------------------ by itself
+
+SMALL = dict(dim=32, heads=4, ffn=32, layers=2, box_queries=12, queries=5, dn_queries=4, short_side=64, long_side=64)
+FLAGS = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+ALONE = runtime.Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("counts", [[2, 0, 1], [0, 0, 0]])
+@pytest.mark.parametrize("ablation", [
+    dict(), dict(padding="repeat"), dict(padding="noise"), dict(padding="mean"), dict(scale=10.0), dict(queries=3),
+    dict(uniform_t=False), dict(ksa_kca=False), dict(dn_queries=0), dict(as_released=True)], ids=str)
+def test_every_ablation_gives_every_parameter_a_finite_gradient(ablation, counts):
+    model = drp.build("tiny", "crowdpose" if "scale" in ablation else "coco", **SMALL | ablation).train()
+    targets, pictures = some_targets(counts, model.skeleton.num_keypoints), [torch.rand(3, 64, w) for w in (64, 48, 40)]
+    for _ in range(2):                                  # the first step leaves zero-started heads behind
+        losses = drp.batch_losses(model, model, *drp.pad_images(pictures), targets, ALONE)
+        sum(losses.values()).backward()
+        torch.optim.SGD(model.parameters(), 1e-4).step()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert ("dn_loss_ce" in losses) == (model.cfg.dn_queries > 0)
+
+
+def test_two_halves_of_a_batch_have_the_loss_of_the_whole(monkeypatch):
+    targets, sigmas, result = some_targets([2, 1]), torch.full((17,), 0.05), random_result(2)
+    known = SimpleNamespace(boxes=torch.rand(2, 4, 4), known=torch.ones(2, 4, dtype=torch.bool))
+    result |= dict(dn_layers=[(torch.randn(2, 4, 2), torch.rand(2, 4, 4))] * 2, denoising=known)
+    whole = drp.criterion(result, targets, sigmas)
+    monkeypatch.setattr(runtime, "mean_over_ranks", lambda count: torch.tensor(1.5))
+    halves = []
+    for b in (0, 1):
+        part = {name: [tuple(None if x is None else x[b:b + 1] for x in output) for output in result[name]]
+                for name in ("layers", "dn_layers")}
+        part |= dict(proposals=tuple(x[b:b + 1] for x in result["proposals"]),
+                     denoising=SimpleNamespace(boxes=known.boxes[b:b + 1], known=known.known[b:b + 1]))
+        halves.append(drp.criterion(part, targets[b:b + 1], sigmas, shares=2))
+    for name, value in whole.items():
+        assert (halves[0][name] + halves[1][name]).item() / 2 == pytest.approx(value.item(), rel=1e-5), name
+
+
+def test_predictions_are_people_in_pixels_of_the_original_whoever_shares_the_batch():
+    model = drp.build("tiny", **SMALL, nms="none").eval()
+    for parameter in model.parameters():
+        parameter.data += 0.03 * torch.randn_like(parameter)
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 255, (h, w, 3), np.uint8)) for h, w in ((100, 150), (50, 75))]
+    batch = drp.to_batch(pictures, ["a", 7], model.cfg)
+    first, second = drp.predict(model, batch)
+    assert (first.image_id, second.image_id) == ("a", 7) and batch["sizes_px"] == [(150, 100), (75, 50)]
+    assert first.keypoints.shape == (5, 17, 2) and (np.diff(first.scores) <= 0).all()
+    larger = drp.predict(model, batch | dict(sizes_px=[(300, 300), (75, 50)]))[0]
+    close(larger.keypoints, first.keypoints * (2, 3), 1e-6, "pixels of the original")
+    close(larger.boxes, first.boxes * (2, 3, 2, 3), 1e-6)
+    alone = drp.predict(drp.fuse(model), drp.to_batch(pictures[1:], [7], model.cfg))[0]
+    close(alone.keypoints, second.keypoints, 1e-3, "alone")
+
+
+def test_an_ensemble_joins_the_people_of_all_steps():
+    counts = []
+    for options in dict(), dict(steps=3), dict(steps=3, ensemble=True):
+        model = drp.build("tiny", **SMALL, nms="none", **options).eval()
+        counts.append(len(drp.predict(model, drp.to_batch([Image.new("RGB", (64, 64))], [1], model.cfg))[0].scores))
+    assert counts == [5, 5, 15]
+
+
+def test_the_process_is_ten_steps_of_noise_then_people_and_one_picture_of_ellipses():
+    model = drp.build("tiny", **SMALL, nms="none").eval()
+    for threshold in (0, 1):                            # everybody, nobody
+        shown = drp.show_process(model, Image.new("RGB", (80, 60)), threshold)
+        assert {name: len(pictures) for name, pictures in shown.items()} == dict(process=11, uncertainty=1)
+        assert len({picture.size for pictures in shown.values() for picture in pictures}) == 1
+        assert (np.ptp(np.asarray(shown["uncertainty"][0])) > 0) == (threshold == 0)
+
+
+def test_the_learning_rate_falls_as_a_cosine_or_drops_twice():
+    cosine, drops = drp.PRESETS["tiny"], drp.PRESETS["r50"]
+    rates = [drp.lr_scale(step, 1000, 0, cosine) for step in range(1000)]
+    assert rates[0] < 0.01 and max(rates) > 0.85 and rates[-1] < 1e-4
+    assert [drp.lr_scale(0, 10, epoch, drops) for epoch in (30, 31, 60, 61)] == pytest.approx([1, 0.1, 0.1, 0.01])
+
+
+def test_puppets_in_crowds_are_evaluated_by_crowding(tmp_path, monkeypatch):
+    monkeypatch.setattr(puppets, "ROOT", tmp_path)
+    monkeypatch.setattr(puppets, "COUNTS", puppets.COUNTS | {"crowd": {"val": 4}})
+    model = drp.build("tiny", **SMALL).eval()
+    table, found = drp.evaluate(model, drp.open_crowd(model.skeleton, ALONE), model.cfg, ALONE)
+    assert {"AP", "AP_E", "AP_M", "AP_H"} <= table.keys() and len(found) == 4
+
+
+# ------------------------------------------------------------------------------------------ training runs
+
+
+def train(data: Path, out: Path, *flags: str) -> dict:
+    """Train in this process, 2 x 5 steps; the content of last.pt."""
+    words = flags if "--resume" in flags else (
+        "--train", *FLAGS, "--processes", "1", "--eval_every", "1", "--epochs", "2", "--batch", "4", "--accum", "2",
+        "--device", "cpu", "--data", str(data), "--out", str(out), *flags)
+    drp.train(*runtime.parse(drp.Config, drp.PRESETS, "", list(words)))
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def whole_run(puppets_folder, tmp_path_factory) -> Path:
+    """The folder of a run that was never cut."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    train(puppets_folder, folder)
+    return folder
+
+
+@pytest.mark.parametrize("how, step", [("SIGTERM", 4), ("kill", 2)])
+def test_a_run_that_is_cut_and_resumed_ends_with_the_same_bits(how, step, puppets_folder, whole_run, tmp_path):
+    losses, calls = drp.batch_losses, []
+
+    def cut(*args):
+        calls.append(0)
+        if len(calls) == 7 and how == "SIGTERM":
+            signal.raise_signal(signal.SIGTERM)
+        if len(calls) == 7 and how == "kill":
+            raise KeyboardInterrupt
+        return losses(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drp, "batch_losses", cut)
+        patch.setattr(runtime.Run, "draw", lambda *args: None)
+        patch.setattr(runtime.Run, "save_is_due", lambda self: len(calls) == 4)
+        with suppress(KeyboardInterrupt):
+            train(puppets_folder, tmp_path / "run")
+        patch.setattr(drp, "batch_losses", losses)
+        assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == step
+        after = train(puppets_folder, tmp_path / "run", "--resume", str(tmp_path / "run"))
+    expected = torch.load(whole_run / "last.pt", weights_only=True)
+    assert after["step"] == 10
+    parts = ("model", "ema", "optimizer", "epoch", "step", "best", "rows")
+    assert_equal({part: after[part] for part in parts}, {part: expected[part] for part in parts})
+
+
+def test_a_run_leaves_its_pictures_and_a_checkpoint_that_eval_understands(whole_run, tmp_path, monkeypatch, capsys):
+    assert {"completion.png", "predictions.png", "curves.png", "best.pt"} <= {path.name for path in whole_run.iterdir()}
+    Image.new("RGB", (50, 40)).save(tmp_path / "photo.png")
+    evaluation = importlib.import_module("eval")
+    for words in ["--eval_batch", "3"], ["--images", str(tmp_path / "photo.png"), "--process", "--threshold", "0"]:
+        words = ["eval.py", str(whole_run), *words, "--device", "cpu", "--out", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", words)
+        evaluation.main()
+    assert "8 images in" in capsys.readouterr().out
+    drawn = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"photo.png", "photo_process.gif", "photo_uncertainty.png", "results.json"} <= drawn
+
+
+def test_a_training_set_without_a_whole_person_says_so_and_trains_without_completion(puppets_folder, tmp_path, capsys):
+    data = Path(shutil.copytree(puppets_folder, tmp_path / "data"))
+    file = data / "annotations" / "person_keypoints_train2017.json"
+    content = json.loads(file.read_text())
+    for annotation in content["annotations"]:
+        annotation["keypoints"][9:12] = [0, 0, 0]
+    file.write_text(json.dumps(content))
+    assert train(data, tmp_path / "run", "--epochs", "1", "--batch", "22")["step"] == 1
+    assert capsys.readouterr().out.count("no keypoint completion") == 1
+    assert not (tmp_path / "run" / "completion.png").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_name_and_the_images(puppets_folder, tmp_path, monkeypatch):
+    losses = drp.criterion
+    monkeypatch.setattr(drp, "criterion", lambda *args: losses(*args) | dict(loss_oks=torch.tensor(math.nan)))
+    with pytest.raises(runtime.UserError, match=r"loss_oks not finite at step 0, images \["):
+        train(puppets_folder, tmp_path / "run")
+
+
+def test_frozen_norms_without_start_weights_are_refused():
+    args = SimpleNamespace(device="cpu", saved=None)
+    with pytest.raises(runtime.UserError, match="frozen norms need start weights"):
+        drp.train(runtime.resolve(drp.PRESETS["r50"], init=""), args)
+
+
+@pytest.mark.slow
+def test_the_tiny_preset_learns_eight_puppets_by_heart(puppets_folder):
+    """A model that cannot overfit has a bug: the loss of the final poses falls below a fifth of its start."""
+    data = open_dataset(str(puppets_folder), "train").training()
+    model = drp.build("tiny", data.skeleton).train()
+    images = drp.TrainImages(data, model.cfg, 0, drp.learn_completion(data))
+    (images, padded), targets, _ = drp.collate([images[i] for i in range(8)], drp.pad_images)
+    optimizer, values = drp.build_optimizer(model, model.cfg), []
+    for step in range(200):
+        runtime.seed_all(step)
+        losses = drp.batch_losses(model, model, images, padded, targets, ALONE)
+        sum(losses.values()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), model.cfg.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        values.append(losses["loss_keypoints"].item())
+    assert np.mean(values[-10:]) < values[0] / 5
+
+
+@pytest.mark.slow
+def test_the_summary_has_the_parameters_of_the_release():
+    rows = {line.split()[0]: line.split() for line in drp.summary().splitlines()}
+    assert {"tiny", "r50", "r50-crowdpose", "r50-edpose"} <= rows.keys()
+    assert rows["r50"][2:6:2] == ["49.66", "49.44"] and rows["r50-crowdpose"][2:6:2] == ["49.53", "49.30"]
+    assert 185 < float(rows["r50"][-1]) < 213, "GFLOPs of the release, which computes what its masks forbid"
+
+
+def test_k_ca_near_the_identity_returns_about_its_points():
+    """On points spread over the image; the start of the release sends all of them to one place."""
+    points = torch.rand(1, 170, 2, generator=torch.Generator().manual_seed(0)) * 0.9 + 0.05
+    attention = drp.PointAttention(96)
+    scattered = attention(points, points).std(1)
+    attention.start_near_identity(170)
+    with torch.no_grad():
+        out = attention(points, points)
+    assert (out - points).abs().mean() < 0.05 and (out.std(1) > 0.8 * points.std(1)).all()
+    assert (scattered < 0.5 * points.std(1)).all()
