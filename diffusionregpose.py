@@ -64,6 +64,7 @@ from kernels.deform_attn import deform_attn_offsets
 BACKBONES = {"r50": (64, (3, 4, 6, 3)), "r26": (24, (2, 2, 2, 2))}      # width of layer 1, blocks in layers 1 to 4
 PADDINGS = ("empty", "repeat", "noise", "mean")
 NMS = ("official", "plain", "none")
+AT_INFERENCE = ("steps", "ensemble", "nms", "seed")       # fields that `eval.py --set` may change
 
 
 @dataclass(frozen=True)

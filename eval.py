@@ -4,6 +4,7 @@
     python eval.py runs/<run>/best.pt --data puppets --split ood
     python eval.py runs/<run>/best.pt --data data/coco          another dataset
     python eval.py best.pt --images photo.jpg folder/ clip.gif  draws people, writes COCO results
+    python eval.py best.pt --set steps=4 ensemble=true          with more DDIM steps (diffusionregpose)
     python eval.py best.pt --images photo.jpg --process         and how the method finds them (diffusionregpose)
     python eval.py detrpose-l --images photo.jpg                released weights by name, fetched once
     python eval.py detrpose_hgnetv2_l.pth --data data/coco      released weights from a file
@@ -95,6 +96,22 @@ def from_release(path: Path, method: str, preset: str) -> tuple[ModuleType, nn.M
     weights.load_strict(model, module.convert_official(state, model.cfg), {})
     print(f"{path}: {name}, preset {preset or own_preset}, {keypoints} keypoints")
     return module, model, ""
+
+
+def with_settings(module: ModuleType, model: nn.Module, settings: list[str]) -> nn.Module:
+    """The model with other values of those fields of its config that only prediction reads, e.g. steps=4."""
+    allowed, values = getattr(module, "AT_INFERENCE", ()), {}
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        if name not in allowed:
+            raise UserError(f"--set {setting}: what {module.__name__} can change now is {', '.join(allowed) or 'nothing'}")
+        kind = type(getattr(model.cfg, name))
+        try:
+            values[name] = {"true": True, "false": False}[text] if kind is bool else kind(text)
+        except (KeyError, ValueError):
+            raise UserError(f"--set {setting}: expected {name}={'true or false' if kind is bool else 'a number'}") from None
+    model.cfg = runtime.resolve(model.cfg, **values)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -220,6 +237,8 @@ def main() -> None:
     parser.add_argument("checkpoint", help="a run's .pt file or folder, a released file, or a released name")
     parser.add_argument("--method", default="", help=f"of a released file: {', '.join(METHODS)} (default: guessed)")
     parser.add_argument("--preset", default="", help="of a released file (default: guessed from its tensors)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE",
+                        help="what only prediction reads: steps=4, ensemble=true, nms=plain, seed=1 (diffusionregpose)")
     parser.add_argument("--data", default="", help="puppets or a dataset's folder (default: what it was trained for)")
     parser.add_argument("--split", default="", help="val, test, train, ood or crowd (default: the papers' own)")
     parser.add_argument("--sigmas", default="", help="OKS sigmas of your own keypoints, with commas")
@@ -236,7 +255,7 @@ def main() -> None:
     ranks = runtime.init_distributed(args.device)
     with runtime.rank_zero_first(ranks):                # it fetches
         module, model, trained_for = load_model(args.checkpoint, args.method, args.preset)
-    model.to(ranks.device).eval()
+    model = with_settings(module, model, args.set).to(ranks.device).eval()
     if args.images:
         if ranks.rank == 0:                             # pictures are too few to share
             draw_pictures(module, model, args, ranks.device)

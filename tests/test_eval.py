@@ -285,3 +285,18 @@ def test_only_confident_people_are_drawn_and_a_model_that_sees_nobody_is_no_erro
     code, out, results = call(run, "--images", "photo.png", "--threshold", 1)
     assert code == 0 and "0 people of score 1 or more in 1 pictures" in out and len(results) > 0
     assert Image.open("drawn/photo.png").getextrema() == ((255, 255),) * 3
+
+
+# ------------------------------------------------------------------------------------------ settings
+
+def test_settings_that_only_prediction_reads_are_changed_and_others_refused():
+    import diffusionregpose
+    model = diffusionregpose.build("tiny")
+    changed = evaluation.with_settings(diffusionregpose, model, ["steps=4", "ensemble=true", "nms=plain"]).cfg
+    assert (changed.steps, changed.ensemble, changed.nms, changed.dim) == (4, True, "plain", 96)
+    for setting, message in {"dim=32": "can change now is steps, ensemble", "steps": "a number", "steps=two": "a number",
+                             "ensemble=4": "true or false", "steps=0": "at least|from 1", "nms=best": "choose"}.items():
+        with pytest.raises(runtime.UserError, match=message):
+            evaluation.with_settings(diffusionregpose, model, [setting])
+    with pytest.raises(runtime.UserError, match="nothing"):
+        evaluation.with_settings(detrpose, model, ["steps=4"])
