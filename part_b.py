@@ -18,14 +18,12 @@ from common import draw, metrics, runtime, transforms
 from common.datasets import PoseDataset, Prediction, Sample, default_splits, open_dataset
 from common.loading import collate, predict_all
 from common.skeletons import Skeleton
-from querypose import PRESETS, Config, QueryPose, build, fuse, load_init
+from querypose import PRESETS, Config, Output, QueryPose, build, fuse, load_init, place_keypoints
 
 # ---- Matching and losses (Sec. 3.4). A set of pairs is (image, query, person): three index tensors of one ----
-# length; `person` counts through all people of the batch in image order. A stage's output is its logits (B, Q), boxes
-# xyxy in pixels (B, Q, 4), and keypoints μ and deviations σ (B, Q, K, 2) in sizes of the box, seen from its centre.
+# length; `person` counts through all people of the batch in image order.
 
 Pairs = tuple[Tensor, Tensor, Tensor]
-Output = tuple[Tensor, Tensor, Tensor, Tensor]
 WEIGHTS = dict(ce=2.0, bbox=5.0, giou=2.0, kps=1.0)
 TENSORS = ("keypoints", "visible", "boxes", "sizes")
 SMALLEST_SIGMA = 1e-6      # of the box; a sigmoid reaches 0
@@ -71,22 +69,21 @@ def box_distance(boxes: Tensor, people: Targets) -> Tensor:
     return ((boxes - people.boxes).abs() / people.sizes.repeat(1, 2)).sum(-1)
 
 
-def match_cost(output: Output, people: Targets) -> Tensor:
+def match_cost(logits: Tensor, boxes: Tensor, people: Targets) -> Tensor:
     """Cost of giving a query to a person, (B, Q, P): 2·class + 5·L1 − 2·GIoU. The pose has no say."""
-    logits, boxes = (x.float() for x in output[:2])
-    p, boxes = logits.sigmoid().unsqueeze(-1), boxes.unsqueeze(-2)
+    p, boxes = logits.float().sigmoid().unsqueeze(-1), boxes.float().unsqueeze(-2)
     focal = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.75 * p ** 2 * -(1 - p + 1e-8).log()
     return 2 * focal + 5 * box_distance(boxes, people) - 2 * generalized_iou(boxes, people.boxes)
 
 
 @torch.no_grad()
-def match(stages: list[Output], targets: list[Targets]) -> list[Pairs]:
+def match(stages: list[tuple[Tensor, Tensor]], targets: list[Targets]) -> list[Pairs]:
     """The cheapest one-to-one assignment of people to queries, for each stage on its own (Hungarian method).
 
-    Raises FloatingPointError when a cost is not finite.
+    stages: logits (B, Q) and boxes (B, Q, 4) of each. Raises FloatingPointError when a cost is not finite.
     """
     people = gather_people(targets)
-    costs = torch.stack([match_cost(output, people) for output in stages]).cpu()       # one wait for the GPU
+    costs = torch.stack([match_cost(*stage, people) for stage in stages]).cpu()       # one wait for the GPU
     if not costs.isfinite().all():
         raise FloatingPointError("the matching cost")
     ends = np.cumsum([0] + [len(t) for t in targets])
@@ -145,8 +142,9 @@ def stage_losses(output: Output, pairs: Pairs, people: Targets, log_prob: Callab
                 giou=(1 - generalized_iou(boxes, true.boxes)).sum(), kps=likelihood.sum() / mu.shape[-2])
 
 
-def criterion(stages: list[Output], targets: list[Targets], log_prob: Callable) -> dict[str, Tensor]:
-    """All weighted loss terms by their names in the release; their sum is minimised.
+def criterion(stages: list[Output], matchings: list[Pairs], targets: list[Targets],
+              log_prob: Callable) -> dict[str, Tensor]:
+    """All weighted loss terms by their names in the release, for the pairs of each stage; their sum is minimised.
 
     For every stage (_0, _1, ..., the last without suffix), per person: 2·focal + 5·L1 + 2·(1 − GIoU), which is L_QI,
     and the mean over the K keypoints, visible or not, of eq. 4, which is L_QP. Computed in float32. L_QP may be
@@ -155,7 +153,7 @@ def criterion(stages: list[Output], targets: list[Targets], log_prob: Callable) 
     people = gather_people(targets)
     count = runtime.mean_over_ranks(torch.tensor(float(len(people)), device=people.boxes.device)).clamp(min=1)
     losses = {}
-    for s, (output, pairs) in enumerate(zip(stages, match(stages, targets)), 1):
+    for s, (output, pairs) in enumerate(zip(stages, matchings), 1):
         name = "" if s == len(stages) else f"_{s - 1}"
         for term, value in stage_losses(output, pairs, people, log_prob).items():
             losses[f"loss_{term}{name}"] = WEIGHTS[term] * value / count
@@ -177,32 +175,33 @@ def pad_images(pictures: list[Tensor]) -> tuple[Tensor, Tensor]:
     return images, sizes
 
 
-def detect(model: QueryPose, pictures: list[Tensor]) -> list[np.ndarray]:
-    """Logits, boxes, keypoints and deviations of the last stage for normalised pictures; see `Output`."""
+def detect(model: QueryPose, pictures: list[Tensor]) -> Output:
+    """What the last stage says of normalised pictures; on the CPU, in float32."""
     device = next(model.parameters()).device
     images, sizes = pad_images(pictures)
     with runtime.autocast(device, model.cfg.amp):
         output = model(images.to(device), sizes.to(device))["stages"][-1]
-    return [x.float().cpu().numpy() for x in output]
+    return Output(*(x.float().cpu() for x in output))
 
 
-def pose_scores(logits: np.ndarray, sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def pose_scores(output: Output) -> tuple[Tensor, Tensor]:
     """Score of each person, C Σ_k (1 − σ_k) / K with C = sigmoid(logit), and 1 − σ_k of each keypoint, where σ_k is
-    the mean of its deviations in x and y (Sec. 3.4). logits (Q,), sigmas (Q, K, 2) → (Q,), (Q, K)."""
-    certain = 1 - sigmas.mean(-1)
-    return certain.mean(-1) / (1 + np.exp(-logits.astype(np.float64))), certain
+    the mean of its deviations in x and y (Sec. 3.4): (..., Q), (..., Q, K)."""
+    certain = 1 - output.sigmas.mean(-1)
+    return output.logits.sigmoid() * certain.mean(-1), certain
 
 
-def to_prediction(logits: np.ndarray, boxes: np.ndarray, keypoints: np.ndarray, sigmas: np.ndarray,
-                  image_id: int | str, input_px: tuple, size_px: tuple) -> Prediction:
-    """The queries of one image as people in its pixels, without any NMS; those with nothing of their box in the image
-    go. Sizes are (w, h). Half a pixel less: targets had it more (`TrainImages`)."""
-    scores, certain = pose_scores(logits, sigmas)
+def to_prediction(output: Output, image_id: int | str, input_px: tuple, size_px: tuple) -> Prediction:
+    """The queries of one image, without the dimension B, as people in its pixels; sizes are (w, h).
+
+    There is no NMS. Queries without a pose go, and those with nothing of their box in the image. Half a pixel less:
+    the targets had it more (`people_to_learn`).
+    """
     scale = np.divide(size_px, input_px)
-    corner, extent = boxes[:, None, :2], boxes[:, None, 2:] - boxes[:, None, :2]
-    places = ((keypoints + 0.5) * extent + corner) * scale - 0.5
-    boxes = (boxes * np.tile(scale, 2)).clip(0, np.tile(size_px, 2))
-    seen = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    places = place_keypoints(output.keypoints, output.boxes).numpy() * scale - 0.5
+    boxes = (output.boxes.numpy() * np.tile(scale, 2)).clip(0, np.tile(size_px, 2))
+    scores, certain = (x.numpy() for x in pose_scores(output))
+    seen = (boxes[:, 2:] > boxes[:, :2]).all(1) & (scores > 0)
     return Prediction(image_id, places[seen], certain[seen], scores[seen], boxes[seen])
 
 
@@ -210,11 +209,13 @@ def to_prediction(logits: np.ndarray, boxes: np.ndarray, keypoints: np.ndarray, 
 def predict(model: QueryPose, batch: dict) -> list[Prediction]:
     """People of a batch {images: list of (3, h, w) from `input_image`, image_ids, sizes_px}: one Prediction per image.
 
-    Every query is somebody, the less likely with a score near 0.
+    Every query with a pose is somebody, most with a score near 0.
     """
-    output = detect(model, batch["images"])
-    return [to_prediction(*rows, image_id, picture.shape[:0:-1], size)
-            for *rows, image_id, picture, size in zip(*output, batch["image_ids"], batch["images"], batch["sizes_px"])]
+    people, output = [], detect(model, batch["images"])
+    for i, picture in enumerate(batch["images"]):
+        one = Output(*(x[i] for x in output))
+        people.append(to_prediction(one, batch["image_ids"][i], picture.shape[:0:-1], batch["sizes_px"][i]))
+    return people
 
 
 # ---- Data: aspect ratio kept, short side 480 to 800, random crops, ImageNet normalisation --------------------
@@ -329,13 +330,61 @@ def open_crowd(skeleton: Skeleton, ranks: runtime.Ranks) -> PoseDataset:
     return crowd
 
 
+# ---- Pictures: where the parts of a person look (Fig. 5 and 6), and how sure its joints are --------------------
+
+
+def draw_attention(crop: Image.Image, attention: np.ndarray) -> list[Image.Image]:
+    """The inside of a box, and once more under each part's map (M, n, n): the brightest cell is the largest."""
+    side = (192, 192)
+    crop = crop.resize(side, Image.Resampling.BILINEAR)
+    shades = (255 * attention / attention.max((1, 2), keepdims=True)).astype(np.uint8)
+    heat, shown = Image.new("RGB", side, draw.RIGHT[0]), [crop]
+    for shade in shades:
+        mask = Image.fromarray(shade).resize(side, Image.Resampling.BILINEAR)
+        shown.append(Image.composite(heat, crop.point(lambda value: value // 2), mask))
+    return shown
+
+
+@torch.no_grad()
+def show_process(model: QueryPose, image: Image.Image, threshold: float) -> dict[str, list[Image.Image]]:
+    """For eval.py --process, of people above the threshold: `sigma`, the image with an ellipse of two deviations σ at
+    each keypoint, and with SPEGM `attention`, the last stage's maps A, a row per person: her box, then a map per part.
+    """
+    maps, skeleton, size, picture = [], model.skeleton, image.size, input_image(image, model.cfg)
+    shows = model.cfg.interaction == "spegm"
+    if shows:
+        hook = model.keypoint_stages[-1].look.attention.register_forward_hook(lambda *call: maps.append(call[-1]))
+    output = Output(*(x[0] for x in detect(model, [picture])))
+    scale = torch.tensor(size) / torch.tensor(picture.shape[:0:-1])
+    boxes = output.boxes * scale.repeat(2)
+    rows = (pose_scores(output)[0] >= max(threshold, 1e-6)).nonzero().squeeze(1)
+    people, spread = place_keypoints(output.keypoints, boxes)[rows] - 0.5, output.sigmas[rows]
+    spread = spread * (boxes[rows, 2:] - boxes[rows, :2])[:, None]
+    # four guesses of each joint whose standard deviations are σ
+    guesses = torch.stack([people + sign * 2 ** 0.5 * spread * torch.tensor(axis) for sign in (-1, 1)
+                           for axis in ([1.0, 0.0], [0.0, 1.0])])
+    shown = dict(sigma=[draw.draw_ellipses(image, guesses.numpy(), skeleton)])
+    if shows:
+        hook.remove()
+        posed = model.best_queries(output.logits[None]).tolist()                   # whose maps these are
+        attention = maps[-1].float().flatten(2).softmax(-1).view(maps[-1].shape).cpu().numpy()
+        tiles = []
+        for row in rows.tolist():
+            tiles += draw_attention(image.crop([round(x) for x in boxes[row].tolist()]), attention[posed.index(row)])
+        shown["attention"] = [draw.contact_sheet(tiles, 1 + attention.shape[1], 192)]
+    return shown
+
+
 # ---- Training -----------------------------------------------------------------------------------------------
 
 
 def build_optimizer(model: QueryPose, cfg: Config) -> torch.optim.AdamW:
-    """AdamW in two groups: the flow learns at a rate of its own."""
-    rest = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("flow.")]
-    groups = [dict(params=rest, initial_lr=cfg.lr), dict(params=model.flow.parameters(), initial_lr=cfg.lr_flow)]
+    """AdamW in three groups: backbone and flow learn at rates of their own."""
+    rates = dict(backbone=cfg.lr_backbone, flow=cfg.lr_flow)
+    groups = [dict(params=[p for p in getattr(model, name).parameters() if p.requires_grad], initial_lr=rate)
+              for name, rate in rates.items()]
+    rest = [p for name, p in model.named_parameters() if name.split(".")[0] not in rates]
+    groups.append(dict(params=rest, initial_lr=cfg.lr))
     return torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
 
 
@@ -351,13 +400,24 @@ def batch_losses(net: nn.Module, model: QueryPose, images: Tensor, sizes: Tensor
                  ranks: runtime.Ranks) -> dict[str, Tensor]:
     """Forward pass of `net`, which is the model or distributes it, and loss terms of one batch.
 
+    With `matched`, boxes of all stages are matched before any pose is computed.
     Raises FloatingPointError if one of them is not finite.
     """
     images = images.to(ranks.device, non_blocking=True, memory_format=torch.channels_last)
-    targets = [t.to(ranks.device) for t in targets]
+    targets, matchings = [t.to(ranks.device) for t in targets], []
+
+    def choose(found: list[tuple[Tensor, Tensor]]) -> Tensor:
+        matchings.extend(match(found, targets))
+        needed = torch.zeros_like(found[0][0], dtype=torch.bool)
+        for image, query, _ in matchings:
+            needed[image, query] = True
+        return needed
+
     with runtime.autocast(ranks.device, model.cfg.amp):
-        stages = net(images, sizes.to(ranks.device))["stages"]
-    losses = criterion(stages, targets, model.flow.log_prob)
+        stages = net(images, sizes.to(ranks.device), choose if model.cfg.matched else None)["stages"]
+    matchings = matchings or match([output[:2] for output in stages], targets)
+    losses = criterion(stages, matchings, targets, model.flow.log_prob)
+    losses["unused"] = 0 * model.parts.sum()         # a gradient for DistributedDataParallel, where nothing reads them
     finite = torch.stack([*losses.values()]).isfinite().tolist()        # one wait for the GPU, not one per term
     if not all(finite):
         raise FloatingPointError(", ".join([name for name, good in zip(losses, finite) if not good][:5]))
@@ -443,7 +503,7 @@ def train(cfg: Config, args) -> None:
                 final = {name: losses[name].item() for name in ("loss_ce", "loss_bbox", "loss_giou", "loss_kps")}
                 total = sum(losses.values()).item()
                 run.log(step=at["step"], epoch=epoch, loss=total, **final, grad_norm=float(norm),
-                        lr=optimizer.param_groups[0]["lr"])
+                        lr=group["lr"])
                 bar.set_postfix(loss=f"{total:.1f}", keypoints=f"{final['loss_kps']:.2f}")
             if stop(ranks):
                 save_last(run.save)
@@ -474,6 +534,25 @@ def train(cfg: Config, args) -> None:
 
 def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def summary() -> str:
+    """Of each preset: parameters, and GFLOPs of one image (2 per multiply-add of convolutions and matrix products),
+    with poses for the best queries and for all of them."""
+    rows = [f"{'preset':16}{'input':>9}{'parameters':>13}{'learned':>11}{'GFLOPs':>9}{'all poses':>11}"]
+    for preset in PRESETS:
+        with torch.device("meta"):                                       # shapes without numbers
+            models = [build(preset, prune=prune).eval() for prune in (True, False)]
+        height, flops = min(models[0].cfg.short_side, 480), []
+        width = min(height * 4 // 3, models[0].cfg.long_side)
+        for model in models:
+            with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.device("meta"):
+                model(torch.zeros(1, 3, height, width), torch.tensor([[width, height]]))
+            flops.append(counter.get_total_flops() / 1e9)
+        every, learned = sum(p.numel() for p in model.parameters()) / 1e6, count_parameters(model) / 1e6
+        rows.append(f"{preset:16}{f'{width}x{height}':>9}{every:>11.2f} M{learned:>9.2f} M{flops[0]:>9.1f}"
+                    f"{flops[1]:>11.1f}")
+    return "\n".join(rows)
 
 
 def main() -> None:
