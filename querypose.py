@@ -257,7 +257,7 @@ def samples(low: Tensor, extent: Tensor, size: Tensor, bins: int) -> tuple[Tenso
     low, extent, size (R,): where the box starts, how long it is, and how long the map is, in cells.
     Returns  cells and weights (R, bins, 4); a sample more than a cell outside of the map weighs nothing
     """
-    place = (torch.arange(2 * bins, device=low.device) + 0.5) / (2 * bins)         # a quarter of a bin from its sides
+    place = torch.arange(0.5, 2 * bins, dtype=low.dtype, device=low.device) / (2 * bins)    # 1/4 and 3/4 of each bin
     # a box that diverged must reach the check of the losses, not end as an impossible cell
     c = (low[:, None] + extent[:, None] * place).nan_to_num()                      # (R, 2·bins)
     size = size[:, None]
@@ -799,12 +799,13 @@ RENAME = [            # released name → ours, first match wins; what matches n
     (TRUNK + r"(res\d\.\d+\.\w+)\.norm\.", r"backbone.\1.norm."),
     (TRUNK + r"(res\d\.\d+\.\w+)\.weight", r"backbone.\1.conv.weight"),
     (TRUNK + r"(.*)bn(\d)\.", r"backbone.\1conv\2.norm."), (TRUNK + r"(.*)conv(\d)\.", r"backbone.\1conv\2.conv."),
-    *((TRUNK + theirs + rf"\.{i}\.", rf"backbone.{ours}.{name}.") for i, name in enumerate(("conv", "norm"))
+    *((TRUNK + theirs + rf"\.{i}\.", rf"backbone.{ours}.{name}.")
       for theirs, ours in {r"(layer1\.\d+)\.downsample": r"\1.shortcut", r"transition1\.0": "transition1.0",
                            r"transition1\.1\.0": "transition1.1", r"transition2\.2\.0": "transition2",
                            r"transition3\.3\.0": "transition3",
                            r"(stage.*)fuse_layers\.(\d\.\d\.\d)": r"\1fuse.\2",
-                           r"(stage.*)fuse_layers\.(\d\.\d)": r"\1fuse.\2"}.items()),
+                           r"(stage.*)fuse_layers\.(\d\.\d)": r"\1fuse.\2"}.items()
+      for i, name in enumerate(("conv", "norm"))),
     (TRUNK, "backbone."),
     *((rf"^backbone\.fpn_lateral{i + 2}\.", f"neck.lateral.{i}.") for i in range(4)),
     *((rf"^backbone\.fpn_output{i + 2}\.", f"neck.output.{i}.") for i in range(4)),
@@ -887,7 +888,9 @@ def load_init(model: QueryPose, source: str) -> None:
     state, lacking = weights.load_tensors(path), {r"num_batches_tracked$": "counts batches of another training"}
     if "part_query.weight" not in state:
         state = backbone_names(state, isinstance(model.backbone, ResNet))
-        lacking[LACKING] = "not in a backbone's file"
     state = convert_official(state, model.cfg)
+    if not any(name.startswith("box_stages.") for name in state):
+        lacking |= {f"^{re.escape(name)}$": "not in a backbone's file" for name in model.state_dict()
+                    if name not in state and re.search(LACKING, name)}
     weights.load_strict(model, state, lacking)
     print(f"start weights from {path}: {len(state)} of {len(model.state_dict())} tensors")

@@ -277,10 +277,11 @@ class Swin(nn.Module):
     def __init__(self, dim: int = 192, depths: tuple[int, ...] = (2, 2, 18, 2), heads: int = 6, drop: float = 0.2):
         super().__init__()
         self.channels = [dim * 2 ** s for s in range(len(depths))]
-        drops = list(torch.linspace(0, drop, sum(depths)).split(depths))
+        last = sum(depths) - 1
         self.patch_embed = PatchEmbed(dim)
-        self.layers = nn.ModuleList(SwinStage(c, heads * 2 ** s, part.tolist(), s + 1 == len(depths))
-                                    for s, (c, part) in enumerate(zip(self.channels, drops)))
+        drops = [[drop * (sum(depths[:s]) + b) / last for b in range(depth)] for s, depth in enumerate(depths)]
+        self.layers = nn.ModuleList(SwinStage(c, heads * 2 ** s, drops[s], s + 1 == len(depths))
+                                    for s, c in enumerate(self.channels))
         for s, c in enumerate(self.channels):
             self.add_module(f"norm{s}", nn.LayerNorm(c))
 
