@@ -632,7 +632,7 @@ class RealNVP(nn.Module):
 
 # ---- The model -----------------------------------------------------------------------------------------------
 
-TENSORS = ("keypoints", "visible", "boxes", "areas")
+TENSORS = ("keypoints", "visible", "boxes", "sizes")
 KEPT = 40          # queries with poses under `prune`: COCO's evaluation counts the best 20 people of an image
 
 
@@ -642,11 +642,12 @@ class Targets:
     keypoints: Tensor      # (P, K, 2) xy; 0 where not labelled
     visible: Tensor        # (P, K) 1 = labelled
     boxes: Tensor          # (P, 4) x1, y1, x2, y2
-    areas: Tensor          # (P,)
+    sizes: Tensor          # (P, 2) w, h of the image that each is in
     image_id: int | str = 0
 
     def to(self, device: torch.device) -> "Targets":
-        return Targets(*(getattr(self, name).to(device, non_blocking=True) for name in TENSORS), self.image_id)
+        moved = (getattr(self, name).to(device, non_blocking=True) for name in TENSORS)
+        return Targets(*moved, self.image_id)
 
     def take(self, index: Tensor) -> "Targets":
         """Some of the people, in this order, also repeatedly."""

@@ -86,9 +86,9 @@ class Down(nn.ModuleList):
         super().__init__(ConvNorm(a, b, 3, 2, frozen) for a, b in zip(widths, widths[1:]))
 
     def forward(self, x: Tensor) -> Tensor:
-        for step in self[:-1]:
-            x = F.relu(step(x), inplace=True)
-        return self[-1](x)
+        for i, step in enumerate(self):
+            x = step(F.relu(x, inplace=True) if i else x)
+        return x
 
 
 class HRModule(nn.Module):

@@ -351,3 +351,268 @@ def test_every_released_tensor_has_its_place(file):
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {*qp.convert_official(dict.fromkeys(manifest["frozen_parameters"], 0), model.cfg)}
     assert qp.recognise({"backbone.stem.weight": torch.empty(1)}) is None
+
+
+# ------------------------------------------------------------------------------------------ the flow
+
+
+@golden("flow*")
+def test_flow_equals_the_release(file):
+    case, flow = np.load(file), qp.RealNVP()
+    state = official_state("manifest_r50_light.json", int(case["seed"]), "^criterion")
+    weights.load_strict(flow, {name.removeprefix("flow."): value for name, value in
+                               qp.convert_official(state, qp.PRESETS["r50"]).items()}, {})
+    x = torch.from_numpy(case["x"])
+    z, log_det = flow.inverse(x)
+    close(z, case["z"], 1e-5)
+    close(log_det, case["log_det"], 1e-5)
+    close(flow.log_prob(x), case["log_prob"], 4e-6)
+    close(flow(x), case["forward"], 1e-5)
+    other = 1 - flow.kept[5]
+    for ours, theirs in zip(flow.coupling(5, x * flow.kept[5]), ("s", "t")):
+        close(ours, torch.from_numpy(case[f"first_inverse_layer_{theirs}"]) * other, 1e-5)
+
+
+def test_flow_is_a_density():
+    flow = qp.RealNVP(hidden=8).double()
+    z = torch.randn(5, 2, dtype=torch.float64)
+    back, log_det = flow.inverse(flow(z))
+    assert torch.allclose(back, z, atol=1e-12)
+    jacobian = torch.stack([torch.autograd.functional.jacobian(flow, row) for row in z])
+    assert torch.allclose(log_det, -jacobian.det().abs().log(), atol=1e-10)
+    axis = torch.linspace(-8, 8, 161, dtype=torch.float64)
+    total = flow.log_prob(torch.cartesian_prod(axis, axis)).exp().sum() * (axis[1] - axis[0]) ** 2
+    assert abs(total - 1) < 1e-3
+
+
+# ------------------------------------------------------------------------------------------ the model by itself
+
+SMALL = dict(stages=2, dim=32, heads=2, ffn=32, dynamic=8, conv_width=32, part_dim=16, pose_roi=4, box_roi=3, queries=6)
+
+
+def small(skeleton: str = "coco", **overrides) -> qp.QueryPose:
+    return qp.build("tiny", skeleton, **SMALL | overrides)
+
+
+def picture(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(batch, 3, 64, 96), torch.tensor([[96.0, 64.0], [70.0, 50.0]])[:batch]
+
+
+def some(found) -> torch.Tensor:
+    """The queries that a test matches."""
+    assert all(logits.shape == boxes.shape[:2] for logits, boxes in found)
+    mask = torch.zeros_like(found[0][0], dtype=torch.bool)
+    mask[0, 1] = mask[0, 4] = mask[1, 0] = True
+    return mask
+
+
+def test_training_outputs_and_gradients():
+    model, (images, sizes) = small().train(), picture()
+    stages = model(images, sizes, some)["stages"]
+    assert len(stages) == 2
+    for logits, boxes, keypoints, sigmas in stages:
+        assert (logits.shape, boxes.shape) == ((2, 6), (2, 6, 4))
+        assert keypoints.shape == sigmas.shape == (2, 6, 17, 2)
+        posed = (sigmas < 1).all(-1).all(-1)
+        assert (posed == some([(logits, boxes)])).all() and (keypoints[~posed] == 0).all()
+    loss = sum(x.square().sum() for stage in stages for x in stage) + model.flow.log_prob(torch.randn(3, 2)).sum()
+    loss.backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not silent
+
+
+def test_first_boxes_learn_from_the_first_stage_alone():
+    """Boxes are detached between stages and for pooling."""
+    model, (images, sizes) = small().eval(), picture()
+    stages = model(images, sizes)["stages"]
+    first, = torch.autograd.grad(stages[0].boxes.sum(), model.boxes, retain_graph=True)
+    assert first.abs().max() > 0
+    for x in (stages[1].boxes, stages[0].keypoints, stages[0].logits):
+        gradient, = torch.autograd.grad(x.sum(), model.boxes, retain_graph=True, allow_unused=True)
+        assert gradient is None
+
+
+def test_a_batch_without_matches_still_has_a_graph():
+    model, (images, sizes) = small().train(), picture()
+    stages = model(images, sizes, lambda found: torch.zeros(2, 6, dtype=torch.bool))["stages"]
+    (sum(stage.keypoints.sum() + stage.sigmas.sum() for stage in stages) * 0).backward()
+    assert all(p.grad is not None for p in model.keypoint_stages.parameters())
+
+
+@pytest.mark.parametrize("form", [dict(full=False), dict(full=True, iterate=False), dict(full=True),
+                                  dict(full=True, update="none"), dict(full=True, stages=1)])
+def test_pruned_prediction_equals_the_plain_one(form, monkeypatch):
+    monkeypatch.setattr(qp, "KEPT", 4)
+    model, (images, sizes) = small(matched=False, prune=False, **form).eval(), picture()
+    with torch.no_grad():
+        plain = model(images, sizes)["stages"][-1]
+        model.cfg = runtime.resolve(model.cfg, prune=True)
+        pruned = model(images, sizes)["stages"][-1]
+    assert torch.equal(plain.logits, pruned.logits) and torch.equal(plain.boxes, pruned.boxes)
+    kept = torch.zeros(2, 6, dtype=torch.bool).scatter(1, plain.logits.topk(4).indices, True)
+    assert torch.allclose(plain.keypoints[kept], pruned.keypoints[kept], atol=1e-5)
+    assert torch.allclose(plain.sigmas[kept], pruned.sigmas[kept], atol=1e-5)
+    assert (pruned.sigmas[~kept] == 1).all() and (plain.sigmas < 1).all()
+
+
+def test_images_of_a_batch_do_not_see_each_other_nor_the_order_of_queries():
+    model, (images, sizes) = small().eval(), picture()
+    with torch.no_grad():
+        both = model(images, sizes)["stages"][-1]
+        alone = model(images[1:], sizes[1:])["stages"][-1]
+        order = torch.randperm(6)
+        for name in ("boxes", "queries"):
+            getattr(model, name).copy_(getattr(model, name)[order])
+        turned = model(images, sizes)["stages"][-1]
+    for a, b, c in zip(both, alone, turned):
+        assert torch.allclose(a[1:], b, atol=1e-3) and torch.allclose(a[:, order], c, atol=1e-3)
+
+
+ABLATIONS = [dict(interaction=i) for i in qp.INTERACTIONS] + [dict(update=u) for u in qp.UPDATES[1:]] + [
+    dict(scheme=s) for s in qp.SCHEMES] + [dict(query="instance", interaction=i) for i in ("spegm", "channel", "mhsa")]
+
+
+@pytest.mark.parametrize("change", ABLATIONS, ids=lambda change: "-".join(change.values()))
+def test_ablations_run_and_learn(change):
+    model = small(**change).train()
+    stage = model.keypoint_stages[0]
+    pyramid = qp.make_pyramid([torch.randn(1, 32, 16 >> i, 16 >> i) for i in range(4)])
+    boxes = torch.tensor([[4.0, 4, 30, 40], [10, 0, 60, 60]])
+    out = stage(pyramid, torch.zeros(2, dtype=torch.long), boxes, torch.randn(2, 32, requires_grad=True),
+                model.parts[None])
+    assert out[0].shape == out[1].shape == (2, 17, 2)
+    assert out[3].shape == (2, {"a": 17, "b": 13, "d": 5}.get(change.get("scheme"), 1 if "query" in change else 7), 16)
+    sum((x ** 2).sum() for x in out).backward()
+    assert all(p.grad is not None for p in stage.parameters())
+
+
+def test_parts_of_skeletons():
+    coco, crowd = get_skeleton("coco"), get_skeleton("crowdpose")
+    assert qp.keypoint_parts(coco, "c") == [[0, 1, 2, 3, 4], [5, 6], [7, 9], [8, 10], [11, 12], [13, 15], [14, 16]]
+    assert qp.keypoint_parts(coco, "d") == [[0, 1, 2, 3, 4], [5, 7, 9], [6, 8, 10], [11, 13, 15], [12, 14, 16]]
+    assert qp.keypoint_parts(coco, "b") == [[0, 1, 2, 3, 4], *([k] for k in range(5, 17))]
+    assert qp.keypoint_parts(coco, "a") == [[k] for k in range(17)]
+    assert sorted(qp.keypoint_parts(crowd, "c")) == [[0, 1], [2, 4], [3, 5], [6, 7], [8, 10], [9, 11], [12, 13]]
+    for scheme in qp.SCHEMES:
+        assert sorted(sum(qp.keypoint_parts(get_skeleton("wholebody"), scheme), [])) == list(range(133))
+
+
+def test_keypoints_come_out_in_the_order_of_the_skeleton():
+    model = small("crowdpose")
+    stage, parts = model.keypoint_stages[0].eval(), qp.keypoint_parts(model.skeleton, "c")
+    for head, part in zip(stage.heads, parts):
+        torch.nn.init.zeros_(head.coordinates.weight)
+        head.coordinates.bias.data = torch.tensor(part).repeat_interleave(2).float()
+    pyramid = qp.make_pyramid([torch.randn(1, 32, 16 >> i, 16 >> i) for i in range(4)])
+    keypoints, *_ = stage(pyramid, torch.tensor([0]), torch.tensor([[4.0, 4, 30, 40]]), torch.randn(1, 32),
+                          model.parts[None])
+    assert keypoints[0, :, 0].tolist() == keypoints[0, :, 1].tolist() == list(range(14))
+
+
+def test_boxes_move_and_keypoints_lie_in_them():
+    box = torch.tensor([10.0, 20, 30, 60])
+    assert qp.move_boxes(box, torch.tensor([1.0, -0.5, 0, 0])).tolist() == [20, 10, 40, 50]
+    grown = qp.move_boxes(box, torch.tensor([0, 0, math.log(2), 0]))
+    assert torch.allclose(grown, torch.tensor([0.0, 20, 40, 60]))
+    assert qp.move_boxes(box, torch.full((4,), 1e9)).isfinite().all()
+    corners = torch.tensor([[-0.5, -0.5], [0, 0], [0.5, 0.5]])
+    assert qp.place_keypoints(corners, box).tolist() == [[10, 20], [20, 40], [30, 60]]
+
+
+def test_spread_boxes_cover_the_image():
+    boxes = qp.spread_boxes(10)
+    assert boxes.shape == (10, 4) and (boxes[:, 2:] == 0.5).all()
+    assert (boxes[:, :2] - 0.25).min() >= 0 and (boxes[:, :2] + 0.25).max() <= 1
+    assert torch.cdist(boxes[:, :2], boxes[:, :2]).fill_diagonal_(1).min() > 0.08
+    assert (small(spread=False).boxes == torch.tensor([0.5, 0.5, 1, 1])).all()
+
+
+@pytest.mark.parametrize("net", [qp.ResNet(8, (1, 1, 1, 1), True), HRNet(4, False), Swin(12, (2, 2), 2)],
+                         ids=["resnet", "hrnet", "swin"])
+def test_backbones(net):
+    """Shapes, gradients, and that nothing depends on the rest of the batch."""
+    x = torch.randn(2, 3, 64, 96)
+    maps = net.train()(x)
+    assert [m.shape[1] for m in maps] == net.channels
+    assert [tuple(m.shape[2:]) for m in maps] == [(16 >> i, 24 >> i) for i in range(len(maps))]
+    sum(m.square().mean() for m in maps).backward()
+    assert all(p.grad is not None for name, p in net.named_parameters() if "downsample" not in name)
+    with torch.no_grad():
+        for a, b in zip(net.eval()(x), net(x[1:])):
+            assert torch.allclose(a[1:], b, atol=1e-4)
+
+
+def test_fuse_changes_nothing():
+    model, (images, sizes) = small(frozen_norm=True).eval(), picture()
+    for name, buffer in model.backbone.named_buffers():
+        buffer.data = 1 + 0.3 * torch.rand_like(buffer)
+    with torch.no_grad():
+        plain, fast = (net(images, sizes)["stages"][-1] for net in (model, qp.fuse(model)))
+    assert torch.allclose(plain.boxes, fast.boxes, atol=1e-2) and torch.allclose(plain.keypoints, fast.keypoints, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------ start weights
+
+
+def resnet_names(name: str, spelling: str) -> str:
+    """Our name of a ResNet's tensor → torchvision's or detectron2's."""
+    name = re.sub(r"stem\.(conv|norm)", r"stem.conv1.\1", name.removeprefix("backbone."))
+    if spelling == "detectron2":
+        return name.replace(".conv.weight", ".weight")
+    name = re.sub(r"^res(\d)", lambda found: f"layer{int(found[1]) - 1}", name).replace("stem.", "")
+    name = re.sub(r"shortcut\.(conv|norm)", lambda found: f"downsample.{0 if found[1] == 'conv' else 1}", name)
+    return re.sub(r"conv(\d)\.norm", r"bn\1", name).replace(".conv.", ".")
+
+
+@pytest.mark.parametrize("spelling", ["torchvision", "detectron2"])
+def test_start_weights_of_a_resnet(spelling, tmp_path, capsys):
+    model, other = small(), small()
+    own = {name: torch.randn_like(value) for name, value in other.state_dict().items()
+           if name.startswith("backbone.") and not name.endswith("num_batches_tracked")}
+    state = {resnet_names(name, spelling): value for name, value in own.items()}
+    assert ("layer1.0.bn1.weight" if spelling == "torchvision" else "res2.0.conv1.norm.weight") in state
+    assert ("layer2.0.downsample.0.weight" if spelling == "torchvision" else "res3.0.shortcut.weight") in state
+    torch.save(state | {"fc.weight": torch.zeros(1000, 8)}, tmp_path / "resnet.pth")
+    qp.load_init(model, str(tmp_path / "resnet.pth"))
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in own.items())
+    assert f"{len(own)} of" in capsys.readouterr().out
+    del state["layer1.0.conv2.weight" if spelling == "torchvision" else "res2.0.conv2.weight"]
+    torch.save(state, tmp_path / "resnet.pth")
+    with pytest.raises(runtime.UserError, match="not in the weights"):
+        qp.load_init(model, str(tmp_path / "resnet.pth"))
+
+
+@pytest.mark.parametrize("net, foreign, lacking", [("hrnet_w32", "final_layer.weight", "stage4.2.fuse_layers.1"),
+                                                   ("swin_l", "head.weight", "norm")])
+def test_start_weights_of_hrnet_and_swin(net, foreign, lacking, monkeypatch):
+    """Pose HRNets keep one branch in their last module; classifiers have no norms of their maps."""
+    with torch.device("meta"):
+        model = qp.build(net)
+    file = FOLDER / f"manifest_{net}_light.json"
+    if not file.exists():
+        pytest.skip(f"no {file}")
+    prefix = "backbone.bottom_up."
+    state = {name.removeprefix(prefix): torch.empty(shape, device="meta")
+             for name, shape in json.loads(file.read_text())["keys"].items() if name.startswith(prefix + "")}
+    state = {name: value for name, value in state.items() if not re.match(lacking, name)}
+    loaded = {}
+    monkeypatch.setattr(weights, "load_tensors", lambda path: state | {foreign: torch.empty(1, device="meta")})
+    monkeypatch.setattr(qp.Path, "exists", lambda path: True)
+    monkeypatch.setattr(weights, "load_strict", lambda model, tensors, ignored: loaded.update(tensors=tensors, ignored=ignored))
+    qp.load_init(model, "some.pth")
+    theirs = {f for f in loaded["tensors"] if f.startswith("backbone.")}
+    assert theirs == {*loaded["tensors"]} and not any(foreign.split(".")[0] in name for name in theirs)
+    missing = {name for name in model.state_dict() if name.startswith("backbone.") and name not in theirs}
+    assert missing and all(any(re.search(pattern, name) for pattern in loaded["ignored"]) for name in missing)
+    assert all("fuse" in name if "hrnet" in net else ".norm" in name for name in missing)
+
+
+def test_mistakes_are_named():
+    for change, text in ((dict(matched=True, full=True), "--matched"), (dict(part_dim=30), "multiple of 4"),
+                         (dict(backbone="r101"), "choose from"), (dict(scheme="e"), "choose from a, b, c, d")):
+        with pytest.raises(runtime.UserError, match=text):
+            qp.build("tiny", **change)
+    with pytest.raises(runtime.UserError, match="there is no preset"):
+        qp.build("r101")
+    with pytest.raises(runtime.UserError, match="do not fit the model|not in"):
+        weights.load_strict(small(), qp.convert_official({"part_query.weight": torch.empty(7, 128)}, qp.PRESETS["r50"]), {})
