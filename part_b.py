@@ -18,7 +18,7 @@ from common import draw, metrics, runtime, transforms
 from common.datasets import PoseDataset, Prediction, Sample, default_splits, open_dataset
 from common.loading import collate, predict_all
 from common.skeletons import Skeleton
-from querypose import PRESETS, Config, Output, QueryPose, build, fuse, load_init, place_keypoints
+from querypose import PRESETS, Config, Output, QueryPose, build, convert_official, fuse, load_init, place_keypoints  # noqa
 
 # ---- Matching and losses (Sec. 3.4). A set of pairs is (image, query, person): three index tensors of one ----
 # length; `person` counts through all people of the batch in image order.
@@ -536,22 +536,25 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def flops(model: QueryPose, width: int, height: int) -> float:
+    """FLOPs of one image: 2 per multiply-add of convolutions and matrix products."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.device("meta"):
+        model.requires_grad_(False)(torch.zeros(1, 3, height, width), torch.tensor([[width, height]]))
+    return counter.get_total_flops()
+
+
 def summary() -> str:
-    """Of each preset: parameters, and GFLOPs of one image (2 per multiply-add of convolutions and matrix products),
-    with poses for the best queries and for all of them."""
+    """Of each preset: parameters, and GFLOPs of one image with poses for the best queries, and for all of them."""
     rows = [f"{'preset':16}{'input':>9}{'parameters':>13}{'learned':>11}{'GFLOPs':>9}{'all poses':>11}"]
     for preset in PRESETS:
         with torch.device("meta"):                                       # shapes without numbers
-            models = [build(preset, prune=prune).eval() for prune in (True, False)]
-        height, flops = min(models[0].cfg.short_side, 480), []
-        width = min(height * 4 // 3, models[0].cfg.long_side)
-        for model in models:
-            with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.device("meta"):
-                model(torch.zeros(1, 3, height, width), torch.tensor([[width, height]]))
-            flops.append(counter.get_total_flops() / 1e9)
-        every, learned = sum(p.numel() for p in model.parameters()) / 1e6, count_parameters(model) / 1e6
-        rows.append(f"{preset:16}{f'{width}x{height}':>9}{every:>11.2f} M{learned:>9.2f} M{flops[0]:>9.1f}"
-                    f"{flops[1]:>11.1f}")
+            best, everyone = (build(preset, prune=prune).eval() for prune in (True, False))
+        height = min(best.cfg.short_side, 480)
+        width = min(height * 4 // 3, best.cfg.long_side)
+        every, learned = sum(p.numel() for p in best.parameters()) / 1e6, count_parameters(best) / 1e6
+        cost, cost_of_all = (flops(model, width, height) / 1e9 for model in (best, everyone))
+        rows.append(f"{preset:16}{f'{width}x{height}':>9}{every:>11.2f} M{learned:>9.2f} M{cost:>9.1f}"
+                    f"{cost_of_all:>11.1f}")
     return "\n".join(rows)
 
 
