@@ -17,8 +17,8 @@ Departs  from the paper, as the release does, because the released weights need 
          eq. 2       attention among parts has norms and a feed-forward block; coordinates are W x / |x| + b (PartHead)
          Fig. 3b     the light form, which the released weights are, leaves the instance query as it is (`--no-full`)
 Departs  from the release:
-         versions    its later code loses the batch at inference, updates the queries of matched people alone, and hands
-                     part queries on by position in the list of matches; ours is its first code: all queries, always
+         versions    its later code loses the batch at inference, updates the queries of matched people alone, and
+                     hands part queries on by position in the list of matches; ours is its first code: all queries
          training    `matched` is the saving of the later code, but part queries stay with their query; batch norm then
                      sees matched boxes alone, as there
          inference   `prune` gives poses only to the queries of the best class scores: the same numbers for these
@@ -131,8 +131,9 @@ class Config:
         runtime.check_choice(self, backbone=(*RESNETS, *HRNETS, "swin_l"), query=("part", "instance"),
                              interaction=INTERACTIONS, update=UPDATES, scheme=SCHEMES, schedule=("constant", "cosine"),
                              amp=runtime.AMP)
-        runtime.check_range(self, 1, math.inf, "dim heads ffn dynamic stages queries box_roi pose_roi convs conv_width "
-                            "part_dim epochs batch accum short_side long_side processes eval_every eval_batch")
+        runtime.check_range(self, 1, math.inf, "dim heads ffn dynamic stages queries box_roi pose_roi convs "
+                            "conv_width part_dim epochs batch accum short_side long_side processes eval_every "
+                            "eval_batch")
         runtime.check_range(self, 1e-6, math.inf, "lr lr_flow clip")
         runtime.check_range(self, 0, math.inf, "lr_backbone weight_decay warmup ema_warmup workers seed")
         runtime.check_range(self, 0, 1, "ema")
@@ -142,8 +143,8 @@ class Config:
                 raise runtime.UserError(f"--{name} {getattr(self, name)} does not split over {self.heads} heads: "
                                         f"choose a multiple of {self.heads}")
         if self.matched and self.full and self.iterate:
-            raise runtime.UserError("--matched: with --full --iterate the boxes depend on the poses of all queries; add "
-                                    "--no-full or --no-iterate")
+            raise runtime.UserError("--matched: with --full --iterate the boxes depend on the poses of all queries; "
+                                    "add --no-full or --no-iterate")
         if self.batch % self.accum:
             raise runtime.UserError(f"--batch {self.batch} does not split into {self.accum} micro-batches (--accum)")
 
@@ -155,7 +156,7 @@ def _presets() -> dict[str, Config]:
                  init="pose_hrnet_w32_384x288.pth")
     w48 = replace(w32, backbone="hrnet_w48", init="pose_hrnet_w48_384x288.pth")
     swin = replace(w32, backbone="swin_l", full=True, init="swin_large_patch4_window7_224_22k.pth")
-    tiny = Config("r26", frozen_norm=False, freeze=False, dim=96, heads=4, ffn=192, dynamic=24, stages=3, queries=10,
+    tiny = Config("r26", frozen_norm=False, freeze=False, dim=80, heads=4, ffn=192, dynamic=24, stages=3, queries=10,
                   spread=True, pose_roi=8, convs=2, conv_width=96, full=False, part_dim=64, matched=True, init="",
                   epochs=5, batch=16, lr=1e-3, lr_backbone=1e-3, lr_flow=1e-3, schedule="cosine", warmup=200,
                   drop_epochs="", ema=0.995, ema_warmup=100, short_side=128, long_side=128, multiscale=False,
@@ -194,7 +195,7 @@ class ResNet(nn.Module):
 
 
 class FPN(nn.Module):
-    """Feature pyramid of ResNets and Swin: every map gets the coarser ones, nearest neighbour, and a 3×3 convolution."""
+    """Feature pyramid of ResNets and Swin: every map gets the coarser ones, nearest cell, and a 3×3 convolution."""
 
     def __init__(self, channels: list[int], dim: int):
         super().__init__()
@@ -503,7 +504,7 @@ class Renew(nn.Module):
 
 
 def make_update(kind: str, dim: int) -> nn.Module:
-    return {"sim": SIM, "concat": Concat}[kind](dim) if kind in ("sim", "concat") else dict(sum=Sum, none=Renew)[kind]()
+    return dict(sim=lambda: SIM(dim), sum=Sum, concat=lambda: Concat(dim), none=Renew)[kind]()
 
 
 # ---- Keypoint decoder ----------------------------------------------------------------------------------------
@@ -531,7 +532,7 @@ def keypoint_parts(skeleton: Skeleton, scheme: str) -> list[list[int]]:
 
 
 class PartHead(nn.Module):
-    """Coordinates  W x / |x| + b  and deviations  sigmoid(V x + c)  of a part's keypoints. x (R, D) → twice (R, k, 2)."""
+    """Coordinates  W x / |x| + b  and deviations  sigmoid(V x + c)  of a part's joints. (R, D) → twice (R, k, 2)."""
 
     def __init__(self, dim: int, keypoints: int):
         super().__init__()
@@ -719,12 +720,12 @@ class QueryPose(nn.Module):
                 nn.init.xavier_uniform_(parameter)
         for conv in (m for m in self.neck.modules() if isinstance(m, nn.Conv2d)):
             nn.init.kaiming_uniform_(conv.weight, a=1)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
         for module in self.modules():
             zero = [module.in_proj, module.out_proj] if isinstance(module, SelfAttention) else []
             zero += [module.attention, module.out] if isinstance(module, SPEGM) else []
             zero += [*module.convs] if isinstance(module, KeypointStage) else []
-            zero += [m for m in module.modules() if isinstance(m, nn.Conv2d) and m.bias is not None] \
-                if module is self.neck else []
             for layer in zero:
                 nn.init.zeros_(layer.bias)
         for stage in self.box_stages:
@@ -760,8 +761,8 @@ class QueryPose(nn.Module):
                 choose: Callable[[list[tuple[Tensor, Tensor]]], Tensor] | None = None) -> dict:
         """Images (B, 3, H, W), normalised, of sizes (B, 2) (w, h) in pixels before padding → people.
 
-        choose   takes (logits, boxes) of all stages, gives a mask (B, Q) of the queries that need a pose: those matched
-                 in any stage (`matched`). A query keeps its part queries from stage to stage.
+        choose   takes (logits, boxes) of all stages, gives a mask (B, Q) of the queries that need a pose: those
+                 matched in any stage (`matched`). A query keeps its part queries from stage to stage.
         Returns  stages: an `Output` per stage. With `prune`, outside of training, only the queries of the best scores
                  have poses in the last one
         """
@@ -779,7 +780,7 @@ class QueryPose(nn.Module):
                 outputs.append(output)
                 queries, boxes = queries.view_as(found[0]) if s < last else queries, found[2].detach()
             return dict(stages=outputs)
-        found = []                                                                 # boxes need no pose: all of them first
+        found = []                                                       # boxes need no pose: all of them first
         for box_stage in self.box_stages:
             found.append(box_stage(queries, boxes, pyramid))
             queries, boxes = found[-1][0], found[-1][2].detach()
@@ -804,8 +805,8 @@ def fuse(model: QueryPose) -> QueryPose:
 
 # ---- Building a model, and the released weights --------------------------------------------------------------
 
-BOX_STAGE, KEYPOINT_STAGE, TRUNK = r"^head\.head_series\.(\d+)\.", r"^head\.pose_head_series\.(\d+)\.", \
-    r"^backbone\.bottom_up\."
+TRUNK, BOX_STAGE, KEYPOINT_STAGE = (rf"^{part}\." for part in (
+    r"backbone\.bottom_up", r"head\.head_series\.(\d+)", r"head\.pose_head_series\.(\d+)"))
 RENAME = [            # released name → ours, first match wins; what matches nothing keeps its name
     (TRUNK + r"stem\.conv1\.norm\.", "backbone.stem.norm."), (TRUNK + r"stem\.conv1\.", "backbone.stem.conv."),
     (TRUNK + r"(res\d\.\d+\.\w+)\.norm\.", r"backbone.\1.norm."),
@@ -849,7 +850,8 @@ IGNORED = {r"\.updater\.(fc3|norm_fc3)\.": "never used", r"^backbone\.(fpn_conv\
            r"\.relative_position_index$": "computed here", r"^criterion\.flow\.flow\.mask$": "a constant"}
 TORCHVISION = [(r"^layer1\.", "res2."), (r"^layer2\.", "res3."), (r"^layer3\.", "res4."), (r"^layer4\.", "res5."),
                (r"^conv1\.", "stem.conv1."), (r"^bn1\.", "stem.conv1.norm.")]
-INSIDE_BLOCK = [(r"bn(\d)\.", r"conv\1.norm."), (r"downsample\.0\.", "shortcut."), (r"downsample\.1\.", "shortcut.norm.")]
+INSIDE_BLOCK = [(r"bn(\d)\.", r"conv\1.norm."), (r"downsample\.0\.", "shortcut."),
+                (r"downsample\.1\.", "shortcut.norm.")]
 # of weights to start from: what is not for us, and what of ours they lack
 FOREIGN = r"^(fc|head|norm|final_layer|stem\.fc)\.|\.attn_mask$"
 LACKING = r"^(?!backbone\.)|^backbone\.norm\d\.|^backbone\.stage4\.2\.fuse\.[123]\."
@@ -862,12 +864,12 @@ def convert_official(state: dict[str, Tensor], config: Config) -> dict[str, Tens
 
 
 def recognise(state: dict[str, Tensor]) -> tuple[str, int] | None:
-    """(preset, number of keypoints) of a released QueryPose checkpoint, by its tensors; None if it is something else."""
+    """(preset, number of keypoints) of a released QueryPose checkpoint, by its tensors; None for something else."""
     if not {"part_query.weight", "init_proposal_boxes.weight"} <= state.keys():
         return None
     full = "head.pose_head_series.0.inst_norm.weight" in state
-    heads = [value for name, value in state.items() if re.match(KEYPOINT_STAGE.replace(r"(\d+)", "0") +
-                                                                r"fc_coord\.\d+\.linear\.bias", name)]
+    heads = [value for name, value in state.items()
+             if re.match(r"head\.pose_head_series\.0\.fc_coord\.\d+\.linear\.bias", name)]
     signs = {"stem.conv1.weight": "r50", "patch_embed.proj.weight": "swin_l", "transition1.0.0.weight": "hrnet_w"}
     net = next((net for sign, net in signs.items() if f"backbone.bottom_up.{sign}" in state), None)
     if net == "hrnet_w":
@@ -895,7 +897,7 @@ def backbone_names(state: dict[str, Tensor], resnet: bool) -> dict[str, Tensor]:
 
 
 def load_init(model: QueryPose, source: str) -> None:
-    """Start weights by file or name: QueryPose (all of it), a ResNet of torchvision or detectron2, an HRNet, a Swin."""
+    """Start weights by file or name: QueryPose (all), a ResNet of torchvision or detectron2, an HRNet, a Swin."""
     path = Path(source) if Path(source).exists() else weights.fetch(source)
     state, lacking = weights.load_tensors(path), {r"num_batches_tracked$": "counts batches of another training"}
     if "part_query.weight" not in state:
@@ -1125,8 +1127,8 @@ def hide_outside(people: Sample, x: int, y: int, w: int, h: int) -> Sample:
 
 
 def augment(people: Sample, cfg: Config, rng: np.random.Generator) -> Sample:
-    """Crop half of the images, resize. For `short_side` 800 with the lengths of the release: short sides 480, 512, ...,
-    800; before a crop 400, 500 or 600; sides of crops 384 to 600."""
+    """Crop half of the images, resize. For `short_side` 800 with the lengths of the release: short sides 480, 512,
+    ..., 800; before a crop 400, 500 or 600; sides of crops 384 to 600."""
     full = cfg.short_side
     if not cfg.multiscale:
         return transforms.resize(people, input_size(people.size, full, cfg.long_side))
@@ -1144,8 +1146,9 @@ def to_targets(people: Sample) -> Targets:
     """A sample's people as tensors; keypoints without label, or outside of the image, at 0."""
     people = hide_outside(people, 0, 0, *people.size)
     labelled = torch.from_numpy(people.keypoints[..., 2:] > 0).float()
+    size = torch.tensor(people.size, dtype=torch.float32)
     return Targets(keypoints=torch.from_numpy(people.keypoints[..., :2]) * labelled, visible=labelled.squeeze(-1),
-                   boxes=torch.from_numpy(people.boxes), sizes=torch.tensor(people.size).float().expand(len(labelled), 2),
+                   boxes=torch.from_numpy(people.boxes), sizes=size.expand(len(labelled), 2),
                    image_id=people.image_id)
 
 
@@ -1179,9 +1182,10 @@ def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config) -> dict:
 def evaluate(model: QueryPose, data: PoseDataset, cfg: Config, ranks: runtime.Ranks) -> tuple[dict, list[Prediction]]:
     """Metrics and predictions of a dataset; the images are shared among the processes, all get the result.
 
-    Departs  the release passes results through a soft-NMS that takes the boxes' lower sides for scores. Many end with a
-             negative height, and COCO's evaluation then ignores those poses instead of counting them as wrong; most
-             published APs are made that way, and some 2.5 above the plain ones, which are computed here
+    Departs  the release passes results through a soft-NMS that takes the boxes' lower sides for scores. Many boxes end
+             with a negative height, and COCO's evaluation ignores such poses instead of counting them as wrong. The
+             published AP with a star (W32 72.3, W48 73.4), and with it the paper's, seems made that way; from a plain
+             evaluation as here expect the one without (69.8, 71.0)
     """
     found = predict_all(partial(predict, fuse(model)), data, partial(input_image, cfg=cfg), cfg.eval_batch,
                         cfg.workers, ranks, join=list)

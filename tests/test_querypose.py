@@ -218,7 +218,8 @@ def test_keypoint_stage_equals_the_release(file):
     given = normal("stage.part", (7, len(boxes), 128), seed).transpose(0, 1)
     first = fill("part_query.weight", (7, 128), seed)[None]
     pyramid, state, maps = stage_pyramid(case), stage_state(seed), []
-    for form, prefix, parts in (("full", "full", given), ("light", "light", given), ("light", "light_first_stage", first)):
+    for form, prefix, parts in (("full", "full", given), ("light", "light", given),
+                                ("light", "light_first_stage", first)):
         cfg = runtime.resolve(qp.PRESETS["r50"], full=form == "full")
         stage = load_stage(qp.KeypointStage(cfg, qp.keypoint_parts(get_skeleton("coco"), "c")), state,
                            "keypoint_stages.0.")
@@ -260,8 +261,8 @@ def test_keypoint_stage_equals_the_release(file):
 # ------------------------------------------------------------------------------------------ the whole network
 
 
-def preset_of(file) -> tuple[str, str]:
-    """(preset, manifest) of golden_<preset>_<light|full>_*.npz."""
+def preset_of(file) -> tuple[str, str, str]:
+    """(preset, form, manifest) of golden_<preset>_<light|full>_*.npz."""
     net, form = re.match(r"golden_(\w+?)_(light|full)_forward", file.stem).groups()
     return net, form, f"manifest_{net}_{form}.json"
 
@@ -397,7 +398,8 @@ def test_flow_is_a_density():
 
 # ------------------------------------------------------------------------------------------ the model by itself
 
-SMALL = dict(stages=2, dim=32, heads=2, ffn=32, dynamic=8, conv_width=32, part_dim=16, pose_roi=4, box_roi=3, queries=6)
+SMALL = dict(stages=2, dim=32, heads=2, ffn=32, dynamic=8, conv_width=32, part_dim=16, pose_roi=4, box_roi=3,
+             queries=6)
 
 
 def small(skeleton: str = "coco", **overrides) -> qp.QueryPose:
@@ -558,7 +560,8 @@ def test_fuse_changes_nothing():
         buffer.data = 1 + 0.3 * torch.rand_like(buffer)
     with torch.no_grad():
         plain, fast = (net(images, sizes)["stages"][-1] for net in (model, qp.fuse(model)))
-    assert torch.allclose(plain.boxes, fast.boxes, atol=1e-2) and torch.allclose(plain.keypoints, fast.keypoints, atol=1e-3)
+    assert torch.allclose(plain.boxes, fast.boxes, atol=1e-2)
+    assert torch.allclose(plain.keypoints, fast.keypoints, atol=1e-3)
 
 
 # ------------------------------------------------------------------------------------------ start weights
@@ -603,12 +606,13 @@ def test_start_weights_of_hrnet_and_swin(net, foreign, lacking, monkeypatch):
         pytest.skip(f"no {file}")
     prefix = "backbone.bottom_up."
     state = {name.removeprefix(prefix): torch.empty(shape, device="meta")
-             for name, shape in json.loads(file.read_text())["keys"].items() if name.startswith(prefix + "")}
+             for name, shape in json.loads(file.read_text())["keys"].items() if name.startswith(prefix)}
     state = {name: value for name, value in state.items() if not re.match(lacking, name)}
     loaded = {}
     monkeypatch.setattr(weights, "load_tensors", lambda path: state | {foreign: torch.empty(1, device="meta")})
     monkeypatch.setattr(qp.Path, "exists", lambda path: True)
-    monkeypatch.setattr(weights, "load_strict", lambda model, tensors, ignored: loaded.update(tensors=tensors, ignored=ignored))
+    monkeypatch.setattr(weights, "load_strict",
+                        lambda model, tensors, ignored: loaded.update(tensors=tensors, ignored=ignored))
     qp.load_init(model, "some.pth")
     theirs = {f for f in loaded["tensors"] if f.startswith("backbone.")}
     assert theirs == {*loaded["tensors"]} and not any(foreign.split(".")[0] in name for name in theirs)
@@ -625,7 +629,8 @@ def test_mistakes_are_named():
     with pytest.raises(runtime.UserError, match="there is no preset"):
         qp.build("r101")
     with pytest.raises(runtime.UserError, match="do not fit the model|not in"):
-        weights.load_strict(small(), qp.convert_official({"part_query.weight": torch.empty(7, 128)}, qp.PRESETS["r50"]), {})
+        state = qp.convert_official({"part_query.weight": torch.empty(7, 128)}, qp.PRESETS["r50"])
+        weights.load_strict(small(), state, {})
 
 
 # ------------------------------------------------------------------------------------------ matching and losses
@@ -717,9 +722,10 @@ def test_every_loss_term_and_its_gradient_equals_the_release(file):
 
 def some_targets(counts: list[int], keypoints: int = 17) -> list[qp.Targets]:
     """People in boxes from (20, 10) to (80, 90) of an image of 100 x 200."""
-    return [qp.Targets(keypoints=20 + 60 * torch.rand(n, keypoints, 2), visible=(torch.rand(n, keypoints) > 0.2).float(),
-                    boxes=torch.tensor([[20.0, 10.0, 80.0, 90.0]]).repeat(n, 1),
-                    sizes=torch.tensor([[100.0, 200.0]]).repeat(n, 1)) for n in counts]
+    return [qp.Targets(keypoints=20 + 60 * torch.rand(n, keypoints, 2),
+                       visible=(torch.rand(n, keypoints) > 0.2).float(),
+                       boxes=torch.tensor([[20.0, 10.0, 80.0, 90.0]]).repeat(n, 1),
+                       sizes=torch.tensor([[100.0, 200.0]]).repeat(n, 1)) for n in counts]
 
 
 def random_stages(batch: int, queries: int = 6, keypoints: int = 17, stages: int = 2) -> list[qp.Output]:
@@ -727,7 +733,8 @@ def random_stages(batch: int, queries: int = 6, keypoints: int = 17, stages: int
         corner = 60 * torch.rand(batch, queries, 2)
         boxes = torch.cat([corner, corner + 10 + 90 * torch.rand(batch, queries, 2)], -1)
         pose, sigma = torch.rand(2, batch, queries, keypoints, 2)
-        return qp.Output(*(x.requires_grad_() for x in (torch.randn(batch, queries), boxes, pose - 0.5, 0.05 + 0.2 * sigma)))
+        leaves = torch.randn(batch, queries), boxes, pose - 0.5, 0.05 + 0.2 * sigma
+        return qp.Output(*(x.requires_grad_() for x in leaves))
     return [output() for _ in range(stages)]
 
 
@@ -805,7 +812,7 @@ def test_gradients_of_the_losses_are_right():
 # ------------------------------------------------------------------------------------------ what may go wrong
 
 
-@pytest.mark.parametrize("what", ["collapsed box", "keypoints outside", "sigma of 0", "box without size at a keypoint"])
+@pytest.mark.parametrize("what", ["collapsed box", "keypoints outside", "sigma of 0", "box of no size at a keypoint"])
 def test_degenerate_outputs_have_a_finite_loss_and_finite_gradients(what):
     stages, targets, flow = random_stages(1, queries=2, stages=1), some_targets([2]), qp.RealNVP()
     logits, boxes, mu, sigma = (x.detach().clone() for x in stages[0])
@@ -1005,7 +1012,8 @@ def check_gradients(model: qp.QueryPose, case, full: bool):
 
 # ------------------------------------------------------------------------------------------ by itself
 
-FLAGS = [word for name, value in (SMALL | dict(short_side=64, long_side=64)).items() for word in (f"--{name}", str(value))]
+SIDES = dict(short_side=64, long_side=64)
+FLAGS = [word for name, value in (SMALL | SIDES).items() for word in (f"--{name}", str(value))]
 ALONE = runtime.Ranks(0, 1, torch.device("cpu"))
 FORMS = [dict(), dict(matched=False), dict(full=True, matched=False), dict(full=True, iterate=False),
          dict(query="instance", interaction="mhsa"), dict(update="none")]
@@ -1024,7 +1032,7 @@ def test_matched_queries_alone_have_the_losses_of_all_queries():
     """Poses do not depend on each other once batch norm keeps its statistics."""
     targets, losses = some_targets([2, 0, 1]), []
     images, sizes = qp.pad_images([torch.rand(3, 64, w) for w in (64, 48, 40)])
-    model = small(short_side=64, long_side=64).eval()
+    model = small(**SIDES).eval()
     for matched in (True, False):
         model.cfg = replace(model.cfg, matched=matched, prune=False)
         losses.append(qp.batch_losses(model, model, images, sizes, targets, ALONE))
@@ -1033,7 +1041,7 @@ def test_matched_queries_alone_have_the_losses_of_all_queries():
 
 
 def test_predictions_are_people_in_pixels_of_the_original_whoever_shares_the_batch():
-    model = small(short_side=64, long_side=64).eval()
+    model = small(**SIDES).eval()
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(rng.integers(0, 255, (h, w, 3), np.uint8)) for h, w in ((100, 150), (50, 75))]
     batch = qp.to_batch(pictures, ["a", 7], model.cfg)
@@ -1057,11 +1065,11 @@ def test_a_picture_smaller_than_the_largest_stride_has_poses():
 def test_pictures_show_the_attention_of_each_part_and_the_deviations(threshold):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8))
     for interaction in ("spegm", "pool"):
-        shown = qp.show_process(small(interaction=interaction, short_side=64, long_side=64).eval(), image, threshold)
+        shown = qp.show_process(small(interaction=interaction, **SIDES).eval(), image, threshold)
         assert {name: len(pictures) for name, pictures in shown.items()} == (
             dict(sigma=1, attention=1) if interaction == "spegm" else dict(sigma=1))
         if interaction == "spegm" and threshold == 0:
-            assert shown["attention"][0].size == (8 * 198 + 6, 6 * 198 + 6), "a row per person: her box and seven parts"
+            assert shown["attention"][0].size == (8 * 198 + 6, 6 * 198 + 6), "a row per person: box and seven parts"
 
 
 def test_attention_is_brightest_where_it_is_largest():
@@ -1079,7 +1087,8 @@ def test_the_learning_rate_warms_up_from_a_hundredth_then_falls_as_a_cosine_or_d
     assert rates[0] == pytest.approx(0.01) and max(rates) > 0.85 and rates[-1] < 1e-4
     assert [qp.lr_scale(step, 10, 0, drops) for step in (0, 500, 1000, 9999)] == pytest.approx([0.01, 0.505, 1, 1])
     first, second = map(int, runtime.numbers(drops.drop_epochs))
-    assert [qp.lr_scale(9999, 10, epoch, drops) for epoch in (first - 1, first, second)] == pytest.approx([1, 0.1, 0.01])
+    scales = [qp.lr_scale(9999, 10, epoch, drops) for epoch in (first - 1, first, second)]
+    assert scales == pytest.approx([1, 0.1, 0.01])
 
 
 def test_every_learned_parameter_is_in_one_group_and_the_flow_learns_ten_times_as_fast():
@@ -1097,7 +1106,7 @@ def test_every_learned_parameter_is_in_one_group_and_the_flow_learns_ten_times_a
 def test_puppets_in_crowds_are_evaluated_by_crowding(tmp_path, monkeypatch):
     monkeypatch.setattr(puppets, "ROOT", tmp_path)
     monkeypatch.setattr(puppets, "COUNTS", puppets.COUNTS | {"crowd": {"val": 4}})
-    model = small(short_side=64, long_side=64).eval()
+    model = small(**SIDES).eval()
     table, found = qp.evaluate(model, qp.open_crowd(model.skeleton, ALONE), model.cfg, ALONE)
     assert {"AP", "AP_E", "AP_M", "AP_H"} <= table.keys() and len(found) == 4
 
