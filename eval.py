@@ -4,7 +4,7 @@
     python eval.py runs/<run>/best.pt --data puppets --split ood
     python eval.py runs/<run>/best.pt --data data/coco          another dataset
     python eval.py best.pt --images photo.jpg folder/ clip.gif  draws people, writes COCO results
-    python eval.py best.pt --images photo.jpg --process         and how the method finds them (diffusionregpose, querypose)
+    python eval.py best.pt --images photo.jpg --process         and how diffusionregpose and querypose find them
     python eval.py detrpose-l --images photo.jpg                released weights by name, fetched once
     python eval.py detrpose_hgnetv2_l.pth --data data/coco      released weights from a file
     torchrun --nproc_per_node=8 eval.py detrpose-l --data data/coco
