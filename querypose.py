@@ -1414,17 +1414,16 @@ def flops(model: QueryPose, width: int, height: int) -> float:
 
 
 def summary() -> str:
-    """Of each preset: parameters, and GFLOPs of one image with poses for the best queries, and for all of them."""
-    rows = [f"{'preset':16}{'input':>9}{'parameters':>13}{'learned':>11}{'GFLOPs':>9}{'all poses':>11}"]
+    """Of each preset: parameters, and GFLOPs of one image."""
+    rows = [f"{'preset':16}{'input':>9}{'parameters':>13}{'learned':>11}{'GFLOPs':>9}"]
     for preset in PRESETS:
         with torch.device("meta"):                                       # shapes without numbers
-            best, everyone = (build(preset, prune=prune).eval() for prune in (True, False))
-        height = min(best.cfg.short_side, 480)
-        width = min(height * 4 // 3, best.cfg.long_side)
-        every, learned = sum(p.numel() for p in best.parameters()) / 1e6, count_parameters(best) / 1e6
-        cost, cost_of_all = (flops(model, width, height) / 1e9 for model in (best, everyone))
-        rows.append(f"{preset:16}{f'{width}x{height}':>9}{every:>11.2f} M{learned:>9.2f} M{cost:>9.1f}"
-                    f"{cost_of_all:>11.1f}")
+            model = build(preset).eval()
+        height = min(model.cfg.short_side, 480)
+        width = min(height * 4 // 3, model.cfg.long_side)
+        every, learned = sum(p.numel() for p in model.parameters()) / 1e6, count_parameters(model) / 1e6
+        rows.append(f"{preset:16}{f'{width}x{height}':>9}{every:>11.2f} M{learned:>9.2f} M"
+                    f"{flops(model, width, height) / 1e9:>9.1f}")
     return "\n".join(rows)
 
 
