@@ -5,7 +5,7 @@
     python eval.py runs/<run>/best.pt --data data/coco          another dataset
     python eval.py best.pt --images photo.jpg folder/ clip.gif  draws people, writes COCO results
     python eval.py best.pt --set steps=4 ensemble=true          with more DDIM steps (diffusionregpose)
-    python eval.py best.pt --images photo.jpg --process         and how the method finds them (diffusionregpose)
+    python eval.py best.pt --images photo.jpg --process         and how diffusionregpose and querypose find them
     python eval.py detrpose-l --images photo.jpg                released weights by name, fetched once
     python eval.py detrpose_hgnetv2_l.pth --data data/coco      released weights from a file
     torchrun --nproc_per_node=8 eval.py detrpose-l --data data/coco
@@ -31,7 +31,7 @@ from common import draw, metrics, runtime, weights
 from common.datasets import BadImage, Prediction, default_splits, load_image, open_dataset
 from common.runtime import UserError
 
-METHODS = ("detrpose", "diffusionregpose")
+METHODS = ("detrpose", "diffusionregpose", "querypose")
 SKELETON_OF = {17: "coco", 14: "crowdpose"}            # of released weights, by their number of keypoints
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 
