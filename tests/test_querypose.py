@@ -8,6 +8,7 @@ import sys
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,9 +32,13 @@ FOLDER = REFERENCE / "querypose"
 CUDA = torch.cuda.is_available()
 
 
-def golden(pattern: str, kind: str = "golden_{}.npz"):
-    """Run a test once for every file of a pattern; none there is a failure to notice, not a silent pass."""
-    files = sorted(FOLDER.glob(kind.format(pattern)))
+def golden(pattern: str, kind: str = "golden_{}.npz", quick: str = "*"):
+    """Run a test once for every file of a pattern; none there is a failure to notice, not a silent pass.
+
+    A file whose name does not match `quick` is for  pytest -m slow.
+    """
+    files = [pytest.param(file, marks=[] if fnmatch(file.name, quick) else pytest.mark.slow)
+             for file in sorted(FOLDER.glob(kind.format(pattern)))]
     missing = pytest.param(None, marks=pytest.mark.skip(reason=f"no {kind.format(pattern)} in {FOLDER}"))
     return pytest.mark.parametrize("file", files or [missing], ids=lambda f: f.stem if f else "none")
 
@@ -310,7 +315,7 @@ def released_forward(case, preset: str, form: str, manifest: str):
     return chosen, result["stages"], {name: calls[0] for name, calls in seen.items()}
 
 
-@golden("*_forward*")
+@golden("*_forward*", quick="*hrnet_w32*")
 def test_forward_equals_the_release(file):
     case = np.load(file)
     preset, form, manifest = preset_of(file)
@@ -971,7 +976,7 @@ def input_of(key: str, h: int, w: int, seed: int) -> torch.Tensor:
     return (image / 255 - qp.MEAN) / qp.STD
 
 
-@golden("train_*_release*")
+@golden("train_*_release*", quick="")
 def test_a_training_step_equals_the_release(file):
     """Tolerances are those of its gradients: behind a stack of ReLUs with random weights float32 is rough."""
     case, full = np.load(file), "_full_" in file.stem
