@@ -1203,10 +1203,10 @@ def open_crowd(skeleton: Skeleton, ranks: runtime.Ranks) -> PoseDataset:
 # ---- Pictures: where the parts of a person look (Fig. 5 and 6), and how sure its joints are --------------------
 
 
-def draw_attention(crop: Image.Image, attention: np.ndarray) -> list[Image.Image]:
+def draw_attention(image: Image.Image, box: list[float], attention: np.ndarray) -> list[Image.Image]:
     """The inside of a box, and once more under each part's map (M, n, n): the brightest cell is the largest."""
-    side = (192, 192)
-    crop = crop.resize(side, Image.Resampling.BILINEAR)
+    side = (192, 192)                                  # whatever the size of the box, and black outside of the image
+    crop = image.transform(side, Image.Transform.EXTENT, box, Image.Resampling.BILINEAR)
     shades = (255 * attention / attention.max((1, 2), keepdims=True)).astype(np.uint8)
     heat, shown = Image.new("RGB", side, draw.RIGHT[0]), [crop]
     for shade in shades:
@@ -1233,14 +1233,14 @@ def show_process(model: QueryPose, image: Image.Image, threshold: float) -> dict
     # four guesses of each joint whose standard deviations are σ
     guesses = torch.stack([people + sign * 2 ** 0.5 * spread * torch.tensor(axis) for sign in (-1, 1)
                            for axis in ([1.0, 0.0], [0.0, 1.0])])
-    shown = dict(sigma=[draw.draw_ellipses(image, guesses.numpy(), skeleton)])
+    shown = dict(sigma=[draw.draw_ellipses(image, guesses.clamp(-1e4, 1e4).numpy(), skeleton)])
     if shows:
         hook.remove()
         posed = model.best_queries(output.logits[None]).tolist()                   # whose maps these are
         attention = maps[-1].float().flatten(2).softmax(-1).view(maps[-1].shape).cpu().numpy()
         tiles = []
         for row in rows.tolist():
-            tiles += draw_attention(image.crop([round(x) for x in boxes[row].tolist()]), attention[posed.index(row)])
+            tiles += draw_attention(image, boxes[row].tolist(), attention[posed.index(row)])
         shown["attention"] = [draw.contact_sheet(tiles, 1 + attention.shape[1], 192)]
     return shown
 

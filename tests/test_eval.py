@@ -187,13 +187,13 @@ def test_files_that_are_no_checkpoint_are_one_line_each_and_never_run(run, offic
     saved = torch.load(run / "best.pt", weights_only=True)
     torch.save({"model": {"backbone.stem.stem1.conv.weight": torch.ones(2), "decoder.up": torch.ones(1)}}, "dfine.pth")
     torch.save(saved | {"more": Hostile()}, "hostile.pt")
-    torch.save(saved | {"method": "querypose"}, "other.pt")
+    torch.save(saved | {"method": "nosuch"}, "other.pt")
     torch.save(saved | {"config": saved["config"] | {"dim": 64}}, "size.pt")
     Path("text.pt").write_text("no checkpoint")
     for path, size in (run / "best.pt", -500), (official, 1_000_000):
         Path(f"cut_{path.name}").write_bytes(path.read_bytes()[:size])
     for name, message in {"dfine.pth": "start weights belong to --init", "hostile.pt": "more than tensors", "other.pt":
-                          "of method querypose; known are detrpose", "size.pt": "do not fit the model", "text.pt":
+                          "of method nosuch; known are detrpose", "size.pt": "do not fit the model", "text.pt":
                           "neither a torch nor", "cut_best.pt": "cut short", f"cut_{official.name}": "cut short",
                           "absent.pt": "there is no checkpoint absent.pt", ".": "no checkpoint best.pt"}.items():
         code, line, _ = call(name)

@@ -8,6 +8,7 @@ import sys
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,9 +32,13 @@ FOLDER = REFERENCE / "querypose"
 CUDA = torch.cuda.is_available()
 
 
-def golden(pattern: str, kind: str = "golden_{}.npz"):
-    """Run a test once for every file of a pattern; none there is a failure to notice, not a silent pass."""
-    files = sorted(FOLDER.glob(kind.format(pattern)))
+def golden(pattern: str, kind: str = "golden_{}.npz", quick: str = "*"):
+    """Run a test once for every file of a pattern; none there is a failure to notice, not a silent pass.
+
+    A file whose name does not match `quick` is for  pytest -m slow.
+    """
+    files = [pytest.param(file, marks=[] if fnmatch(file.name, quick) else pytest.mark.slow)
+             for file in sorted(FOLDER.glob(kind.format(pattern)))]
     missing = pytest.param(None, marks=pytest.mark.skip(reason=f"no {kind.format(pattern)} in {FOLDER}"))
     return pytest.mark.parametrize("file", files or [missing], ids=lambda f: f.stem if f else "none")
 
@@ -310,7 +315,7 @@ def released_forward(case, preset: str, form: str, manifest: str):
     return chosen, result["stages"], {name: calls[0] for name, calls in seen.items()}
 
 
-@golden("*_forward*")
+@golden("*_forward*", quick="*hrnet_w32*")
 def test_forward_equals_the_release(file):
     case = np.load(file)
     preset, form, manifest = preset_of(file)
@@ -971,7 +976,7 @@ def input_of(key: str, h: int, w: int, seed: int) -> torch.Tensor:
     return (image / 255 - qp.MEAN) / qp.STD
 
 
-@golden("train_*_release*")
+@golden("train_*_release*", quick="")
 def test_a_training_step_equals_the_release(file):
     """Tolerances are those of its gradients: behind a stack of ReLUs with random weights float32 is rough."""
     case, full = np.load(file), "_full_" in file.stem
@@ -1073,7 +1078,9 @@ def test_a_picture_smaller_than_the_largest_stride_has_poses():
 def test_pictures_show_the_attention_of_each_part_and_the_deviations(threshold):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8))
     for interaction in ("spegm", "pool"):
-        shown = qp.show_process(small(interaction=interaction, **SIDES).eval(), image, threshold)
+        model = small(interaction=interaction, **SIDES).eval()
+        model.boxes.data[0] = torch.tensor([0.5, 0.5, 1e5, 1e5])
+        shown = qp.show_process(model, image, threshold)
         assert {name: len(pictures) for name, pictures in shown.items()} == (
             dict(sigma=1, attention=1) if interaction == "spegm" else dict(sigma=1))
         if interaction == "spegm" and threshold == 0:
@@ -1083,7 +1090,8 @@ def test_pictures_show_the_attention_of_each_part_and_the_deviations(threshold):
 def test_attention_is_brightest_where_it_is_largest():
     attention = np.zeros((2, 8, 8))
     attention[0, 1, 6] = attention[1, 7, 0] = 0.3
-    plain, *maps = (np.asarray(tile, dtype=int) for tile in qp.draw_attention(Image.new("RGB", (50, 30)), attention))
+    tiles = qp.draw_attention(Image.new("RGB", (50, 30)), [-1e6, 5, 1e6, 20], attention)
+    plain, *maps = (np.asarray(tile, dtype=int) for tile in tiles)
     assert not plain.any()
     for shown, (row, column) in zip(maps, [(36, 156), (180, 12)], strict=True):
         assert shown.sum(-1)[row, column] > 0.95 * shown.sum(-1).max() > 0
