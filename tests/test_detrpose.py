@@ -523,7 +523,7 @@ def test_the_mean_pose_start_puts_a_person_around_every_cell(puppets_folder):
 def test_the_learning_rate_warms_up_falls_as_a_cosine_and_drops():
     cosine = detrpose.PRESETS["tiny"]
     rates = [detrpose.lr_scale(step, 1000, 0, cosine) for step in range(1000)]
-    assert rates[0] < 0.01 and max(rates) > 0.85 and rates[-1] < 1e-4
+    assert rates[0] == pytest.approx(1 / cosine.warmup) and max(rates) > 0.85 and rates[-1] < 1e-4
     drop = detrpose.PRESETS["m"]
     assert [detrpose.lr_scale(0, 10, epoch, drop) for epoch in (14, 15)] == pytest.approx([1, 0.1])
 
