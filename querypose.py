@@ -1336,15 +1336,15 @@ def train(cfg: Config, args) -> None:
     if at["epoch"] >= cfg.epochs:
         run.say(f"all {cfg.epochs} epochs are done; --epochs {2 * cfg.epochs} would go on")
     for epoch in range(at["epoch"], cfg.epochs):
-        todo = runtime.epoch_batches(len(data), micro, cfg.accum, cfg.seed, epoch, ranks)[at["done"] * cfg.accum:]
-        loader = DataLoader(TrainImages(data, cfg, epoch), batch_sampler=todo, num_workers=cfg.workers,
+        batches = runtime.epoch_batches(len(data), micro, cfg.accum, cfg.seed, epoch, ranks)[at["done"] * cfg.accum:]
+        loader = DataLoader(TrainImages(data, cfg, epoch), batch_sampler=batches, num_workers=cfg.workers,
                             collate_fn=partial(collate, join=pad_images), worker_init_fn=runtime.ignore_signals,
                             pin_memory=ranks.device.type == "cuda")
-        bar = tqdm(loader, f"epoch {epoch + 1}/{cfg.epochs}", per_epoch, initial=per_epoch - len(todo),
+        bar = tqdm(loader, f"epoch {epoch + 1}/{cfg.epochs}", per_epoch, initial=per_epoch - len(batches),
                    disable=ranks.rank > 0, dynamic_ncols=True)
         net.train()
         seen = []                                                # ids of the images of this optimiser step
-        for i, ((images, sizes), targets, skipped) in enumerate(bar, per_epoch - len(todo)):
+        for i, ((images, sizes), targets, skipped) in enumerate(bar, per_epoch - len(batches)):
             run.bad_files(sum(skipped, []))
             seen += [t.image_id for t in targets]
             runtime.seed_all(cfg.seed, epoch, i, ranks.rank)
