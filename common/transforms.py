@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
+from torch.nn import functional
 
 from common.datasets import Sample
 from common.runtime import UserError
@@ -137,6 +138,29 @@ def _take_people(sample: Sample, keep: np.ndarray) -> Sample:
     return replace(sample, keypoints=sample.keypoints[keep], boxes=sample.boxes[keep], areas=sample.areas[keep],
                    iscrowd=sample.iscrowd[keep],
                    track_ids=None if sample.track_ids is None else sample.track_ids[keep])
+
+
+# ---------------------------------------------------------------- person crops
+
+def warp_affine(image: np.ndarray, matrix: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The crop (h, w, 3) uint8 of `size` = (w, h) that the 2×3 `matrix`, from image to crop, maps an image onto.
+
+    image (H, W, 3) uint8. Pixel (x, y) of the crop reads the image at matrix⁻¹(x, y): bilinear, integer coordinates
+    are pixel centres, black outside. Pillow's own transform truncates instead of rounding and darkens the rim.
+    """
+    w, h = size
+    inverse = np.linalg.inv(np.vstack([np.asarray(matrix, np.float64), [0, 0, 1]]))[:2]
+    y, x = np.mgrid[:h, :w]
+    source = np.stack([x, y, np.ones_like(x)], -1) @ inverse.T                      # (h, w, 2) xy in the image
+    low = np.clip(np.floor(source.min((0, 1))), 0, np.array(image.shape[1::-1]) - 1).astype(int)
+    high = np.clip(np.ceil(source.max((0, 1))), 0, np.array(image.shape[1::-1]) - 1).astype(int)
+    part = image[low[1]:high[1] + 1, low[0]:high[0] + 1]                            # only this much is read
+    part = np.pad(part, [(1, 1), (1, 1), (0, 0)])           # grid_sample cannot place a side of a single pixel
+    grid = (source - low + 1) * 2 / (np.array(part.shape[1::-1]) - 1) - 1           # -1 and 1: the outer pixel centres
+    pixels = torch.from_numpy(part).permute(2, 0, 1)[None].float()
+    warped = functional.grid_sample(pixels, torch.from_numpy(grid)[None].float(), padding_mode="zeros",
+                                    align_corners=True)
+    return warped[0].permute(1, 2, 0).round().to(torch.uint8).numpy()
 
 
 # ---------------------------------------------------------------- colour: image only

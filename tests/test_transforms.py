@@ -206,3 +206,20 @@ def test_tensor_is_the_picture_divided_by_255():
     tensor = T.to_tensor(sample.image)
     assert tensor.shape == (3, 30, 50) and tensor.dtype == torch.float32
     np.testing.assert_array_equal((tensor * 255).round().permute(1, 2, 0).numpy(), np.array(sample.image))
+
+
+@pytest.mark.parametrize("matrix", [[[1, 0, 0], [0, 1, 0]], [[1.7, 0.3, -4], [-0.2, 2.1, 3]], [[0.5, 0, -40], [0, 0.5, 2]]])
+def test_warp_reads_each_pixel_of_the_crop_where_the_inverse_matrix_says(matrix):
+    image = np.random.default_rng(0).integers(0, 256, (11, 14, 3), dtype=np.uint8)
+    crop = T.warp_affine(image, np.array(matrix), (16, 12))
+    inverse = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))
+    padded = np.pad(image.astype(float), [(1, 2), (1, 2), (0, 0)])      # black outside
+    for y, x in np.ndindex(12, 16):
+        u, v, _ = inverse @ [x, y, 1]
+        expected = np.zeros(3)
+        if -1 < u < 14 and -1 < v < 11:
+            i, j = int(np.floor(v)) + 1, int(np.floor(u)) + 1
+            b, a = v - np.floor(v), u - np.floor(u)
+            expected = (1 - b) * ((1 - a) * padded[i, j] + a * padded[i, j + 1]) \
+                + b * ((1 - a) * padded[i + 1, j] + a * padded[i + 1, j + 1])
+        assert np.abs(crop[y, x] - expected).max() <= 0.51, (x, y)
