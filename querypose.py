@@ -156,11 +156,11 @@ def _presets() -> dict[str, Config]:
                  init="pose_hrnet_w32_384x288.pth")
     w48 = replace(w32, backbone="hrnet_w48", init="pose_hrnet_w48_384x288.pth")
     swin = replace(w32, backbone="swin_l", full=True, init="swin_large_patch4_window7_224_22k.pth")
-    tiny = Config("r26", frozen_norm=False, freeze=False, dim=80, heads=4, ffn=192, dynamic=24, stages=3, queries=10,
+    tiny = Config("r26", frozen_norm=False, freeze=False, dim=80, heads=4, ffn=192, dynamic=24, stages=2, queries=10,
                   spread=True, pose_roi=8, convs=2, conv_width=96, full=False, part_dim=64, matched=True, init="",
-                  epochs=6, batch=16, lr=1e-3, lr_backbone=1e-3, lr_flow=1e-3, schedule="cosine", warmup=60,
+                  epochs=10, batch=16, lr=1e-3, lr_backbone=1e-3, lr_flow=1e-3, schedule="cosine", warmup=60,
                   drop_epochs="", ema=0.995, ema_warmup=100, short_side=128, long_side=128, multiscale=False,
-                  processes=2, workers=0, eval_every=6, eval_batch=50)
+                  processes=2, workers=0, eval_every=10, eval_batch=50)
     return {"tiny": tiny, "r50": r50, "r50-light": replace(r50, full=False), "hrnet_w32": w32,
             "hrnet_w32-full": replace(w32, full=True), "hrnet_w48": w48, "hrnet_w48-full": replace(w48, full=True),
             "swin_l": swin, "swin_l-light": replace(swin, full=False)}
