@@ -1,0 +1,675 @@
+"""DiffusionPose: video pose by denoising heatmaps, with Mamba and a Markov random field (AAAI 2026).
+
+Idea     The pose of a person in the middle of three frames is a stack of heatmaps, one per joint, that starts as pure
+         noise. A decoder turns it into the answer, in one step by default. It is told what the clip looks like and where
+         the joints probably are by an encoder that reads the frames as one sequence with state-space models; and its
+         joints tell each other where they can be, by messages along the limbs of the skeleton.
+Flow     crops (B,3,3,H,W) → ViT, each frame → (B,3,N,D), + keypoint tokens → X (B,3,M,D)
+         → SpatioTemporalBlock ×3 → C_f (B,N,D) what the clip looks like, C_p (B,J,D) where the joints probably are
+         noise x_T (B,J,Hh,Wh), t, C_f, C_p → DenoisingBlock ×3 → heatmaps (B,J,Hh,Wh); ddim repeats it if asked to
+Read     ViT → MambaBlock → SpatioTemporalBlock → SpatioTemporalEncoder → MarkovOptimizationLayer (eqs. 1-3)
+         → DenoisingBlock → PoseDenoisingDecoder → q_sample, ddim → DiffusionPose
+Letters  B clips  J joints  N patches of a frame  M = N+J tokens of a frame  D channels  E = 2D channels inside Mamba
+         H W crop  Hh Wh heatmap, a quarter of it  T = 1000 diffusion times t  K rounds of messages
+Units    heatmaps G, H are in [0, 1]; what is denoised is x = (2G − 1)·s, s the signal scale; frames are normalised RGB
+Marks    No code was ever released and the paper leaves much open. [P] the paper says it; [A] taken from public code of
+         an ancestor (ViTPose, DCPose, DiffusionDet, Mamba); [C] our choice where the paper has no words.
+Departs  from the paper's letter, where it is not defined:
+         eqs. 1-3    potentials are in the logarithm, a product of messages is a sum, "∝" divides by the mean over
+                     channels; messages run until they stop changing (MarkovOptimizationLayer)
+         Sec. 3.2    one token per joint, its whole map, not patches of all maps: eq. 2 needs a state per joint
+         Table 7     its row (a) has "no C_f"; a U-Net that sees no image cannot work, so ours gets C_f as channels
+"""
+import math
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from common import runtime, weights
+from common.skeletons import Skeleton, edges, get_skeleton
+from kernels.selective_scan import selective_scan
+
+# ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. -----------
+
+PATCH, STRIDE = 16, 4          # pixels of the crop per patch of the ViT and per cell of a heatmap
+TIMES = 1000                   # T, diffusion times [A: DiffusionDet]
+
+
+@dataclass(frozen=True)
+class Config:
+    # model
+    height: int = 256              # pixels of a person's crop: 256 or 384 [C]; a multiple of 16
+    width: int = 192               # 192 or 288
+    dim: int = 768                 # D, channels of every token
+    depth: int = 12                # layers of the ViT
+    vit_heads: int = 12            # its attention heads
+    heads: int = 12                # attention heads everywhere else: D/64 [C]
+    stfe_layers: int = 3           # blocks of the spatio-temporal encoder: the paper has "multiple" [C]
+    decoder_layers: int = 3        # denoising blocks [C]
+    # ablations (Tables 5 to 7)
+    stfe: str = "stb"              # stb, transformer (Table 6) or none (Table 5): what relates the three frames
+    denoiser: str = "hcdb"         # hcdb, or unet, which has no use for C_p and no Markov layer (Tables 5 and 7)
+    cf: bool = True                # the denoiser looks at C_f, what the clip looks like
+    cp: bool = True                # the denoiser gets C_p, where the joints probably are (Table 7)
+    mol: bool = True               # Markov optimization layers (Table 7)
+    alpha: float = 0.1             # weight of the Markov loss [C]; 0: without it (Table 7)
+    # diffusion
+    signal_scale: float = 1.0      # s, how large the signal is beside the noise [C]
+    steps: int = 1                 # DDIM steps of a prediction [P]
+    ensemble: int = 1              # draws of noise whose heatmaps are averaged (as DiffPose does)
+    eta: float = 0.0               # share of fresh noise in a DDIM step [C]
+    init: str = ""                 # start weights: file or name; DiffusionPose, or a ViT of ViTPose or MAE
+
+    def __post_init__(self):
+        """Raises UserError for values that no run could use."""
+        runtime.check_choice(self, stfe=("stb", "transformer", "none"), denoiser=("hcdb", "unet"))
+        runtime.check_range(self, 1, math.inf, "height width dim depth vit_heads heads stfe_layers decoder_layers ensemble")
+        runtime.check_range(self, 1, TIMES, "steps")
+        runtime.check_range(self, 1e-6, math.inf, "signal_scale")
+        runtime.check_range(self, 0, math.inf, "alpha")
+        runtime.check_range(self, 0, 1, "eta")
+        for name in ("vit_heads", "heads"):
+            if self.dim % (2 * getattr(self, name)):
+                raise runtime.UserError(f"--dim {self.dim} does not split over --{name} {getattr(self, name)}: choose a "
+                                        f"multiple of {2 * getattr(self, name)}")
+        for name in ("height", "width"):
+            if getattr(self, name) % PATCH:
+                raise runtime.UserError(f"--{name} {getattr(self, name)}: expected a multiple of {PATCH}")
+        if not self.cf and (self.denoiser == "unet" or self.stfe == "none" or not self.cp):
+            raise runtime.UserError("--no-cf: the denoiser would see nothing of the image; leave --stfe stb, "
+                                    "--denoiser hcdb and --cp as they are")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.height // PATCH, self.width // PATCH
+
+    @property
+    def heatmap(self) -> tuple[int, int]:
+        """Rows and columns of a heatmap."""
+        return self.height // STRIDE, self.width // STRIDE
+
+
+
+def _presets() -> dict[str, Config]:
+    b = Config(init="vitpose-base")
+    s = replace(b, dim=384, heads=6, init="vitpose_small.pth")          # 12 heads in the ViT [A]: DeiT-S has 6
+    l = replace(b, dim=1024, depth=24, vit_heads=16, heads=16, init="vitpose_large.pth")
+    h = replace(b, dim=1280, depth=32, vit_heads=16, heads=20, init="vitpose_huge.pth")
+    tiny = replace(b, height=128, width=96, dim=96, depth=4, vit_heads=4, heads=4, stfe_layers=1, decoder_layers=2,
+                   init="")
+    return {"tiny": tiny, "s": s, "b": b, "l": l, "h": h}
+
+
+PRESETS: dict[str, Config] = _presets()
+
+# ---- Backbone: the plain ViT of ViTPose [A], under its names ------------------------------------------------
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+
+
+def mlp(dim: int) -> nn.Sequential:
+    """W₂ GELU(W₁ x), four times as wide inside."""
+    return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
+
+
+class Attention(nn.Module):
+    """Tokens look at each other, (B, L, D) → (B, L, D). The rows of qkv are q, k, v."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b l (three m d) -> three b m l d", three=3, m=self.heads)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Tokens (B, L, D) look at a context (B, N, D). The rows of kv are k, v."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q = rearrange(self.q(x), "b l (m d) -> b m l d", m=self.heads)
+        k, v = rearrange(self.kv(context), "b n (two m d) -> two b m n d", two=2, m=self.heads)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class TransformerBlock(nn.Module):
+    """x ← x + MHSA(LN(x));  x ← x + MLP(LN(x)): a layer of the ViT, and what Table 6 has in place of an STB."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.norm1, self.attn = LayerNorm(dim), Attention(dim, heads)
+        self.norm2, self.mlp = LayerNorm(dim), mlp(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """Images (B, 3, H, W) → patch tokens (B, N, D), row by row.
+
+    Patches of 16 × 16 pixels, two pixels further out on each side of the crop, so that MAE's line up. The table of
+    positions keeps MAE's slot for a class token; it is added to every token, and there is no such token. No drop path:
+    it is for hundreds of epochs, here are 20 at a tenth of the learning rate [C].
+    """
+
+    def __init__(self, dim: int, depth: int, heads: int, patches: int):
+        super().__init__()
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, PATCH, PATCH, padding=2)))
+        self.pos_embed = nn.Parameter(torch.empty(1, patches + 1, dim))
+        self.blocks = nn.Sequential(*(TransformerBlock(dim, heads) for _ in range(depth)))
+        self.last_norm = LayerNorm(dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch_embed(images).flatten(2).transpose(1, 2)
+        x = x + (self.pos_embed[:, 1:] + self.pos_embed[:, :1])
+        return self.last_norm(self.blocks(x))
+
+
+def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """A table (1, 1 + old cells, D) for another grid, bicubic; the first slot stays as it is."""
+    if old == new:
+        return table
+    grid = rearrange(table[:, 1:], "one (h w) d -> one d h w", h=old[0])
+    grid = F.interpolate(grid, new, mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2)], 1)
+
+
+# ---- Spatio-Temporal Feature Encoder (STFE) -----------------------------------------------------------------
+
+STATES, KERNEL, KEY = 16, 4, 1         # numbers per channel of Mamba, its convolution's width; the key frame's index
+
+
+class MambaBlock(nn.Module):
+    """A selective state-space model along a sequence, (B, L, D) → (B, L, D) [A: Gu & Dao 2023, with their names].
+
+        u, z = W_in x;   u ← silu(causal conv(u));   d, B, C = W_x u;   out = W_out scan(u, W_d d, −exp(A_log), B, C, D, z)
+
+    Causal: a token depends on those before it and on itself. No norm and no residual inside.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        inner, rank = 2 * dim, math.ceil(dim / 16)
+        self.split = rank, STATES, STATES
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.conv1d = nn.Conv1d(inner, inner, KERNEL, groups=inner, padding=KERNEL - 1)
+        self.x_proj = nn.Linear(inner, sum(self.split), bias=False)
+        self.dt_proj = nn.Linear(rank, inner)
+        self.A_log = nn.Parameter(torch.arange(1.0, STATES + 1).log().repeat(inner, 1))
+        self.D = nn.Parameter(torch.ones(inner))
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+        nn.init.uniform_(self.dt_proj.weight, -rank ** -0.5, rank ** -0.5)
+        step = torch.empty(inner).uniform_(math.log(1e-3), math.log(1e-1)).exp()        # of time, log-uniform
+        self.dt_proj.bias = nn.Parameter(step + (-torch.expm1(-step)).log())            # softplus⁻¹ of it
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, z = self.in_proj(x).chunk(2, -1)                                             # (B, L, E) each
+        u = F.silu(self.conv1d(u.mT)[..., :u.shape[1]].mT)
+        d, B, C = self.x_proj(u).split(self.split, -1)                                  # (B, L, R), (B, L, 16) twice
+        d = F.linear(d, self.dt_proj.weight)                                            # its bias goes into the scan
+        y = selective_scan(u.mT, d.mT, -self.A_log.exp(), B.mT, C.mT, self.D, z.mT, self.dt_proj.bias,
+                           delta_softplus=True)
+        return self.out_proj(y.mT)
+
+
+class SpatioTemporalBlock(nn.Module):
+    """Tokens of three frames, X (B, 3, M, D) → the same shape. Pre-norm residual steps [C]:
+
+        1  X ← X + SM(LN(X))         Spatial Mamba: each frame is a sequence of its own                    [P]
+        2  g = FSM(LN(X))            Full-Sequence Mamba: one sequence, frame after frame, forward only    [P]
+           s = TSA(LN(X))            Temporal Self-Attention: a token and its like in the other frames     [P]
+        3  a = σ(W [g ; s] + b);     X ← X + a g + (1 − a) s          dynamic fusion                       [C]
+        4  X ← X + MLP(LN(X))                                                                              [C]
+
+    The paper has no formula for the fusion. A gate is the smallest thing that is dynamic; being convex, it does not
+    double the magnitude of the residual stream, which has made vision Mambas diverge.
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.norm_spatial, self.spatial_mamba = LayerNorm(dim), MambaBlock(dim)
+        self.norm_full, self.full_mamba = LayerNorm(dim), MambaBlock(dim)
+        self.norm_temporal, self.temporal_attn = LayerNorm(dim), Attention(dim, heads)
+        self.gate = nn.Linear(2 * dim, dim)
+        self.norm_mlp, self.mlp = LayerNorm(dim), mlp(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.spatial_mamba(self.norm_spatial(x).flatten(0, 1)).view_as(x)
+        g = self.full_mamba(self.norm_full(x).flatten(1, 2)).view_as(x)
+        s = self.temporal_attn(rearrange(self.norm_temporal(x), "b f m d -> (b m) f d"))
+        s = rearrange(s, "(b m) f d -> b f m d", b=len(x))
+        a = self.gate(torch.cat([g, s], -1)).sigmoid()
+        x = x + torch.lerp(s, g, a)                                                     # a g + (1 − a) s
+        return x + self.mlp(self.norm_mlp(x))
+
+
+class SpatioTemporalEncoder(nn.Module):
+    """STFE: patches of three frames (B, 3, N, D) → C_f (B, N, D), C_p (B, J, D).
+
+        X = [F_f + frame embedding ; keypoint tokens_f],  f = t−1, t, t+1     then blocks, then LN
+        C_f = W [X_{t−1} ; X_t ; X_{t+1}] on the patches;   C_p = the key frame's keypoint tokens
+
+    [P] keypoint tokens: learned, for each frame.  [C] frame embeddings: without them attention over time could not tell
+    which frame is the key frame. [C] keypoint tokens stand behind the patches: a causal scan shows them the image only
+    there. The scan lets the key frame see t−1, attention lets it see t+1, too.
+    """
+
+    def __init__(self, cfg: Config, joints: int):
+        super().__init__()
+        dim, self.kind = cfg.dim, cfg.stfe
+        if self.kind == "none" and (cfg.denoiser == "unet" or not cfg.cp):
+            joints = 0                                                                  # nothing would read them
+        self.keypoint_tokens = nn.Parameter(torch.empty(3, joints, dim))
+        self.frame_embed = nn.Parameter(torch.empty(3, 1, dim))
+        block = SpatioTemporalBlock if self.kind == "stb" else TransformerBlock
+        self.blocks = nn.Sequential(*(block(dim, cfg.heads) for _ in range(cfg.stfe_layers * (self.kind != "none"))))
+        self.norm = LayerNorm(dim)
+        self.fuse = nn.Linear(3 * dim, dim) if cfg.cf else None
+
+    def forward(self, features: Tensor) -> tuple[Tensor | None, Tensor]:
+        patches = features.shape[2]
+        x = torch.cat([features + self.frame_embed, self.keypoint_tokens.expand(len(features), -1, -1, -1)], 2)
+        if self.kind == "transformer":                                                  # over all 3M tokens
+            x = self.blocks(x.flatten(1, 2)).view_as(x)
+        else:
+            x = self.blocks(x)
+        x = self.norm(x)
+        fused = self.fuse(rearrange(x[:, :, :patches], "b f n d -> b n (f d)")) if self.fuse else None
+        return fused, x[:, KEY, patches:]
+
+
+# ---- Pose Denoising Decoder (PDD) ---------------------------------------------------------------------------
+
+# Trees of limbs [C]: the usual drawings without the bars from hip to hip and from shoulder to shoulder, and the like.
+TREES = dict(posetrack=edges("0-2 0-1 1-3 1-4 3-5 5-7 4-6 6-8 3-9 4-10 9-11 11-13 10-12 12-14"),
+             coco=edges("0-1 0-2 1-3 2-4 0-5 0-6 5-7 7-9 6-8 8-10 5-11 6-12 11-13 13-15 12-14 14-16"),
+             crowdpose=edges("12-13 13-0 13-1 0-2 2-4 1-3 3-5 0-6 1-7 6-8 8-10 7-9 9-11"))
+
+
+def limbs(skeleton: Skeleton) -> tuple[tuple[int, int], ...]:
+    """The skeleton's tree; of an unknown skeleton, its edges without those that would close a circle."""
+    if skeleton.name in TREES:
+        return TREES[skeleton.name]
+    part, tree = list(range(skeleton.num_keypoints)), []
+    for a, b in skeleton.edges:
+        if part[a] != part[b]:
+            tree.append((a, b))
+            part = [part[b] if p == part[a] else p for p in part]
+    return tuple(tree)
+
+
+class MarkovOptimizationLayer(nn.Module):
+    """Joints send each other messages along the limbs, h (B, J, D) → the same shape:
+
+        msg_{j→i} ∝ ψ_i φ_ij ∏_{k ∈ Ng(j)∖i} msg_{k→j}                                                    (eq. 1)
+        ψ_i = N_i W_n,   φ_ij = [N_i ; N_j] W_e                                                           (eq. 2)
+        N_i ← log Σ_{j ∈ Ng(i)} exp(msg_{j→i}) + N_i                                                      (eq. 3)
+
+    How they are read [C]. Eq. 3 exponentiates a message, so messages µ and potentials are logarithms and the product is
+    a sum; "∝" subtracts the logarithm of the mean over the D channels, so that a message without news is 0:
+
+        λ_{j→i} = n_i W_n + [n_i ; n_j] W_e + Σ_{k ∈ Ng(j)∖i} µ_{k→j},   µ = λ − logmeanexp_D λ,   n = LN(h)
+
+    On a tree this ends at the leaves: from µ = 0, K rounds for all messages at once are exact, K the longest path. Kept
+    as printed: ψ is the receiver's and nothing is summed over the sender's states; textbooks differ in both. W_n and W_e
+    are shared by all limbs [P], so on a mirrored body the result is mirrored; they start at 0, which is h + log |Ng|.
+    A joint without limbs stays as it is. Float32, also under autocast.
+    """
+
+    def __init__(self, dim: int, tree: tuple[tuple[int, int], ...], joints: int):
+        super().__init__()
+        self.norm = LayerNorm(dim)
+        self.node, self.edge = nn.Linear(dim, dim, bias=False), nn.Linear(2 * dim, dim, bias=False)
+        self.arrows = [arrow for a, b in tree for arrow in ((a, b), (b, a))]            # (sender, receiver)
+        # follows[e, f] = 1: message f ends where e starts and does not come from where e goes
+        follows = np.array([[f[1] == e[0] and f[0] != e[1] for f in self.arrows] for e in self.arrows], dtype=int)
+        count = len(self.arrows)
+        follows, self.rounds, chain = follows.reshape(count, count), 0, np.eye(count, dtype=int)
+        while chain.any():                                                              # of so many messages
+            chain, self.rounds = chain @ follows, self.rounds + 1
+        arriving = [[e for e, (_, i) in enumerate(self.arrows) if i == joint] or [count + 1] for joint in range(joints)]
+        widest = max(map(len, arriving))                                                # `count`: log 0, + 1: log 1
+        arriving = [row + [count] * (widest - len(row)) for row in arriving]
+        for name, table in dict(follows=follows, arriving=arriving, ends=np.reshape(self.arrows, (-1, 2)).T).items():
+            self.register_buffer(name, torch.as_tensor(np.array(table, dtype=int)), persistent=False)
+
+    def messages(self, n: Tensor) -> Tensor:
+        """All messages µ (B, 2·limbs, D), in the order of `arrows`, from states n (B, J, D)."""
+        sender, receiver = self.ends
+        from_receiver, from_sender = self.edge.weight.chunk(2, 1)
+        base = (F.linear(n, self.node.weight + from_receiver)[:, receiver]              # eq. 2, once for each joint
+                + F.linear(n, from_sender)[:, sender])
+        follows, message = self.follows.to(base.dtype), torch.zeros_like(base)
+        for _ in range(self.rounds):
+            message = base + follows @ message                                          # eq. 1
+            message = message - message.logsumexp(-1, keepdim=True) + math.log(base.shape[-1])
+        return message
+
+    def forward(self, h: Tensor) -> Tensor:
+        with torch.autocast(h.device.type, enabled=False):
+            h = h.to(torch.promote_types(h.dtype, torch.float32))
+            messages = self.messages(self.norm(h))
+            nothing = messages.new_tensor([-math.inf, 0.0])[None, :, None].expand(len(h), 2, h.shape[-1])
+            return h + torch.cat([messages, nothing], 1)[:, self.arriving].logsumexp(2)             # eq. 3
+
+
+def time_embedding(t: Tensor, dim: int) -> Tensor:
+    """t (B,) → (B, D): sin(t ω_k), then cos(t ω_k), ω_k = 10000^(−k / (D/2 − 1)) [A: DiffusionDet]."""
+    k = torch.arange(dim // 2, device=t.device)
+    angle = t[:, None] * torch.exp(-math.log(10000) / (dim // 2 - 1) * k)
+    return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+def time_mlp(dim: int) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, dim), act=nn.SiLU(), fc2=nn.Linear(dim, dim)))
+
+
+class DenoisingBlock(nn.Module):
+    """Heatmap Conditional Denoising Block: joint tokens h (B, J, D) → the same shape, steps in the paper's order:
+
+        (i)    u = AdaLN(h) + C_p;  h ← h + MHSA(u)      location-guide self-attention                    [P]
+        (ii)   h ← MOL(h)                                                                                 (eq. 3)
+        (iii)  h ← h + MHCA(AdaLN(h), C_f)               cross-attention to what the clip looks like      [P]
+        (iv)   h ← h + FFN(LN(h))                                                                         [P]
+        AdaLN(h) = LN(h)·(1 + scale) + shift             of the time t; starts as plain LN [C]
+
+    [C] C_p comes into queries, keys and values: at t = T−1 the tokens hold noise, and positions must get into them.
+    """
+
+    def __init__(self, cfg: Config, tree: tuple[tuple[int, int], ...], joints: int):
+        super().__init__()
+        dim = cfg.dim
+        self.modulation = nn.Linear(dim, 4 * dim)
+        self.self_attn = Attention(dim, cfg.heads)
+        self.mol = MarkovOptimizationLayer(dim, tree, joints) if cfg.mol else None
+        self.cross_attn = CrossAttention(dim, cfg.heads) if cfg.cf else None
+        self.norm_ffn, self.ffn = LayerNorm(dim), mlp(dim)
+
+    def forward(self, h: Tensor, time: Tensor, c_f: Tensor | None, c_p: Tensor | None) -> Tensor:
+        shift1, scale1, shift2, scale2 = self.modulation(F.silu(time))[:, None].chunk(4, -1)
+        u = F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale1) + shift1
+        h = h + self.self_attn(u if c_p is None else u + c_p)
+        if self.mol:
+            h = self.mol(h)
+        if self.cross_attn:
+            u = F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale2) + shift2
+            h = h + self.cross_attn(u, c_f)
+        return h + self.ffn(self.norm_ffn(h))
+
+
+class PoseDenoisingDecoder(nn.Module):
+    """PDD: noisy maps x_t (B, J, Hh, Wh), times t (B,), conditions → heatmaps H (B, J, Hh, Wh).
+
+    [C] A token is one joint's whole map: h = W x_t[j] + position[j]. No sigmoid behind the last layer.
+    """
+
+    def __init__(self, cfg: Config, skeleton: Skeleton):
+        super().__init__()
+        dim, cells, joints = cfg.dim, math.prod(cfg.heatmap), skeleton.num_keypoints
+        self.cp = cfg.cp
+        self.embed, self.pos_embed = nn.Linear(cells, dim), nn.Parameter(torch.empty(joints, dim))
+        self.time_mlp = time_mlp(dim)
+        self.blocks = nn.ModuleList(DenoisingBlock(cfg, limbs(skeleton), joints) for _ in range(cfg.decoder_layers))
+        self.norm, self.head = LayerNorm(dim), nn.Linear(dim, cells)
+
+    def forward(self, x_t: Tensor, t: Tensor, c_f: Tensor | None, c_p: Tensor) -> Tensor:
+        time = self.time_mlp(time_embedding(t, self.pos_embed.shape[1]).to(self.pos_embed.dtype))
+        h = self.embed(x_t.flatten(2)) + self.pos_embed
+        for block in self.blocks:
+            h = block(h, time, c_f, c_p if self.cp else None)
+        return self.head(self.norm(h)).view_as(x_t)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(SiLU(GN(conv(SiLU(GN(x))) + W time)))."""
+
+    def __init__(self, channels_in: int, channels: int, time_dim: int):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(32, channels_in), nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.time = nn.Linear(time_dim, channels)
+        self.norm2, self.conv2 = nn.GroupNorm(32, channels), nn.Conv2d(channels, channels, 3, padding=1)
+        self.shortcut = nn.Identity() if channels_in == channels else nn.Conv2d(channels_in, channels, 1)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x))) + self.time(F.silu(time))[..., None, None]
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(y)))
+
+
+class UNetDenoiser(nn.Module):
+    """The naive U-Net of Tables 5 and 7, with the arguments of PoseDenoisingDecoder; C_p finds no use.
+
+    It sees C_f as 64 channels beside the noisy maps. Like the decoder it predicts the heatmaps [C]: the paper's predicts
+    noise, and one step from t = 999 would divide that by √ᾱ = 5e-5.
+    """
+
+    def __init__(self, cfg: Config, skeleton: Skeleton):
+        super().__init__()
+        widths, joints, dim, self.grid = (64, 128, 256), skeleton.num_keypoints, cfg.dim, cfg.grid
+        self.condition, self.time_mlp = nn.Linear(dim, widths[0]), time_mlp(dim)
+        self.stem = nn.Conv2d(joints + widths[0], widths[0], 3, padding=1)
+        self.down = nn.ModuleList(nn.ModuleList(ResidualBlock(w, w, dim) for _ in range(2)) for w in widths)
+        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(widths, widths[1:]))
+        self.up = nn.ModuleList(nn.ModuleList((ResidualBlock(a + b, a, dim), ResidualBlock(a, a, dim)))
+                                for a, b in zip(widths, widths[1:]))
+        self.norm, self.head = nn.GroupNorm(32, widths[0]), nn.Conv2d(widths[0], joints, 3, padding=1)
+
+    def forward(self, x_t: Tensor, t: Tensor, c_f: Tensor, c_p: Tensor) -> Tensor:
+        time = self.time_mlp(time_embedding(t, c_f.shape[-1]).to(c_f.dtype))
+        condition = self.condition(c_f).transpose(1, 2).unflatten(2, self.grid)
+        condition = F.interpolate(condition, x_t.shape[-2:], mode="bilinear", align_corners=False)
+        x, skips = self.stem(torch.cat([x_t, condition], 1)), []
+        for i, blocks in enumerate(self.down):
+            x = self.shrink[i - 1](x) if i else x
+            for block in blocks:
+                x = block(x, time)
+            skips.append(x)
+        for skip, blocks in zip(skips[-2::-1], reversed(self.up)):
+            x = torch.cat([skip, F.interpolate(x, scale_factor=2, mode="nearest")], 1)
+            for block in blocks:
+                x = block(x, time)
+        return self.head(F.silu(self.norm(x)))
+
+
+# ---- Diffusion ----------------------------------------------------------------------------------------------
+
+
+def cosine_schedule() -> Tensor:
+    """ᾱ_t (T,) float64, β_t = min(1 − f(t+1)/f(t), 0.999), f(t) = cos²((t/T + 0.008)/1.008 · π/2) [A: DiffusionDet]."""
+    f = torch.cos((torch.arange(TIMES + 1, dtype=torch.float64) / TIMES + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - (1 - f[1:] / f[:-1]).clamp(max=0.999)).cumprod(0)
+
+
+ALPHA_BAR = cosine_schedule()
+
+
+def q_sample(heatmaps: Tensor, t: Tensor, noise: Tensor, visible: Tensor, signal_scale: float) -> Tensor:
+    """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε,  x_0 = (2G − 1)·s: true maps at times t (B,), as training sees them.
+
+    heatmaps, noise (B, J, Hh, Wh); visible (B, J). Where a joint is not labelled, pure noise [C]: its map is 0, and x_0
+    a constant that would tell the network that nobody has labelled it.
+    """
+    alpha_bar = ALPHA_BAR.to(t.device)[t][:, None, None, None]
+    signal = alpha_bar.sqrt().to(noise.dtype) * (2 * heatmaps - 1) * signal_scale
+    return torch.where(visible[..., None, None] > 0, signal + (1 - alpha_bar).sqrt().to(noise.dtype) * noise, noise)
+
+
+def time_pairs(steps: int) -> list[tuple[int, int]]:
+    """(t, next t) of each step, from (T−1, ·) to (·, −1), evenly spaced."""
+    times = [TIMES * i // steps - 1 for i in range(steps, -1, -1)]
+    return list(zip(times, times[1:]))
+
+
+def ddim(denoise: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int, eta: float, signal_scale: float
+         ) -> tuple[list[Tensor], list[Tensor]]:
+    """From noise to heatmaps: x_{t'} = √ᾱ' x̂_0 + √(1 − ᾱ' − σ²) ε̂ + σ z,  x̂_0 = (2 clamp(H) − 1)·s  (DDIM eq. 12).
+
+    denoise(x, t) → H for times t (B,); noise (B, S, J, Hh, Wh): x_T, then z of each step if eta > 0.
+    Returns  H of each step, not clamped, and the states: x_T, x after each step; the last is x̂_0
+    """
+    heatmaps, states = [], [noise[:, 0]]
+    for i, (now, then) in enumerate(time_pairs(steps)):
+        x = states[-1]
+        heatmaps.append(denoise(x, torch.full((len(x),), now, device=x.device)))
+        start = (2 * heatmaps[-1].clamp(0, 1) - 1) * signal_scale                       # x̂_0
+        if then < 0:
+            states.append(start)
+            break
+        a, a_next = ALPHA_BAR[now].item(), ALPHA_BAR[then].item()
+        epsilon = (x - math.sqrt(a) * start) / math.sqrt(1 - a)
+        sigma = eta * math.sqrt((1 - a / a_next) * (1 - a_next) / (1 - a))
+        x = math.sqrt(a_next) * start + math.sqrt(1 - a_next - sigma ** 2) * epsilon
+        states.append(x + sigma * noise[:, i + 1] if eta else x)
+    return heatmaps, states
+
+
+# ---- The model ----------------------------------------------------------------------------------------------
+
+
+class DiffusionPose(nn.Module):
+    """Clips to heatmaps. `forward` is training's one call, `sample` predicts; both are `encode`, then `denoise`."""
+
+    def __init__(self, cfg: Config, skeleton: Skeleton):
+        super().__init__()
+        self.cfg, self.skeleton = cfg, skeleton
+        self.backbone = ViT(cfg.dim, cfg.depth, cfg.vit_heads, math.prod(cfg.grid))
+        self.stfe = SpatioTemporalEncoder(cfg, skeleton.num_keypoints)
+        self.pdd = (PoseDenoisingDecoder if cfg.denoiser == "hcdb" else UNetDenoiser)(cfg, skeleton)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start values; Mamba and convolutions have set theirs."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and "mamba" not in name:
+                quiet = name.endswith(("modulation", "mol.node", "mol.edge"))
+                nn.init.zeros_(module.weight) if quiet else nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for name, table in self.named_parameters():
+            if name.endswith(("pos_embed", "keypoint_tokens", "frame_embed")):
+                nn.init.trunc_normal_(table, std=0.02)
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """(draws, 1 or steps, J, Hh, Wh): the noise that `sample` takes for each clip."""
+        cfg = self.cfg
+        return cfg.ensemble, cfg.steps if cfg.eta else 1, self.skeleton.num_keypoints, *cfg.heatmap
+
+    def encode(self, frames: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Frames (B, 3, 3, H, W), previous, key and next one → C_f (B, N, D), or None without it, and C_p (B, J, D)."""
+        return self.stfe(self.backbone(frames.flatten(0, 1)).unflatten(0, (-1, 3)))
+
+    def denoise(self, x_t: Tensor, t: Tensor, c_f: Tensor | None, c_p: Tensor) -> Tensor:
+        """Heatmaps H (B, J, Hh, Wh) from noisy maps of times t (B,)."""
+        return self.pdd(x_t, t, c_f, c_p)
+
+    def forward(self, frames: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.denoise(x_t, t, *self.encode(frames))
+
+    def sample(self, frames: Tensor, noise: Tensor) -> Tensor:
+        """Heatmaps (B, J, Hh, Wh), not clamped: DDIM from noise (B, *noise_shape), the mean of all draws."""
+        conditions, cfg = self.encode(frames), self.cfg
+        draws = [ddim(lambda x, t: self.denoise(x, t, *conditions), one, cfg.steps, cfg.eta, cfg.signal_scale)[0][-1]
+                 for one in noise.unbind(1)]
+        return torch.stack(draws).mean(0)
+
+
+def build(preset: str, skeleton: str | Skeleton = "posetrack", **overrides) -> DiffusionPose:
+    """A model with start values; overrides are Config fields."""
+    if preset not in PRESETS:
+        raise runtime.UserError(f"there is no preset {preset}: choose from {', '.join(PRESETS)}")
+    return DiffusionPose(runtime.resolve(PRESETS[preset], **overrides), get_skeleton(skeleton))
+
+
+# ---- Start weights: a ViT in four spellings (ViTPose's own, MAE, mmpose, transformers) ----------------------
+
+SPELLINGS = [                                          # outside of the layers, and the layers' own prefix
+    (r"^backbone\.(ln1|layernorm)\.", "backbone.last_norm."),
+    (r"^backbone\.(embeddings\.patch_embeddings|patch_embed)\.projection\.", "backbone.patch_embed.proj."),
+    (r"^backbone\.embeddings\.position_embeddings$", "backbone.pos_embed"),
+    (r"^backbone\.(layers|encoder\.layer)\.(\d+)\.", r"backbone.blocks.\2.")]
+INSIDE_BLOCK = [
+    (r"\.(ln1|layernorm_before)\.", ".norm1."), (r"\.(ln2|layernorm_after)\.", ".norm2."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."), (r"\.ffn\.layers\.1\.", ".mlp.fc2.")]
+IGNORED = {r"^(keypoint_)?head\.": "the classic head, in whose place is the denoiser",
+           r"^backbone\.(cls_token$|norm\.)": "of MAE's class token; ViTPose's last norm starts anew"}
+HEADS = {384: 12, 768: 12, 1024: 16, 1280: 16}         # of ViTPose by width: another number fits, and finds nothing
+
+
+def grid_of(cells: int) -> tuple[int, int] | None:
+    """Rows and columns of that many patches: of a person's crop, 4 : 3, or else of MAE's square images."""
+    for high, wide in (4, 3), (1, 1):
+        unit = math.isqrt(cells // (high * wide))
+        if high * wide * unit ** 2 == cells > 0:
+            return high * unit, wide * unit
+    return None
+
+
+def convert_official(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """A ViT of any spelling under our names, its table of positions for our grid. Tensors of ours stay as they are.
+
+    Raises UserError for experts of ViTPose+, a number of heads that it was not trained with, a table without a grid.
+    """
+    if "stfe.norm.weight" in state:
+        return {name: value for name, value in state.items() if name != "n_averaged"}
+    if any(".experts." in name for name in state):
+        raise runtime.UserError("these are weights of ViTPose+, whose layers end in experts that no plain ViT has: take "
+                                "ViTPose's, for example --init vitpose-base")
+    if config.vit_heads != HEADS.get(config.dim, config.vit_heads):
+        raise runtime.UserError(f"a ViT of ViTPose with {config.dim} channels has {HEADS[config.dim]} heads: "
+                                f"--vit_heads {config.vit_heads} would read the weights, and find nothing with them")
+    if not any(name.startswith("backbone.") for name in state):                         # MAE
+        state = {f"backbone.{name}": value for name, value in state.items()}
+    state = {name: value for name, value in state.items() if not any(re.search(p, name) for p in IGNORED)}
+    state = weights.rename(weights.rename(state, SPELLINGS), INSIDE_BLOCK)
+    for name in [name for name in state if ".attention.attention.query." in name]:      # transformers has three
+        rows = [state.pop(name.replace("query", part), torch.empty(0)) for part in ("query", "key", "value")]
+        state[name.replace("attention.attention.query", "attn.qkv")] = torch.cat(rows)
+    table = state.get("backbone.pos_embed", torch.empty(1, 0, 1))
+    old = grid_of(table.shape[1] - 1)
+    if not old:                                                                         # mmpose: no class slot
+        old, table = grid_of(table.shape[1]), F.pad(table, (0, 0, 1, 0))
+    if not old:
+        raise runtime.UserError(f"the weights have no table of positions of a known shape: {table.shape[1] - 1} rows")
+    state["backbone.pos_embed"] = resize_positions(table, old, config.grid)
+    return state
+
+
+def recognise(state: dict[str, Tensor]) -> tuple[str, int] | None:
+    """(preset, joints) of tensors under our own names; None for something else: no weights were ever released."""
+    if not {"stfe.norm.weight", "pdd.pos_embed"} <= state.keys():
+        return None
+    joints, dim = state["pdd.pos_embed"].shape
+    preset = next((name for name, cfg in PRESETS.items() if cfg.dim == dim), None)
+    return preset and (preset, joints)
+
+
+def load_init(model: DiffusionPose, source: str) -> None:
+    """Start weights by file or name: DiffusionPose (all), or a ViT of ViTPose, MAE, mmpose or transformers."""
+    path = Path(source) if Path(source).exists() else weights.fetch(source)
+    state = convert_official(weights.load_tensors(path), model.cfg)
+    lacking = {}
+    if "stfe.norm.weight" not in state:
+        lacking = {r"^(?!backbone\.)": "not in a backbone's file"}
+        if "backbone.last_norm.weight" not in state:
+            lacking[r"^backbone\.last_norm\."] = "not in MAE's file"
+    weights.load_strict(model, state, lacking)
+    print(f"start weights from {path}: {len(state)} of {len(model.state_dict())} tensors")
