@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 from common.runtime import UserError
 
-VERSION = 3                                   # raise it when the same seed gives another picture
+VERSION = {"coco": 3, "crowd": 3, "video": 4, "ood": 3}      # raised when the same seed gives another picture or label
 ROOT = Path(__file__).resolve().parent / "puppets"
 SIZE = 160                                    # side of the square images in pixels
 COUNTS = {"coco": {"train": 4000, "val": 500}, "crowd": {"val": 300}, "video": {"train": 80, "val": 20},
@@ -954,12 +954,14 @@ def posetrack_image(file_name: str, video: str, t: int, size: int, group: list[i
 
 
 def posetrack_person(image_id: int, track: int, person: dict) -> dict:
+    """As PoseTrack18's, where v is 0 or 1, and `hidden`, which it does not have: what is labelled, but not seen."""
     joints, body = person["joints"].copy(), person["body"]
     joints[[INDEX["left_ear"], INDEX["right_ear"]]] = 0
     (x, y), r = body.at["head"][:2] + .5, body.head_radius
     head = [round(float(value), 1) for value in (x - .9 * r, y - r, 1.8 * r, 2 * r)]
     return dict(id=image_id * 100 + track, image_id=image_id, track_id=track, category_id=1, iscrowd=False,
-                scores=[], bbox=person["bbox"], bbox_head=head, keypoints=flat_list(joints, POSETRACK, 1))
+                scores=[], bbox=person["bbox"], bbox_head=head, keypoints=flat_list(joints, POSETRACK, 1),
+                hidden=[v == 1 for v in flat_list(joints, POSETRACK)[2::3]])
 
 
 PARTS = {  # part: folders, what makes one image or clip, what writes the files that hold all of them
@@ -982,7 +984,7 @@ def make(root: Path | str = ROOT, part: str = "coco", size: int = SIZE, seed: in
     if not 32 <= size <= 2048 or seed < 0:
         raise UserError(f"puppets cannot be drawn with size {size} and seed {seed}: size 32 to 2048, seed 0 or more")
     root, counts = Path(root), {**COUNTS[part], **(counts or {})}
-    meta = dict(version=VERSION, part=part, size=size, seed=seed, counts=counts)
+    meta = dict(version=VERSION[part], part=part, size=size, seed=seed, counts=counts)
     target = root / part
     if is_made(target, meta):
         return target
