@@ -59,7 +59,7 @@ class Config:
     stfe: str = "stb"              # stb, transformer (Table 6) or none (Table 5): what relates the three frames
     denoiser: str = "hcdb"         # hcdb, or unet, which has no use for C_p and no Markov layer (Tables 5 and 7)
     cf: bool = True                # the denoiser looks at C_f, what the clip looks like
-    cp: bool = True                # the denoiser gets C_p, where the joints probably are (Table 7)
+    cp: bool = True                # joints look at each other, guided by C_p, where they probably are (Table 7)
     mol: bool = True               # Markov optimization layers (Table 7)
     alpha: float = 0.1             # weight of the Markov loss [C]; 0: without it (Table 7)
     # diffusion
@@ -392,26 +392,26 @@ class DenoisingBlock(nn.Module):
         AdaLN(h) = LN(h)·(1 + scale) + shift             of the time t; starts as plain LN [C]
 
     [C] C_p comes into queries, keys and values: at t = T−1 the tokens hold noise, and positions must get into them.
+    Without C_p there is no step (i), without C_f no step (iii).
     """
 
     def __init__(self, cfg: Config, tree: tuple[tuple[int, int], ...], joints: int):
         super().__init__()
         dim = cfg.dim
         self.modulation = nn.Linear(dim, 4 * dim)
-        self.self_attn = Attention(dim, cfg.heads)
+        self.self_attn = Attention(dim, cfg.heads) if cfg.cp else None
         self.mol = MarkovOptimizationLayer(dim, tree, joints) if cfg.mol else None
         self.cross_attn = CrossAttention(dim, cfg.heads) if cfg.cf else None
         self.norm_ffn, self.ffn = LayerNorm(dim), mlp(dim)
 
-    def forward(self, h: Tensor, time: Tensor, c_f: Tensor | None, c_p: Tensor | None) -> Tensor:
+    def forward(self, h: Tensor, time: Tensor, c_f: Tensor | None, c_p: Tensor) -> Tensor:
         shift1, scale1, shift2, scale2 = self.modulation(F.silu(time))[:, None].chunk(4, -1)
-        u = F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale1) + shift1
-        h = h + self.self_attn(u if c_p is None else u + c_p)
+        if self.self_attn:
+            h = h + self.self_attn(F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale1) + shift1 + c_p)
         if self.mol:
             h = self.mol(h)
         if self.cross_attn:
-            u = F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale2) + shift2
-            h = h + self.cross_attn(u, c_f)
+            h = h + self.cross_attn(F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale2) + shift2, c_f)
         return h + self.ffn(self.norm_ffn(h))
 
 
@@ -424,7 +424,6 @@ class PoseDenoisingDecoder(nn.Module):
     def __init__(self, cfg: Config, skeleton: Skeleton):
         super().__init__()
         dim, cells, joints = cfg.dim, math.prod(cfg.heatmap), skeleton.num_keypoints
-        self.cp = cfg.cp
         self.embed, self.pos_embed = nn.Linear(cells, dim), nn.Parameter(torch.empty(joints, dim))
         self.time_mlp = time_mlp(dim)
         self.blocks = nn.ModuleList(DenoisingBlock(cfg, limbs(skeleton), joints) for _ in range(cfg.decoder_layers))
@@ -434,7 +433,7 @@ class PoseDenoisingDecoder(nn.Module):
         time = self.time_mlp(time_embedding(t, self.pos_embed.shape[1]).to(self.pos_embed.dtype))
         h = self.embed(x_t.flatten(2)) + self.pos_embed
         for block in self.blocks:
-            h = block(h, time, c_f, c_p if self.cp else None)
+            h = block(h, time, c_f, c_p)
         return self.head(self.norm(h)).view_as(x_t)
 
 
@@ -616,9 +615,9 @@ HEADS = {384: 12, 768: 12, 1024: 16, 1280: 16}         # of ViTPose by width: an
 
 def grid_of(cells: int) -> tuple[int, int] | None:
     """Rows and columns of that many patches: of a person's crop, 4 : 3, or else of MAE's square images."""
-    for high, wide in (4, 3), (1, 1):
+    for high, wide in ((4, 3), (1, 1)) if cells > 0 else ():
         unit = math.isqrt(cells // (high * wide))
-        if high * wide * unit ** 2 == cells > 0:
+        if high * wide * unit ** 2 == cells:
             return high * unit, wide * unit
     return None
 
