@@ -1,9 +1,9 @@
 """DiffusionPose: video pose by denoising heatmaps, with Mamba and a Markov random field (AAAI 2026).
 
-Idea     The pose of a person in the middle of three frames is a stack of heatmaps, one per joint, that starts as pure
-         noise. A decoder turns it into the answer, in one step by default. It is told what the clip looks like and where
-         the joints probably are by an encoder that reads the frames as one sequence with state-space models; and its
-         joints tell each other where they can be, by messages along the limbs of the skeleton.
+Idea     A person's pose in the middle of three frames is a stack of heatmaps, one per joint, that starts as noise. A
+         decoder turns it into the answer, in one step by default. An encoder, which reads the frames as one sequence
+         with state-space models, tells it what the clip looks like and where the joints probably are; and the joints
+         tell each other where they can be, by messages along the limbs of the skeleton.
 Flow     crops (B,3,3,H,W) → ViT, each frame → (B,3,N,D), + keypoint tokens → X (B,3,M,D)
          → SpatioTemporalBlock ×3 → C_f (B,N,D) what the clip looks like, C_p (B,J,D) where the joints probably are
          noise x_T (B,J,Hh,Wh), t, C_f, C_p → DenoisingBlock ×3 → heatmaps (B,J,Hh,Wh); ddim repeats it if asked to
@@ -72,32 +72,27 @@ class Config:
     def __post_init__(self):
         """Raises UserError for values that no run could use."""
         runtime.check_choice(self, stfe=("stb", "transformer", "none"), denoiser=("hcdb", "unet"))
-        runtime.check_range(self, 1, math.inf, "height width dim depth vit_heads heads stfe_layers decoder_layers ensemble")
+        runtime.check_range(self, 1, math.inf, "height width dim depth vit_heads heads stfe_layers decoder_layers "
+                            "ensemble")
         runtime.check_range(self, 1, TIMES, "steps")
         runtime.check_range(self, 1e-6, math.inf, "signal_scale")
         runtime.check_range(self, 0, math.inf, "alpha")
         runtime.check_range(self, 0, 1, "eta")
-        for name in ("vit_heads", "heads"):
-            if self.dim % (2 * getattr(self, name)):
-                raise runtime.UserError(f"--dim {self.dim} does not split over --{name} {getattr(self, name)}: choose a "
-                                        f"multiple of {2 * getattr(self, name)}")
-        for name in ("height", "width"):
-            if getattr(self, name) % PATCH:
-                raise runtime.UserError(f"--{name} {getattr(self, name)}: expected a multiple of {PATCH}")
+        for name, unit in dict(dim=math.lcm(2, self.vit_heads, self.heads), height=PATCH, width=PATCH).items():
+            if getattr(self, name) % unit:
+                raise runtime.UserError(f"--{name} {getattr(self, name)}: expected a multiple of {unit}, for its "
+                                        f"{'heads' if name == 'dim' else 'patches'}")
         if not self.cf and (self.denoiser == "unet" or self.stfe == "none" or not self.cp):
             raise runtime.UserError("--no-cf: the denoiser would see nothing of the image; leave --stfe stb, "
                                     "--denoiser hcdb and --cp as they are")
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
+    def grid(self) -> tuple[int, int]:                                  # rows and columns of patches
         return self.height // PATCH, self.width // PATCH
 
     @property
-    def heatmap(self) -> tuple[int, int]:
-        """Rows and columns of a heatmap."""
+    def heatmap(self) -> tuple[int, int]:                               # rows and columns of a heatmap
         return self.height // STRIDE, self.width // STRIDE
-
 
 
 def _presets() -> dict[str, Config]:
@@ -117,9 +112,8 @@ PRESETS: dict[str, Config] = _presets()
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
-def mlp(dim: int) -> nn.Sequential:
-    """W₂ GELU(W₁ x), four times as wide inside."""
-    return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
+def mlp(dim: int, inner: int, act: type[nn.Module] = nn.GELU) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, inner), act=act(), fc2=nn.Linear(inner, dim)))
 
 
 class Attention(nn.Module):
@@ -155,7 +149,7 @@ class TransformerBlock(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.norm1, self.attn = LayerNorm(dim), Attention(dim, heads)
-        self.norm2, self.mlp = LayerNorm(dim), mlp(dim)
+        self.norm2, self.mlp = LayerNorm(dim), mlp(dim, 4 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -165,9 +159,8 @@ class TransformerBlock(nn.Module):
 class ViT(nn.Module):
     """Images (B, 3, H, W) → patch tokens (B, N, D), row by row.
 
-    Patches of 16 × 16 pixels, two pixels further out on each side of the crop, so that MAE's line up. The table of
-    positions keeps MAE's slot for a class token; it is added to every token, and there is no such token. No drop path:
-    it is for hundreds of epochs, here are 20 at a tenth of the learning rate [C].
+    The picture is padded by two pixels, so that patches lie as MAE's do. The table of positions keeps MAE's slot for a
+    class token, which is added to every token; there is no class token. No drop path: ours are 20 epochs at a low rate [C].
     """
 
     def __init__(self, dim: int, depth: int, heads: int, patches: int):
@@ -200,9 +193,9 @@ STATES, KERNEL, KEY = 16, 4, 1         # numbers per channel of Mamba, its convo
 class MambaBlock(nn.Module):
     """A selective state-space model along a sequence, (B, L, D) → (B, L, D) [A: Gu & Dao 2023, with their names].
 
-        u, z = W_in x;   u ← silu(causal conv(u));   d, B, C = W_x u;   out = W_out scan(u, W_d d, −exp(A_log), B, C, D, z)
+        u, z = W_in x;  u ← silu(conv(u));  d, B, C = W_x u;  out = W_out scan(u, W_d d, −exp(A_log), B, C, D, z)
 
-    Causal: a token depends on those before it and on itself. No norm and no residual inside.
+    Causal: a token depends on itself and those before it. No norm and no residual inside.
     """
 
     def __init__(self, dim: int):
@@ -220,9 +213,15 @@ class MambaBlock(nn.Module):
         step = torch.empty(inner).uniform_(math.log(1e-3), math.log(1e-1)).exp()        # of time, log-uniform
         self.dt_proj.bias = nn.Parameter(step + (-torch.expm1(-step)).log())            # softplus⁻¹ of it
 
+    def convolve(self, u: Tensor) -> Tensor:
+        """y_l = b + Σ_k w_k u_{l−3+k}, (B, L, E): as pictures of height 1, for which channels may stay last."""
+        pictures, weight = u.mT.unsqueeze(2).contiguous(memory_format=torch.channels_last), self.conv1d.weight
+        y = F.conv2d(pictures, weight.unsqueeze(2), self.conv1d.bias, padding=(0, KERNEL - 1), groups=len(weight))
+        return y[:, :, 0, :u.shape[1]].mT
+
     def forward(self, x: Tensor) -> Tensor:
         u, z = self.in_proj(x).chunk(2, -1)                                             # (B, L, E) each
-        u = F.silu(self.conv1d(u.mT)[..., :u.shape[1]].mT)
+        u = F.silu(self.convolve(u))
         d, B, C = self.x_proj(u).split(self.split, -1)                                  # (B, L, R), (B, L, 16) twice
         d = F.linear(d, self.dt_proj.weight)                                            # its bias goes into the scan
         y = selective_scan(u.mT, d.mT, -self.A_log.exp(), B.mT, C.mT, self.D, z.mT, self.dt_proj.bias,
@@ -239,8 +238,8 @@ class SpatioTemporalBlock(nn.Module):
         3  a = σ(W [g ; s] + b);     X ← X + a g + (1 − a) s          dynamic fusion                       [C]
         4  X ← X + MLP(LN(X))                                                                              [C]
 
-    The paper has no formula for the fusion. A gate is the smallest thing that is dynamic; being convex, it does not
-    double the magnitude of the residual stream, which has made vision Mambas diverge.
+    The paper has no formula for the fusion. A gate is the smallest thing that is dynamic; being convex, it keeps the
+    residual stream from doubling, which has made vision Mambas diverge.
     """
 
     def __init__(self, dim: int, heads: int):
@@ -249,7 +248,7 @@ class SpatioTemporalBlock(nn.Module):
         self.norm_full, self.full_mamba = LayerNorm(dim), MambaBlock(dim)
         self.norm_temporal, self.temporal_attn = LayerNorm(dim), Attention(dim, heads)
         self.gate = nn.Linear(2 * dim, dim)
-        self.norm_mlp, self.mlp = LayerNorm(dim), mlp(dim)
+        self.norm_mlp, self.mlp = LayerNorm(dim), mlp(dim, 4 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.spatial_mamba(self.norm_spatial(x).flatten(0, 1)).view_as(x)
@@ -267,9 +266,9 @@ class SpatioTemporalEncoder(nn.Module):
         X = [F_f + frame embedding ; keypoint tokens_f],  f = t−1, t, t+1     then blocks, then LN
         C_f = W [X_{t−1} ; X_t ; X_{t+1}] on the patches;   C_p = the key frame's keypoint tokens
 
-    [P] keypoint tokens: learned, for each frame.  [C] frame embeddings: without them attention over time could not tell
-    which frame is the key frame. [C] keypoint tokens stand behind the patches: a causal scan shows them the image only
-    there. The scan lets the key frame see t−1, attention lets it see t+1, too.
+    [P] Keypoint tokens are learned for each frame. [C] Frame embeddings: attention over time could not tell else which
+    frame is the key frame. [C] Keypoint tokens stand behind the patches: only there a causal scan shows them the image.
+    The scan lets the key frame see t−1; attention lets it see t+1, too [P].
     """
 
     def __init__(self, cfg: Config, joints: int):
@@ -323,15 +322,15 @@ class MarkovOptimizationLayer(nn.Module):
         ψ_i = N_i W_n,   φ_ij = [N_i ; N_j] W_e                                                           (eq. 2)
         N_i ← log Σ_{j ∈ Ng(i)} exp(msg_{j→i}) + N_i                                                      (eq. 3)
 
-    How they are read [C]. Eq. 3 exponentiates a message, so messages µ and potentials are logarithms and the product is
-    a sum; "∝" subtracts the logarithm of the mean over the D channels, so that a message without news is 0:
+    How they are read [C]. Eq. 3 exponentiates a message: messages µ and potentials are logarithms, and the product is a
+    sum. "∝" subtracts the logarithm of the mean over the D channels, so that a message without news is 0:
 
         λ_{j→i} = n_i W_n + [n_i ; n_j] W_e + Σ_{k ∈ Ng(j)∖i} µ_{k→j},   µ = λ − logmeanexp_D λ,   n = LN(h)
 
-    On a tree this ends at the leaves: from µ = 0, K rounds for all messages at once are exact, K the longest path. Kept
-    as printed: ψ is the receiver's and nothing is summed over the sender's states; textbooks differ in both. W_n and W_e
-    are shared by all limbs [P], so on a mirrored body the result is mirrored; they start at 0, which is h + log |Ng|.
-    A joint without limbs stays as it is. Float32, also under autocast.
+    On a tree this ends at the leaves: from µ = 0, K rounds for all messages at once are exact, K the longest path. As
+    printed, ψ is the receiver's and nothing is summed over the sender's states; textbooks differ in both. All limbs
+    share W_n and W_e [P], so a mirrored body gives a mirrored result; they start at 0, which is h + log |Ng|. A joint
+    without limbs stays as it is. Float32, also under autocast.
     """
 
     def __init__(self, dim: int, tree: tuple[tuple[int, int], ...], joints: int):
@@ -378,10 +377,6 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], -1)
 
 
-def time_mlp(dim: int) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, dim), act=nn.SiLU(), fc2=nn.Linear(dim, dim)))
-
-
 class DenoisingBlock(nn.Module):
     """Heatmap Conditional Denoising Block: joint tokens h (B, J, D) → the same shape, steps in the paper's order:
 
@@ -402,7 +397,7 @@ class DenoisingBlock(nn.Module):
         self.self_attn = Attention(dim, cfg.heads) if cfg.cp else None
         self.mol = MarkovOptimizationLayer(dim, tree, joints) if cfg.mol else None
         self.cross_attn = CrossAttention(dim, cfg.heads) if cfg.cf else None
-        self.norm_ffn, self.ffn = LayerNorm(dim), mlp(dim)
+        self.norm_ffn, self.ffn = LayerNorm(dim), mlp(dim, 4 * dim)
 
     def forward(self, h: Tensor, time: Tensor, c_f: Tensor | None, c_p: Tensor) -> Tensor:
         shift1, scale1, shift2, scale2 = self.modulation(F.silu(time))[:, None].chunk(4, -1)
@@ -425,7 +420,7 @@ class PoseDenoisingDecoder(nn.Module):
         super().__init__()
         dim, cells, joints = cfg.dim, math.prod(cfg.heatmap), skeleton.num_keypoints
         self.embed, self.pos_embed = nn.Linear(cells, dim), nn.Parameter(torch.empty(joints, dim))
-        self.time_mlp = time_mlp(dim)
+        self.time_mlp = mlp(dim, dim, nn.SiLU)
         self.blocks = nn.ModuleList(DenoisingBlock(cfg, limbs(skeleton), joints) for _ in range(cfg.decoder_layers))
         self.norm, self.head = LayerNorm(dim), nn.Linear(dim, cells)
 
@@ -455,14 +450,14 @@ class ResidualBlock(nn.Module):
 class UNetDenoiser(nn.Module):
     """The naive U-Net of Tables 5 and 7, with the arguments of PoseDenoisingDecoder; C_p finds no use.
 
-    It sees C_f as 64 channels beside the noisy maps. Like the decoder it predicts the heatmaps [C]: the paper's predicts
-    noise, and one step from t = 999 would divide that by √ᾱ = 5e-5.
+    It sees C_f as 64 channels beside the noisy maps. Like the decoder it predicts heatmaps [C]: the paper's predicts
+    noise, which one step from t = 999 would divide by √ᾱ = 5e-5.
     """
 
     def __init__(self, cfg: Config, skeleton: Skeleton):
         super().__init__()
         widths, joints, dim, self.grid = (64, 128, 256), skeleton.num_keypoints, cfg.dim, cfg.grid
-        self.condition, self.time_mlp = nn.Linear(dim, widths[0]), time_mlp(dim)
+        self.condition, self.time_mlp = nn.Linear(dim, widths[0]), mlp(dim, dim, nn.SiLU)
         self.stem = nn.Conv2d(joints + widths[0], widths[0], 3, padding=1)
         self.down = nn.ModuleList(nn.ModuleList(ResidualBlock(w, w, dim) for _ in range(2)) for w in widths)
         self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(widths, widths[1:]))
@@ -491,7 +486,7 @@ class UNetDenoiser(nn.Module):
 
 
 def cosine_schedule() -> Tensor:
-    """ᾱ_t (T,) float64, β_t = min(1 − f(t+1)/f(t), 0.999), f(t) = cos²((t/T + 0.008)/1.008 · π/2) [A: DiffusionDet]."""
+    """ᾱ_t = ∏(1 − β), β_t = min(1 − f(t+1)/f(t), 0.999), f(t) = cos²((t/T + 0.008)/1.008 · π/2) [A: DiffusionDet]."""
     f = torch.cos((torch.arange(TIMES + 1, dtype=torch.float64) / TIMES + 0.008) / 1.008 * math.pi / 2) ** 2
     return (1 - (1 - f[1:] / f[:-1]).clamp(max=0.999)).cumprod(0)
 
@@ -502,8 +497,8 @@ ALPHA_BAR = cosine_schedule()
 def q_sample(heatmaps: Tensor, t: Tensor, noise: Tensor, visible: Tensor, signal_scale: float) -> Tensor:
     """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε,  x_0 = (2G − 1)·s: true maps at times t (B,), as training sees them.
 
-    heatmaps, noise (B, J, Hh, Wh); visible (B, J). Where a joint is not labelled, pure noise [C]: its map is 0, and x_0
-    a constant that would tell the network that nobody has labelled it.
+    heatmaps, noise (B, J, Hh, Wh); visible (B, J). A joint without label is pure noise [C]: its map is 0, and x_0 a
+    constant that would tell the network so.
     """
     alpha_bar = ALPHA_BAR.to(t.device)[t][:, None, None, None]
     signal = alpha_bar.sqrt().to(noise.dtype) * (2 * heatmaps - 1) * signal_scale
@@ -551,11 +546,7 @@ class DiffusionPose(nn.Module):
         self.backbone = ViT(cfg.dim, cfg.depth, cfg.vit_heads, math.prod(cfg.grid))
         self.stfe = SpatioTemporalEncoder(cfg, skeleton.num_keypoints)
         self.pdd = (PoseDenoisingDecoder if cfg.denoiser == "hcdb" else UNetDenoiser)(cfg, skeleton)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start values; Mamba and convolutions have set theirs."""
-        for name, module in self.named_modules():
+        for name, module in self.named_modules():                       # Mamba and convolutions have set theirs
             if isinstance(module, nn.Linear) and "mamba" not in name:
                 quiet = name.endswith(("modulation", "mol.node", "mol.edge"))
                 nn.init.zeros_(module.weight) if quiet else nn.init.trunc_normal_(module.weight, std=0.02)
@@ -572,7 +563,7 @@ class DiffusionPose(nn.Module):
         return cfg.ensemble, cfg.steps if cfg.eta else 1, self.skeleton.num_keypoints, *cfg.heatmap
 
     def encode(self, frames: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Frames (B, 3, 3, H, W), previous, key and next one → C_f (B, N, D), or None without it, and C_p (B, J, D)."""
+        """Frames (B, 3, 3, H, W), previous, key and next one → C_f (B, N, D) or None, C_p (B, J, D)."""
         return self.stfe(self.backbone(frames.flatten(0, 1)).unflatten(0, (-1, 3)))
 
     def denoise(self, x_t: Tensor, t: Tensor, c_f: Tensor | None, c_p: Tensor) -> Tensor:
@@ -615,11 +606,8 @@ HEADS = {384: 12, 768: 12, 1024: 16, 1280: 16}         # of ViTPose by width: an
 
 def grid_of(cells: int) -> tuple[int, int] | None:
     """Rows and columns of that many patches: of a person's crop, 4 : 3, or else of MAE's square images."""
-    for high, wide in ((4, 3), (1, 1)) if cells > 0 else ():
-        unit = math.isqrt(cells // (high * wide))
-        if high * wide * unit ** 2 == cells:
-            return high * unit, wide * unit
-    return None
+    units = [(high, wide, math.isqrt(max(cells, 0) // (high * wide))) for high, wide in ((4, 3), (1, 1))]
+    return next(((high * n, wide * n) for high, wide, n in units if n and high * wide * n ** 2 == cells), None)
 
 
 def convert_official(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
@@ -630,8 +618,8 @@ def convert_official(state: dict[str, Tensor], config: Config) -> dict[str, Tens
     if "stfe.norm.weight" in state:
         return {name: value for name, value in state.items() if name != "n_averaged"}
     if any(".experts." in name for name in state):
-        raise runtime.UserError("these are weights of ViTPose+, whose layers end in experts that no plain ViT has: take "
-                                "ViTPose's, for example --init vitpose-base")
+        raise runtime.UserError("these are weights of ViTPose+, whose layers end in experts that a plain ViT has not: "
+                                "take ViTPose's, for example --init vitpose-base")
     if config.vit_heads != HEADS.get(config.dim, config.vit_heads):
         raise runtime.UserError(f"a ViT of ViTPose with {config.dim} channels has {HEADS[config.dim]} heads: "
                                 f"--vit_heads {config.vit_heads} would read the weights, and find nothing with them")
@@ -665,10 +653,8 @@ def load_init(model: DiffusionPose, source: str) -> None:
     """Start weights by file or name: DiffusionPose (all), or a ViT of ViTPose, MAE, mmpose or transformers."""
     path = Path(source) if Path(source).exists() else weights.fetch(source)
     state = convert_official(weights.load_tensors(path), model.cfg)
-    lacking = {}
-    if "stfe.norm.weight" not in state:
-        lacking = {r"^(?!backbone\.)": "not in a backbone's file"}
-        if "backbone.last_norm.weight" not in state:
-            lacking[r"^backbone\.last_norm\."] = "not in MAE's file"
+    lacking = {} if "stfe.norm.weight" in state else {r"^(?!backbone\.)": "not in a backbone's file"}
+    if "backbone.last_norm.weight" not in state:
+        lacking[r"^backbone\.last_norm\."] = "not in MAE's file"
     weights.load_strict(model, state, lacking)
     print(f"start weights from {path}: {len(state)} of {len(model.state_dict())} tensors")
