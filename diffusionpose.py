@@ -160,7 +160,7 @@ class ViT(nn.Module):
     """Images (B, 3, H, W) → patch tokens (B, N, D), row by row.
 
     The picture is padded by two pixels, so that patches lie as MAE's do. The table of positions keeps MAE's slot for a
-    class token, which is added to every token; there is no class token. No drop path: ours are 20 epochs at a low rate [C].
+    class token, which is added to every token; there is none. No drop path: ours are 20 epochs at a low rate [C].
     """
 
     def __init__(self, dim: int, depth: int, heads: int, patches: int):
@@ -266,8 +266,8 @@ class SpatioTemporalEncoder(nn.Module):
         X = [F_f + frame embedding ; keypoint tokens_f],  f = t−1, t, t+1     then blocks, then LN
         C_f = W [X_{t−1} ; X_t ; X_{t+1}] on the patches;   C_p = the key frame's keypoint tokens
 
-    [P] Keypoint tokens are learned for each frame. [C] Frame embeddings: attention over time could not tell else which
-    frame is the key frame. [C] Keypoint tokens stand behind the patches: only there a causal scan shows them the image.
+    [P] Keypoint tokens are learned for each frame. [C] Frame embeddings: else attention over time could not tell which
+    frame is the key frame. [C] Keypoint tokens stand behind the patches: only there can a causal scan show them any.
     The scan lets the key frame see t−1; attention lets it see t+1, too [P].
     """
 
@@ -322,7 +322,7 @@ class MarkovOptimizationLayer(nn.Module):
         ψ_i = N_i W_n,   φ_ij = [N_i ; N_j] W_e                                                           (eq. 2)
         N_i ← log Σ_{j ∈ Ng(i)} exp(msg_{j→i}) + N_i                                                      (eq. 3)
 
-    How they are read [C]. Eq. 3 exponentiates a message: messages µ and potentials are logarithms, and the product is a
+    How they are read [C]. Eq. 3 exponentiates a message: messages µ and potentials are logarithms, the product is a
     sum. "∝" subtracts the logarithm of the mean over the D channels, so that a message without news is 0:
 
         λ_{j→i} = n_i W_n + [n_i ; n_j] W_e + Σ_{k ∈ Ng(j)∖i} µ_{k→j},   µ = λ − logmeanexp_D λ,   n = LN(h)
@@ -344,9 +344,9 @@ class MarkovOptimizationLayer(nn.Module):
         follows, self.rounds, chain = follows.reshape(count, count), 0, np.eye(count, dtype=int)
         while chain.any():                                                              # of so many messages
             chain, self.rounds = chain @ follows, self.rounds + 1
-        arriving = [[e for e, (_, i) in enumerate(self.arrows) if i == joint] or [count + 1] for joint in range(joints)]
-        widest = max(map(len, arriving))                                                # `count`: log 0, + 1: log 1
-        arriving = [row + [count] * (widest - len(row)) for row in arriving]
+        # a row per joint: which messages reach it; `count` stands for log 0, which fills rows, count + 1 for log 1
+        arriving = [[e for e, arrow in enumerate(self.arrows) if arrow[1] == i] or [count + 1] for i in range(joints)]
+        arriving = [row + [count] * (max(map(len, arriving)) - len(row)) for row in arriving]
         for name, table in dict(follows=follows, arriving=arriving, ends=np.reshape(self.arrows, (-1, 2)).T).items():
             self.register_buffer(name, torch.as_tensor(np.array(table, dtype=int)), persistent=False)
 
@@ -624,8 +624,12 @@ def convert_official(state: dict[str, Tensor], config: Config) -> dict[str, Tens
         raise runtime.UserError(f"a ViT of ViTPose with {config.dim} channels has {HEADS[config.dim]} heads: "
                                 f"--vit_heads {config.vit_heads} would read the weights, and find nothing with them")
     if not any(name.startswith("backbone.") for name in state):                         # MAE
-        state = {f"backbone.{name}": value for name, value in state.items()}
-    state = {name: value for name, value in state.items() if not any(re.search(p, name) for p in IGNORED)}
+        state = {f"backbone.{name}": value for name, value in state.items()} | {
+            "backbone.last_norm.weight": torch.ones(config.dim), "backbone.last_norm.bias": torch.zeros(config.dim)}
+    ignored = [name for name in state if any(re.search(pattern, name) for pattern in IGNORED)]
+    if ignored:
+        print(f"start weights: no use for {', '.join(ignored)}")
+        state = {name: value for name, value in state.items() if name not in ignored}
     state = weights.rename(weights.rename(state, SPELLINGS), INSIDE_BLOCK)
     for name in [name for name in state if ".attention.attention.query." in name]:      # transformers has three
         rows = [state.pop(name.replace("query", part), torch.empty(0)) for part in ("query", "key", "value")]
@@ -636,8 +640,9 @@ def convert_official(state: dict[str, Tensor], config: Config) -> dict[str, Tens
         old, table = grid_of(table.shape[1]), F.pad(table, (0, 0, 1, 0))
     if not old:
         raise runtime.UserError(f"the weights have no table of positions of a known shape: {table.shape[1] - 1} rows")
-    state["backbone.pos_embed"] = resize_positions(table, old, config.grid)
-    return state
+    if old != config.grid:
+        print(f"start weights: table of positions {old[0]}x{old[1]} → {config.grid[0]}x{config.grid[1]}")
+    return state | {"backbone.pos_embed": resize_positions(table, old, config.grid)}
 
 
 def recognise(state: dict[str, Tensor]) -> tuple[str, int] | None:
@@ -653,8 +658,6 @@ def load_init(model: DiffusionPose, source: str) -> None:
     """Start weights by file or name: DiffusionPose (all), or a ViT of ViTPose, MAE, mmpose or transformers."""
     path = Path(source) if Path(source).exists() else weights.fetch(source)
     state = convert_official(weights.load_tensors(path), model.cfg)
-    lacking = {} if "stfe.norm.weight" in state else {r"^(?!backbone\.)": "not in a backbone's file"}
-    if "backbone.last_norm.weight" not in state:
-        lacking[r"^backbone\.last_norm\."] = "not in MAE's file"
-    weights.load_strict(model, state, lacking)
+    whole = "stfe.norm.weight" in state
+    weights.load_strict(model, state, {} if whole else {r"^(?!backbone\.)": "not in a backbone's file"})
     print(f"start weights from {path}: {len(state)} of {len(model.state_dict())} tensors")

@@ -2,10 +2,10 @@
 
     python -m tests.bench_diffusionpose [--preset b] [--pairs 7] [--threads 1]
 
-One clip of noise through the whole network (one DDIM step), and through its parts alone: the ViT on the three frames, and
-the scans of the spatio-temporal blocks on the very sequences that they had. Both run in turn; the table has the median
-processor time of each and the median ratio of the pairs. The blocks' own products of matrices set its floor: for preset
-b they are 59 GFLOP beside 102 of the ViT, which makes 1.6 if nothing else took any time.
+One clip of noise through the whole network (one DDIM step), and through two parts alone: the ViT on the three frames,
+and the scans of the spatio-temporal blocks on the very sequences that they had. All run in turn; the table has the
+median processor time of each and the median ratio of the rounds. The blocks' own products of matrices set a floor: for
+preset b they are 59 GFLOP beside 102 of the ViT, which makes 1.6 if nothing else took any time.
 """
 import argparse
 import statistics
@@ -56,7 +56,8 @@ def main() -> None:
     for run in parts.values():
         run()
     rows = [[seconds(run) for run in parts.values()] for _ in range(args.pairs)]
-    print(f"torch {torch.__version__}, {args.threads} threads, preset {args.preset}, {cfg.height}x{cfg.width}, batch 1")
+    print(f"torch {torch.__version__}, {args.threads} threads, preset {args.preset} "
+          f"({cfg.height}x{cfg.width}), batch 1")
     for name, column in zip(parts, zip(*rows)):
         print(f"{name if name != 'scans' else f'{len(scans)} scans':<12}{statistics.median(column) * 1e3:>8.0f} ms")
     ratio = statistics.median(network / (vit + scans) for network, vit, scans in rows)
