@@ -8,10 +8,12 @@ Flow     crops (B,3,3,H,W) → ViT, each frame → (B,3,N,D), + keypoint tokens 
          → SpatioTemporalBlock ×3 → C_f (B,N,D) what the clip looks like, C_p (B,J,D) where the joints probably are
          noise x_T (B,J,Hh,Wh), t, C_f, C_p → DenoisingBlock ×3 → heatmaps (B,J,Hh,Wh); ddim repeats it if asked to
 Read     ViT → MambaBlock → SpatioTemporalBlock → SpatioTemporalEncoder → MarkovOptimizationLayer (eqs. 1-3)
-         → DenoisingBlock → PoseDenoisingDecoder → q_sample, ddim → DiffusionPose
+         → DenoisingBlock → PoseDenoisingDecoder → q_sample, ddim → DiffusionPose → criterion (eq. 4)
+         → cut_clip → TrainClips → decode → evaluate → train
 Letters  B clips  J joints  N patches of a frame  M = N+J tokens of a frame  D channels  E = 2D channels inside Mamba
          H W crop  Hh Wh heatmap, a quarter of it  T = 1000 diffusion times t  K rounds of messages
-Units    heatmaps G, H are in [0, 1]; what is denoised is x = (2G − 1)·s, s the signal scale; frames are normalised RGB
+Units    heatmaps G, H are in [0, 1]; what is denoised is x = (2G − 1)·s, s the signal scale; frames are normalised RGB;
+         boxes are x1, y1, x2, y2 in pixels of the image; "cells" are those of a heatmap
 Marks    No code was ever released and the paper leaves much open. [P] the paper says it; [A] taken from public code of
          an ancestor (ViTPose, DCPose, DiffusionDet, Mamba); [C] our choice where the paper has no words.
 Departs  from the paper's letter, where it is not defined:
@@ -19,29 +21,47 @@ Departs  from the paper's letter, where it is not defined:
                      channels; messages run until they stop changing (MarkovOptimizationLayer)
          Sec. 3.2    one token per joint, its whole map, not patches of all maps: eq. 2 needs a state per joint
          Table 7     its row (a) has "no C_f"; a U-Net that sees no image cannot work, so ours gets C_f as channels
+
+    python diffusionpose.py                             what each preset is: parameters, GFLOPs
+    python diffusionpose.py --train                     learn the embedded puppets' clips on this machine
+    python diffusionpose.py --train --no-neighbours     the same without the frames before and after, to compare
+    python diffusionpose.py --train --data data/posetrack18 --preset b          from ViTPose's weights
+    python eval.py runs/<run> --images frames/ --boxes people.json --gif        poses over time, of a folder of frames
+    python eval.py runs/<run> --images frames/ --process        heatmaps along the steps, messages between the joints
 """
 import math
 import re
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
-from common import runtime, weights
-from common.skeletons import Skeleton, edges, get_skeleton
+from common import draw, metrics, runtime, topdown, transforms, weights
+from common.datasets import PoseDataset, Prediction, Sample, default_splits, open_dataset
+from common.loading import collate
+from common.skeletons import Skeleton, edges, get_skeleton, words
 from kernels.selective_scan import selective_scan
 
 # ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. -----------
 
 PATCH, STRIDE = 16, 4          # pixels of the crop per patch of the ViT and per cell of a heatmap
 TIMES = 1000                   # T, diffusion times [A: DiffusionDet]
+TOP_DOWN = True                # for eval.py: it looks at one person at a time, whose box it is given
+CLIPS = True                   # and at the frames before and after
+AT_INFERENCE = ("steps", "eta", "ensemble", "flip_test", "neighbours", "seed")      # what eval.py --set can change
 
 
 @dataclass(frozen=True)
@@ -68,10 +88,37 @@ class Config:
     ensemble: int = 1              # draws of noise whose heatmaps are averaged (as DiffPose does)
     eta: float = 0.0               # share of fresh noise in a DDIM step [C]
     init: str = ""                 # start weights: file or name; DiffusionPose, or a ViT of ViTPose or MAE
+    # data
+    neighbours: bool = True        # off: the key frame three times, to see what the other frames are worth
+    sigma: float = 2.0             # of the Gaussians in true heatmaps, cells: 2 for 256x192, 3 for 384x288 [A]
+    flip_test: bool = False        # prediction averages the heatmaps of the clip and of its mirror image
+    # optimisation
+    epochs: int = 20               # passes over the training people [P]
+    batch: int = 32                # clips per optimiser step, over all GPUs and micro-batches [C]
+    accum: int = 1                 # micro-batches per optimiser step
+    lr: float = 5e-4               # learning rate [P]
+    lr_backbone: float = 5e-5      # learning rate of the ViT [C]
+    weight_decay: float = 0.1      # AdamW's, not on biases, norms, tokens and tables [A]
+    schedule: str = "constant"     # constant or cosine
+    warmup: int = 500              # optimiser steps of linear warm-up [C]
+    drop_epochs: str = "16"        # learning rate ×0.1 from each of these epochs on [P]
+    clip: float = 1.0              # largest L2 norm of the gradient [C]
+    ema: float = 0.0               # decay of the weight average that is evaluated; 0: the weights themselves
+    ema_warmup: int = 0            # optimiser steps over which the decay grows to that
+    amp: str = "bf16"              # no, bf16 or fp16 (old GPUs); a CPU always runs float32
+    # files and machine
+    data: str = "puppets"          # puppets (made on first use), or a folder of PoseTrack, COCO or CrowdPose
+    sigmas: str = ""               # OKS sigmas of your own keypoints, e.g. 0.03,0.08,0.08
+    processes: int = 1             # training processes when there is no GPU and no torchrun
+    workers: int = 4               # image loading processes per GPU; 0: none
+    eval_every: int = 1            # epochs between evaluations
+    eval_batch: int = 32           # clips per evaluation batch
+    seed: int = 0                  # all random numbers follow from it
 
     def __post_init__(self):
         """Raises UserError for values that no run could use."""
-        runtime.check_choice(self, stfe=("stb", "transformer", "none"), denoiser=("hcdb", "unet"))
+        runtime.check_choice(self, stfe=("stb", "transformer", "none"), denoiser=("hcdb", "unet"),
+                             schedule=("constant", "cosine"), amp=runtime.AMP)
         runtime.check_range(self, 1, math.inf, "height width dim depth vit_heads heads stfe_layers decoder_layers "
                             "ensemble")
         runtime.check_range(self, 1, TIMES, "steps")
@@ -85,6 +132,13 @@ class Config:
         if not self.cf and (self.denoiser == "unet" or self.stfe == "none" or not self.cp):
             raise runtime.UserError("--no-cf: the denoiser would see nothing of the image; leave --stfe stb, "
                                     "--denoiser hcdb and --cp as they are")
+        runtime.check_range(self, 1, math.inf, "epochs batch accum processes eval_every eval_batch")
+        runtime.check_range(self, 1e-6, math.inf, "lr clip sigma")
+        runtime.check_range(self, 0, math.inf, "lr_backbone weight_decay warmup ema_warmup workers seed")
+        runtime.check_range(self, 0, 1, "ema")
+        runtime.numbers(self.drop_epochs)
+        if self.batch % self.accum:
+            raise runtime.UserError(f"--batch {self.batch} does not split into {self.accum} micro-batches (--accum)")
 
     @property
     def grid(self) -> tuple[int, int]:                                  # rows and columns of patches
@@ -101,7 +155,8 @@ def _presets() -> dict[str, Config]:
     l = replace(b, dim=1024, depth=24, vit_heads=16, heads=16, init="vitpose_large.pth")
     h = replace(b, dim=1280, depth=32, vit_heads=16, heads=20, init="vitpose_huge.pth")
     tiny = replace(b, height=128, width=96, dim=96, depth=4, vit_heads=4, heads=4, stfe_layers=1, decoder_layers=2,
-                   init="")
+                   init="", sigma=1.5, lr=1e-3, lr_backbone=1e-3, weight_decay=0.05, schedule="cosine", warmup=100,
+                   drop_epochs="", ema=0.995, ema_warmup=100, processes=2, workers=0, eval_every=20, eval_batch=64)
     return {"tiny": tiny, "s": s, "b": b, "l": l, "h": h}
 
 
@@ -363,7 +418,7 @@ class MarkovOptimizationLayer(nn.Module):
         return message
 
     def forward(self, h: Tensor) -> Tensor:
-        with torch.autocast(h.device.type, enabled=False):
+        with torch.autocast("cpu" if h.is_meta else h.device.type, enabled=False):
             h = h.to(torch.promote_types(h.dtype, torch.float32))
             messages = self.messages(self.norm(h))
             nothing = messages.new_tensor([-math.inf, 0.0])[None, :, None].expand(len(h), 2, h.shape[-1])
@@ -661,3 +716,507 @@ def load_init(model: DiffusionPose, source: str) -> None:
     whole = "stfe.norm.weight" in state
     weights.load_strict(model, state, {} if whole else {r"^(?!backbone\.)": "not in a backbone's file"})
     print(f"start weights from {path}: {len(state)} of {len(model.state_dict())} tensors")
+
+
+# ---- Losses -------------------------------------------------------------------------------------------------
+
+BETA, LENGTH_ETA = 100.0, 0.01         # sharpness of the soft-argmax; px², keeps lengths differentiable at 0 [C]
+
+
+def true_heatmaps(xy: Tensor, visible: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
+    """G_j(p) = exp(−|p − µ_j|² / 2σ²): joints (B, J, 2) in cells → (B, J, *size); 0 where `visible` (B, J) is 0.
+
+    [C] The centre µ is where the joint is, between cells, and the Gaussian covers the whole map; DCPose rounds the
+    centre and cuts the Gaussian off.
+    """
+    across, down = (torch.arange(n, device=xy.device, dtype=xy.dtype) for n in (size[1], size[0]))
+    x = torch.exp(-(across - xy[..., :1]) ** 2 / (2 * sigma ** 2))                 # (B, J, Wh)
+    y = torch.exp(-(down - xy[..., 1:]) ** 2 / (2 * sigma ** 2))                   # (B, J, Hh)
+    return y[..., None] * x[..., None, :] * visible[..., None, None]
+
+
+def heatmap_loss(pred: Tensor, target: Tensor, visible: Tensor) -> Tensor:
+    """‖H − G‖² of a joint's map [P], the mean over the labelled joints of the batch on all processes [C]."""
+    squared = (pred - target).square().sum((2, 3))
+    return (squared * visible).sum() / runtime.mean_over_ranks(visible.sum()).clamp(min=1)
+
+
+def soft_argmax(heatmaps: Tensor) -> Tensor:
+    """Maps (B, J, Hh, Wh) → Σ_p softmax(β H)(p) p, xy in cells (B, J, 2): where the peak is, with a gradient [C]."""
+    share = (BETA * heatmaps.flatten(2)).softmax(-1).view_as(heatmaps)
+    across, down = (torch.arange(n, device=share.device, dtype=share.dtype) for n in (share.shape[3], share.shape[2]))
+    return torch.stack([share.sum(2) @ across, share.sum(3) @ down], -1)
+
+
+def limb_pairs(tree: tuple[tuple[int, int], ...]) -> list[tuple[int, int, int, int, int]]:
+    """(o, a, b, limb o-a, limb o-b) of all pairs of limbs that share a joint o."""
+    found = []
+    for (m, one), (n, other) in combinations(enumerate(tree), 2):
+        for o in set(one) & set(other):
+            found.append((o, sum(one) - o, sum(other) - o, m, n))
+    return found
+
+
+def markov_loss(pred: Tensor, true: Tensor, visible: Tensor, tree: tuple) -> tuple[Tensor, Tensor]:
+    """The two terms of the Markov loss of each person, (B,) each, from joints (B, J, 2) in cells and visible (B, J):
+
+        length = −log (1/M) Σ_m exp(−(L_m − L*_m)² / (2 s² + 1e-6)),   angle = (1/N) Σ_n (cos_n − cos*_n)²   (eq. 4)
+
+    M limbs and N pairs of limbs that share a joint, whose joints are all labelled; L lengths, s the deviation of the
+    person's true lengths, cos the cosine between two limbs. s is at least a cell [C]: two forearms of one length
+    would make it 0 and the gradient infinite. M < 2 and N = 0 give 0. Note what the logarithm of a mean of
+    exponentials is: a soft minimum, small as soon as one limb fits, that pulls most at limbs that are nearly right.
+    """
+    a, b = (torch.tensor(end, device=pred.device) for end in zip(*tree))
+    o, p, q, limb_p, limb_q = (torch.tensor(part, device=pred.device) for part in zip(*limb_pairs(tree)))
+
+    def lengths_and_cosines(xy: Tensor) -> tuple[Tensor, Tensor]:
+        length = ((xy[:, a] - xy[:, b]).square().sum(-1) + LENGTH_ETA).sqrt()                      # (B, limbs)
+        dot = ((xy[:, p] - xy[:, o]) * (xy[:, q] - xy[:, o])).sum(-1)
+        return length, dot / (length[:, limb_p] * length[:, limb_q])
+
+    (length, cosine), (true_length, true_cosine) = lengths_and_cosines(pred), lengths_and_cosines(true)
+    limb, pair = visible[:, a] * visible[:, b], visible[:, o] * visible[:, p] * visible[:, q]      # 0 or 1
+    m = limb.sum(1, keepdim=True)
+    mean = (true_length * limb).sum(1, keepdim=True) / m.clamp(min=1)
+    variance = ((true_length - mean).square() * limb).sum(1, keepdim=True) / m.clamp(min=1)
+    error = (length - true_length).square() / (2 * variance.clamp(min=1) + 1e-6)
+    few = m < 2                                                  # then all limbs, so that no −∞ meets the gradient
+    soft = torch.where((limb > 0) | few, -error, -math.inf).logsumexp(1)
+    length_term = torch.where(few[:, 0], 0 * soft, m[:, 0].clamp(min=1).log() - soft)
+    angle_term = ((cosine - true_cosine).square() * pair).sum(1) / pair.sum(1).clamp(min=1)
+    return length_term, angle_term
+
+
+def criterion(pred: Tensor, target: Tensor, visible: Tensor, tree: tuple, alpha: float) -> dict[str, Tensor]:
+    """heat + α·markov, maps (B, J, Hh, Wh); both terms in float32, coordinates of both by soft-argmax [C]."""
+    pred = pred.float()
+    losses = dict(heat=heatmap_loss(pred, target, visible))
+    if alpha and len(tree) > 1:
+        losses["markov"] = alpha * sum(markov_loss(soft_argmax(pred), soft_argmax(target), visible, tree)).mean()
+    return losses
+
+
+# ---- Clips: a person's box, enlarged, cut out of three frames ------------------------------------------------
+
+MARGIN = 1.25                  # the crop over the box [A]: room for where the person is in the other frames
+MEAN, STD = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))    # ImageNet's
+
+
+def box_matrix(box: np.ndarray, cfg: Config) -> np.ndarray:
+    """2×3 from image to crop for a box x1, y1, x2, y2, as prediction cuts it; the mapping of HRNet and DCPose, not the
+    one of ViTPose, which lies half a pixel beside it [A]."""
+    centre, size = transforms.fit_box(np.asarray(box, float), cfg.width / cfg.height, MARGIN)
+    return transforms.crop_matrix(centre, size[0], (cfg.width, cfg.height))
+
+
+def cut_clip(sample: Sample, matrix: np.ndarray, cfg: Config) -> Tensor:
+    """Previous, key and next frame through one matrix: (3, 3, H, W) uint8. A still image is three times its own."""
+    before, after = sample.frames if sample.frames and cfg.neighbours else (sample.image, sample.image)
+    stack = np.concatenate([np.asarray(frame) for frame in (before, sample.image, after)], 2)      # (h, w, 9)
+    crop = transforms.warp_affine(stack, matrix, (cfg.width, cfg.height))
+    return torch.from_numpy(crop).permute(2, 0, 1).unflatten(0, (3, 3))
+
+
+def cut_box(sample: Sample, box: np.ndarray, cfg: Config) -> Tensor:
+    return cut_clip(sample, box_matrix(box, cfg), cfg)
+
+
+def normalise(crops: Tensor) -> Tensor:
+    """uint8 (..., 3, H, W) → each channel less ImageNet's mean and divided by its deviation."""
+    return (crops.float() / 255 - MEAN.to(crops.device)) / STD.to(crops.device)
+
+
+def half_body(joints: np.ndarray, skeleton: Skeleton, rng: np.random.Generator) -> np.ndarray | None:
+    """A box around the labelled joints above or below the waist, or None if that half has fewer than three."""
+    lower = np.array([bool({"hip", "knee", "ankle"} & set(words(name))) for name in skeleton.keypoints])
+    chosen = joints[(lower == (rng.random() < 0.5)) & (joints[:, 2] > 0), :2]
+    return np.concatenate([chosen.min(0), chosen.max(0)]) if len(chosen) > 2 else None
+
+
+def augment(joints: np.ndarray, box: np.ndarray, width: int, skeleton: Skeleton, cfg: Config,
+            rng: np.random.Generator) -> tuple[np.ndarray, bool]:
+    """2×3 from image to crop, and whether it mirrors [A: as DCPose]; joints (J, 3) and box in an image of that width.
+
+    Half of the body for 30 % of people with more than 8 joints; size by 0.65 to 1.35; 60 % turned by up to 90°; 50 %
+    mirrored, where the skeleton has left and right.
+    """
+    half = half_body(joints, skeleton, rng) if rng.random() < 0.3 and (joints[:, 2] > 0).sum() > 8 else None
+    box, margin = (box, MARGIN) if half is None else (half, 1.5)
+    centre, size = transforms.fit_box(box, cfg.width / cfg.height, margin)
+    window = size[0] * np.clip(1 + 0.35 * rng.standard_normal(), 0.65, 1.35)
+    angle = np.clip(45 * rng.standard_normal(), -90, 90) * (rng.random() < 0.6)
+    mirrored = skeleton.flip is not None and rng.random() < 0.5
+    mirror = np.array([[-1, 0, width - 1], [0, 1, 0], [0, 0, 1]]) if mirrored else np.eye(3)
+    centre = transforms.move_points(centre, mirror[:2])
+    return transforms.crop_matrix(centre, window, (cfg.width, cfg.height), angle) @ mirror, mirrored
+
+
+def people_to_learn(data: PoseDataset) -> np.ndarray:
+    """(image, person) of everybody with a labelled joint, by position in `data` and in the image: (n, 2)."""
+    learn = (data.keypoints[..., 2] > 0).any(1) & ~data.iscrowd
+    return np.array([(i, p) for i, n in enumerate(data.rows)
+                     for p in np.flatnonzero(learn[data.offsets[n]:data.offsets[n + 1]])])
+
+
+class TrainClips(torch.utils.data.Dataset):
+    """One epoch of augmented people; item n is (clip (3, 3, H, W) uint8, joints (J, 3), image id, messages).
+
+    Joints are pixels of the crop, v is 1, or 0 where there is no label or the joint has left the crop. What happens to
+    person n depends on (seed, epoch, n) alone. A key frame that cannot be read gives way to the next person's.
+    """
+
+    def __init__(self, data: PoseDataset, people: np.ndarray, cfg: Config, epoch: int):
+        self.data, self.people, self.cfg, self.epoch = data, people, cfg, epoch
+
+    def __len__(self) -> int:
+        return len(self.people)
+
+    def __getitem__(self, n: int) -> tuple[Tensor, Tensor, int | str, list[str]]:
+        cfg, skeleton, messages = self.cfg, self.data.skeleton, []
+        rng = np.random.default_rng([cfg.seed, self.epoch, n])
+        for i, p in np.roll(self.people, -n, 0):
+            sample, message = self.data.load(int(i))
+            messages += [message] if message else []
+            if sample is not None:
+                break
+        else:
+            raise runtime.UserError(f"none of the images can be read, e.g. {messages[0]}")
+        joints, box = sample.keypoints[p].astype(float), sample.boxes[p].clip(0, np.tile(sample.size, 2) - 1)
+        matrix, mirrored = augment(joints, box, sample.size[0], skeleton, cfg, rng)
+        xy, v = transforms.move_points(joints[:, :2], matrix), joints[:, 2] > 0
+        v &= ((xy >= 0) & (xy < (cfg.width, cfg.height))).all(1)
+        placed = torch.from_numpy(np.c_[np.where(v[:, None], xy, 0), v]).float()
+        placed = placed[list(skeleton.flip)] if mirrored else placed
+        return cut_clip(sample, matrix, cfg), placed, sample.image_id, messages
+
+
+# ---- Prediction ---------------------------------------------------------------------------------------------
+
+
+def decode(heatmaps: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps (N, J, Hh, Wh) → joints in cells (N, J, 2) and their peaks (N, J) [A].
+
+    The highest cell, then a quarter of a cell towards the larger neighbour in x and in y, unless it is at the rim; a
+    map without a positive value gives (0, 0).
+    """
+    n, _, rows, columns = heatmaps.shape
+    peak, place = heatmaps.flatten(2).max(-1)
+    x, y = place % columns, place // columns
+    inner = (x > 1) & (x < columns - 1) & (y > 1) & (y < rows - 1)
+    flat, at = heatmaps.flatten(2), torch.where(inner, place, columns + 1)[..., None]
+    right, left, below, above = (flat.gather(2, at + step)[..., 0] for step in (1, -1, columns, -columns))
+    shift = 0.25 * torch.stack([(right - left).sign(), (below - above).sign()], -1) * inner[..., None]
+    return (torch.stack([x, y], -1) + shift) * (peak > 0)[..., None], peak
+
+
+def noise_for(boxes: np.ndarray, model: DiffusionPose) -> Tensor:
+    """Start noise (N, *noise_shape) of boxes (N, 4), from the seed and the box alone: a score that does not depend on
+    the size of a batch, nor on the order of loading [C]."""
+    seeds = [zlib.crc32(np.float64([model.cfg.seed, *box]).tobytes()) for box in boxes]
+    return torch.stack([torch.randn(model.noise_shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+
+@torch.no_grad()
+def find_heatmaps(model: DiffusionPose, crops: Tensor, boxes: np.ndarray) -> Tensor:
+    """Clips (N, 3, 3, H, W) uint8, of boxes (N, 4) → heatmaps (N, J, Hh, Wh), float32 on the CPU."""
+    device = next(model.parameters()).device
+    frames, noise = normalise(crops.to(device)), noise_for(boxes, model).to(device)
+    with runtime.autocast(device, model.cfg.amp):
+        heatmaps = model.sample(frames, noise).float()
+        if model.cfg.flip_test and model.skeleton.flip is not None:
+            flip = list(model.skeleton.flip)
+            mirrored = model.sample(frames.flip(-1), noise.flip(-1)[..., flip, :, :]).float()
+            mirrored = mirrored[:, flip].flip(-1)                # the crop turns about a pixel, a map about a cell:
+            mirrored = torch.cat([mirrored[..., :1], mirrored[..., :-1]], -1)       # one to the right comes near [A]
+            heatmaps = (heatmaps + mirrored) / 2
+    return heatmaps.cpu()
+
+
+def find_poses(model: DiffusionPose, crops: Tensor, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Clips of boxes → joints (N, J, 2) in pixels of the image, and the peaks of their heatmaps (N, J)."""
+    cells, peaks = decode(find_heatmaps(model, crops, boxes))
+    back = [transforms.invert(box_matrix(box, model.cfg)) for box in boxes]
+    places = [transforms.move_points(STRIDE * xy, matrix) for xy, matrix in zip(cells.double().numpy(), back)]
+    return np.stack(places), peaks.numpy()
+
+
+def with_scores(p: Prediction) -> Prediction:
+    """Scores as the ancestors count [A]: of a joint its peak · the box's score, of a person the box's · the mean of
+    the peaks above 0.2."""
+    return replace(p, scores=metrics.rescore(p.scores, p.keypoint_scores),
+                   keypoint_scores=p.keypoint_scores * p.scores[:, None])
+
+
+@torch.no_grad()
+def predict(model: DiffusionPose, batch: dict) -> list[Prediction]:
+    """People of {samples, image_ids, boxes: (P, 4) and scores (P,) of each image}: one Prediction per image."""
+    found = []
+    for sample, image_id, (boxes, scores) in zip(batch["samples"], batch["image_ids"], batch["boxes"]):
+        rows = []
+        for first in range(0, len(boxes), model.cfg.eval_batch):
+            some = boxes[first:first + model.cfg.eval_batch]
+            crops = torch.stack([cut_box(sample, box, model.cfg) for box in some])
+            rows += zip(*find_poses(model, crops, some))
+        people = [(image_id, *row, score, box) for row, score, box in zip(rows, scores, boxes)]
+        found += topdown.gather_people(people, [image_id], model.skeleton.num_keypoints)
+    return [with_scores(p) for p in found]
+
+
+def to_batch(pictures: list, image_ids: list, cfg: Config, boxes: list | None = None) -> dict:
+    """RGB pictures, or clips (previous, key, next) of them, of any size → what `predict` takes.
+
+    boxes: of each picture the people (boxes (P, 4), scores (P,)); without them a picture is one person.
+    """
+    clips = [clip if isinstance(clip, tuple) else (clip,) * 3 for clip in pictures]
+    nobody = dict(keypoints=np.zeros((0, 0, 3)), boxes=np.zeros((0, 4)), areas=np.zeros(0), iscrowd=np.zeros(0, bool))
+    samples = [Sample(key, image_id, key.size, frames=(before, after), **nobody)
+               for (before, key, after), image_id in zip(clips, image_ids)]
+    return dict(samples=samples, image_ids=image_ids, boxes=boxes or [topdown.whole_image(s.size) for s in samples])
+
+
+def fuse(model: DiffusionPose) -> DiffusionPose:
+    """The model for prediction; there is nothing to fold."""
+    return model.eval()
+
+
+LEAST_BOX = 0.2                # score of a detected box that PoseTrack's methods look at [A]
+
+
+def evaluate(model: DiffusionPose, data: PoseDataset, cfg: Config, ranks: runtime.Ranks,
+             boxes: topdown.Boxes | None = None) -> tuple[dict, list[Prediction]]:
+    """Metrics and predictions of a dataset: PoseTrack's table in percent for its like, else OKS AP.
+
+    boxes: where people are; the annotated ones by default, which is several points better than a detector's.
+    """
+    boxes = boxes or topdown.true_boxes(data)
+    if data.metric == "posetrack":
+        people = {key: (box[score >= LEAST_BOX], score[score >= LEAST_BOX]) for key, (box, score) in boxes.people.items()}
+        boxes = boxes._replace(people=people)
+    found = topdown.predict_people(partial(find_poses, fuse(model)), data, boxes, partial(cut_box, cfg=cfg),
+                                   cfg.eval_batch, cfg.workers, ranks)
+    found = [with_scores(p) for p in found]
+    return metrics.evaluate(found, data), found
+
+
+# ---- Pictures: how noise becomes a pose, and what joints tell each other --------------------------------------
+
+SHOWN_STEPS = 10
+
+
+@torch.no_grad()
+def show_process(model: DiffusionPose, picture: Image.Image | tuple, threshold: float, found: topdown.Found
+                 ) -> dict[str, list[Image.Image]]:
+    """For eval.py --process, of each box: `steps`, the noisy maps beside the heatmaps that the network sees in them,
+    step by step; `markov`, the pose with and without the Markov layers, and the messages of the last by strength.
+    """
+    cfg, (boxes, _) = model.cfg, found
+    if not len(boxes):
+        return {}
+    sample = to_batch([picture], [""], cfg)["samples"][0]
+    crops = torch.stack([cut_box(sample, box, cfg) for box in boxes])
+    noise = noise_for(boxes, model)[:, 0, :1].to(next(model.parameters()).device)
+    conditions, zoom = model.encode(normalise(crops.to(noise.device))), max(1, 384 // cfg.height)
+    views = [Image.fromarray(crop[KEY].permute(1, 2, 0).numpy()).resize((zoom * cfg.width, zoom * cfg.height))
+             for crop in crops]
+
+    def run(steps: int) -> tuple[list[Tensor], list[Tensor]]:
+        return ddim(lambda x, t: model.denoise(x, t, *conditions), noise, steps, 0.0, cfg.signal_scale)
+
+    films = []
+    for heatmaps, state in zip(*run(SHOWN_STEPS)):
+        tiles = [draw.draw_heat(view, maps.amax(0).float().cpu().numpy()) for view, x, now in zip(views, state, heatmaps)
+                 for maps in ((x / cfg.signal_scale + 1) / 2, now)]
+        films.append(draw.contact_sheet(tiles, 2))
+    layers = [block.mol for block in getattr(model.pdd, "blocks", ()) if block.mol]
+    if not layers:
+        return dict(steps=films)
+    inputs = []
+    hook = layers[-1].norm.register_forward_hook(lambda layer, x, output: inputs.append(output))
+    poses = [decode(run(1)[0][-1].float().cpu())]
+    hook.remove()
+    strength = layers[-1].messages(inputs[0]).norm(dim=-1).cpu().numpy()                            # (N, 2·limbs)
+    hooks = [layer.register_forward_hook(lambda layer, x, output: x[0]) for layer in layers]
+    poses.append(decode(run(1)[0][-1].float().cpu()))
+    for hook in hooks:
+        hook.remove()
+    tiles = []
+    for n, view in enumerate(views):
+        tiles += [draw.draw_people(view, STRIDE * zoom * cells[None, n].numpy(), peaks[None, n].numpy(), model.skeleton)
+                  for cells, peaks in poses]
+        tiles.append(draw.draw_arrows(view, STRIDE * zoom * poses[0][0][n].numpy(), layers[-1].arrows, strength[n]))
+    return dict(steps=films, markov=[draw.contact_sheet(tiles, 3)])
+
+
+# ---- Training -----------------------------------------------------------------------------------------------
+
+
+def build_optimizer(model: DiffusionPose, cfg: Config) -> torch.optim.AdamW:
+    """AdamW in four groups: the ViT at a rate of its own; no decay on biases, norms, tokens, tables, A_log and D."""
+    groups = {}
+    for name, weight in model.named_parameters():
+        plain = weight.ndim < 2 or name.split(".")[-1] in ("pos_embed", "keypoint_tokens", "frame_embed", "A_log")
+        groups.setdefault((name.startswith("backbone."), plain), []).append(weight)
+    return torch.optim.AdamW([dict(params=params, initial_lr=cfg.lr_backbone if backbone else cfg.lr,
+                                   weight_decay=0.0 if plain else cfg.weight_decay)
+                              for (backbone, plain), params in groups.items()], lr=cfg.lr, fused=True)
+
+
+def lr_scale(step: int, steps: int, epoch: int, cfg: Config) -> float:
+    """Factor on the learning rates at an optimiser step out of `steps`."""
+    scale = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
+    if cfg.schedule == "cosine":
+        scale *= 0.5 + 0.5 * math.cos(math.pi * step / steps)
+    return scale * 0.1 ** sum(epoch >= drop for drop in runtime.numbers(cfg.drop_epochs) or ())
+
+
+def batch_losses(net: nn.Module, model: DiffusionPose, clips: Tensor, joints: Tensor, alpha: float,
+                 ranks: runtime.Ranks) -> dict[str, Tensor]:
+    """Noise of a random time on the true maps of a batch, forward pass of `net`, which is the model or distributes it,
+    and the loss terms. Raises FloatingPointError if one of them is not finite."""
+    cfg = model.cfg
+    clips, joints = clips.to(ranks.device, non_blocking=True), joints.to(ranks.device)
+    visible = joints[..., 2]
+    target = true_heatmaps(joints[..., :2] / STRIDE, visible, cfg.heatmap, cfg.sigma)
+    t = torch.randint(TIMES, (len(clips),), device=ranks.device)
+    x_t = q_sample(target, t, torch.randn_like(target), visible, cfg.signal_scale)
+    with runtime.autocast(ranks.device, cfg.amp):
+        pred = net(normalise(clips), x_t, t)
+    losses = criterion(pred, target, visible, limbs(model.skeleton), alpha)
+    bad = [name for name, value in losses.items() if not value.isfinite()]
+    if bad:
+        raise FloatingPointError(", ".join(bad))
+    return losses
+
+
+def open_splits(cfg: Config) -> tuple[PoseDataset, PoseDataset]:
+    """Training and held-out data; of the puppets their clips."""
+    train_split, val_split = default_splits(cfg.data)
+    skeleton = "posetrack" if cfg.data == "puppets" else None
+    data = open_dataset(cfg.data, train_split, skeleton, runtime.numbers(cfg.sigmas))
+    return data, open_dataset(cfg.data, val_split, data.skeleton)
+
+
+def train(cfg: Config, args) -> None:
+    """Train, evaluate, keep everything in the run folder. Runs alone or under torchrun; Ctrl-C saves and leaves."""
+    ranks = runtime.init_distributed(args.device)
+    if cfg.batch % (cfg.accum * ranks.world):
+        raise runtime.UserError(f"--batch {cfg.batch} does not split over {ranks.world} processes x {cfg.accum} "
+                                "micro-batches: choose a multiple")
+    with runtime.rank_zero_first(ranks):                         # it makes the puppets and fetches start weights
+        data, held_out = open_splits(cfg)
+        runtime.seed_all(cfg.seed)                               # equal start weights on every process
+        model = DiffusionPose(cfg, data.skeleton)
+        if cfg.init and not args.saved:
+            load_init(model, cfg.init)
+    model.to(ranks.device)
+    ema = runtime.Ema(model, cfg.ema, cfg.ema_warmup)
+    optimizer = build_optimizer(model, cfg)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=cfg.amp == "fp16" and ranks.device.type == "cuda")
+    at = dict(epoch=0, done=0, step=0, best=-math.inf)           # done: optimiser steps of this epoch
+    parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
+    if args.saved:
+        runtime.restore(parts, args.saved)
+        at = {name: args.saved[name] for name in at}
+    run = runtime.Run("diffusionpose", cfg, args, ranks)
+    args.saved = None                                            # its memory is ours again
+    run.say(f"{data.report()}\n{held_out.report()}\nwriting to {run.folder}")
+    net = runtime.distribute(model, ranks)
+
+    data, micro = data.training(), cfg.batch // (cfg.accum * ranks.world)
+    people = people_to_learn(data)
+    per_epoch = len(runtime.epoch_batches(len(people), micro, cfg.accum, cfg.seed, 0, ranks))
+    steps = cfg.epochs * per_epoch // cfg.accum
+
+    def save_last(save) -> None:
+        save("last.pt", **at, skeleton=data.skeleton.to_dict(), **runtime.states(parts))
+
+    stop = runtime.Stopper()
+    if at["epoch"] >= cfg.epochs:
+        run.say(f"all {cfg.epochs} epochs are done; --epochs {2 * cfg.epochs} would go on")
+    for epoch in range(at["epoch"], cfg.epochs):
+        batches = runtime.epoch_batches(len(people), micro, cfg.accum, cfg.seed, epoch, ranks)[at["done"] * cfg.accum:]
+        loader = DataLoader(TrainClips(data, people, cfg, epoch), batch_sampler=batches, num_workers=cfg.workers,
+                            collate_fn=collate, worker_init_fn=runtime.ignore_signals,
+                            pin_memory=ranks.device.type == "cuda")
+        bar = tqdm(loader, f"epoch {epoch + 1}/{cfg.epochs}", per_epoch, initial=per_epoch - len(batches),
+                   disable=ranks.rank > 0, dynamic_ncols=True)
+        net.train()
+        seen = []                                                # ids of the images of this optimiser step
+        for i, (clips, joints, ids, skipped) in enumerate(bar, per_epoch - len(batches)):
+            run.bad_files(sum(skipped, []))
+            seen += ids
+            runtime.seed_all(cfg.seed, epoch, i, ranks.rank)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * lr_scale(at["step"], steps, epoch, cfg)
+            alpha = cfg.alpha * min(1.0, at["step"] * cfg.accum / per_epoch)       # grows over the first epoch [C]: on
+            try:                                                 # maps without peaks the Markov loss would lead
+                losses = batch_losses(net, model, clips, torch.stack(joints), alpha, ranks)
+            except FloatingPointError as error:
+                raise run.not_finite(str(error), at["step"], seen) from None
+            scaler.scale(sum(losses.values()) / cfg.accum).backward()
+            if (i + 1) % cfg.accum:
+                continue
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+            if not (norm.isfinite() or scaler.is_enabled()):     # a scaler leaves such steps out by itself
+                raise run.not_finite("the gradient", at["step"], seen)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            ema.update(model)
+            at.update(step=at["step"] + 1, done=at["done"] + 1)
+            seen = []
+
+            if at["step"] % 20 == 0:                             # reading numbers makes a GPU wait
+                values = {name: value.item() for name, value in losses.items()}
+                run.log(step=at["step"], epoch=epoch, loss=sum(values.values()), **values, grad_norm=float(norm),
+                        lr=optimizer.param_groups[-1]["lr"])
+                bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
+            if stop(ranks):
+                save_last(run.save)
+                run.say(f"stopped and saved; go on with --resume {run.folder}")
+                return
+            if run.save_is_due():
+                save_last(run.try_save)
+
+        last = epoch + 1 == cfg.epochs
+        if last or (epoch + 1) % cfg.eval_every == 0:
+            save_last(run.try_save)                              # a kill while evaluating costs nothing
+            table, predictions = evaluate(ema.module, held_out, cfg, ranks)
+            run.log(step=at["step"], epoch=epoch, **table)
+            run.say(f"epoch {epoch + 1}\n{metrics.format_table(table)}")
+            score = table.get("Mean", table.get("AP"))
+            if score > at["best"]:
+                at["best"] = score
+                run.try_save("best.pt", **at, skeleton=data.skeleton.to_dict(), model=ema.module.state_dict(),
+                             metrics=table)
+            run.draw(held_out, predictions)
+        run.bad_files(runtime.gather_lists([*run.bad, *held_out.bad]))
+        at.update(epoch=epoch + 1, done=0)
+        save_last(run.save if last else run.try_save)            # at the very end a full disk is an error
+
+
+def summary() -> str:
+    """Of each preset: parameters, and GFLOPs of one person, without the scans (2 per multiply-add)."""
+    rows = [f"{'preset':8}{'input':>11}{'parameters':>14}{'GFLOPs':>9}"]
+    for preset, cfg in PRESETS.items():
+        with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+            model = build(preset).eval()
+            maps = torch.zeros(1, model.skeleton.num_keypoints, *cfg.heatmap)
+            model(torch.zeros(1, 3, 3, cfg.height, cfg.width), maps, torch.zeros(1, dtype=torch.long))
+        count, cost = sum(p.numel() for p in model.parameters()) / 1e6, counter.get_total_flops() / 1e9
+        rows.append(f"{preset:8}{f'{cfg.width}x{cfg.height}x3':>11}{count:>12.2f} M{cost:>9.1f}")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    cfg, args = runtime.parse(Config, PRESETS, __doc__)
+    if args.train:
+        runtime.launch(train, cfg, args, cfg.processes)
+    else:
+        print(f"{__doc__}\n{summary()}")
+
+
+if __name__ == "__main__":
+    runtime.run_main(main)

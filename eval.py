@@ -8,7 +8,7 @@
     python eval.py best.pt --images photo.jpg --process         and how diffusionregpose and querypose find them
     python eval.py sdpose-body --images photo.jpg --detector runs/detrpose/best.pt      top-down: one person at a time
     python eval.py sdpose-body --data data/coco --boxes detections.json                 COCO results say where people are
-    python eval.py runs/<diffusionpose run> --images folder/ --gif  a folder is a clip: its frames in the order of names
+    python eval.py runs/<run> --images folder/ --gif            diffusionpose: a folder is a clip, in order of the names
     python eval.py detrpose-l --images photo.jpg                released weights by name, fetched once
     python eval.py detrpose_hgnetv2_l.pth --data data/coco      released weights from a file
     torchrun --nproc_per_node=8 eval.py detrpose-l --data data/coco
@@ -38,7 +38,7 @@ from common.datasets import BadImage, PoseDataset, Prediction, default_splits, l
 from common.runtime import UserError
 
 METHODS = ("detrpose", "diffusionregpose", "querypose", "diffusionpose")
-SKELETON_OF = {17: "coco", 14: "crowdpose", 15: "posetrack", 133: "wholebody"}            # of released weights, by their number of keypoints
+SKELETON_OF = {17: "coco", 14: "crowdpose", 15: "posetrack", 133: "wholebody"}       # of weights alone, by keypoints
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 
 

@@ -124,7 +124,7 @@ def draw_heat(image: Image.Image, heat: np.ndarray) -> Image.Image:
 
 def draw_arrows(image: Image.Image, points: np.ndarray, arrows: Sequence[tuple[int, int]], strength: np.ndarray,
                 min_side: int = 384) -> Image.Image:
-    """The image with arrows between points (K, 2), wide where they end, the wider the stronger; two ways may differ."""
+    """The image with arrows between points (K, 2), wide where they end, the wider the stronger."""
     canvas, layer, zoom, fine = start_drawing(image, min_side)
     pen, places = ImageDraw.Draw(layer), (points + 0.5) * zoom * fine
     for (a, b), share in zip(arrows, strength / max(strength.max(), 1e-9)):

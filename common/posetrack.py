@@ -114,8 +114,8 @@ def _frames_2018(content: dict, path: Path | str) -> tuple[str, list[Frame]]:
     for a in annotations:
         values = numbers(a.get("keypoints") or [0] * 3 * count, 3 * count)
         if values is None:
-            raise UserError(f"{path}, annotation {a.get('id')}: expected {count} keypoints of x, y and v, as PoseTrack 2018 "
-                            f"and 21 have them, got {len(a['keypoints'])} numbers")
+            raise UserError(f"{path}, annotation {a.get('id')}: expected {count} keypoints of x, y and v, as PoseTrack "
+                            f"2018 and 21 have them, got {len(a['keypoints'])} numbers")
         raw = np.nan_to_num(values).reshape(-1, 3)[places]
         hidden = np.array(a["hidden"], bool)[places] if "hidden" in a else raw[:, 2] == 0       # the puppets say so
         joints = np.concatenate([raw[:, :2], np.where(hidden, 1, 2)[:, None]], 1) * (raw != 0).any(1, keepdims=True)
@@ -131,7 +131,8 @@ def _frames_2018(content: dict, path: Path | str) -> tuple[str, list[Frame]]:
                                                                      image.get("ignore_regions_y") or []) if len(x)]
         size = (image["width"], image["height"]) if image.get("width") and image.get("height") else None
         labelled = bool(image.get("is_labeled", True))
-        frames.append(Frame(image["id"], image["file_name"], people.get(str(image["id"]), []), regions, labelled, size))
+        in_it = people.get(str(image["id"]), [])
+        frames.append(Frame(image["id"], image["file_name"], in_it, regions, labelled, size))
     newer = any("person_id" in a for a in annotations) or any("has_labeled_person" in i for i in content["images"])
     return "21" if newer else "18", frames
 
@@ -228,8 +229,8 @@ class PoseTrackDataset(PoseDataset):
         return tuple(paths)
 
     def load(self, i: int) -> tuple[Sample | None, str]:
-        """As `PoseDataset.load`, with the neighbouring frames. The key frame takes the place of a neighbour that cannot
-        be read, or has another size; the message says so."""
+        """As `PoseDataset.load`, with the neighbouring frames. The key frame takes the place of a neighbour that
+        cannot be read, or has another size; the message says so."""
         sample = self[i]
         try:
             key = self.picture(sample.image, sample.size)
@@ -273,7 +274,7 @@ class PoseTrackDataset(PoseDataset):
     def report(self) -> str:
         """Sequences and frames, then what `PoseDataset` says."""
         frames = [frame for video in self.videos for frame in video]
-        tracks = {(n, person.track) for n, video in enumerate(self.videos) for frame in video for person in frame.people}
+        tracks = {(n, p.track) for n, video in enumerate(self.videos) for frame in video for p in frame.people}
         headless = sum(not person.head for frame in frames for person in frame.people)
         text = (f"{len(self.videos)} videos, {len(frames)} frames, {sum(frame.labelled for frame in frames)} of them "
                 f"labelled, {len(tracks)} tracks of people\n{super().report()}")
@@ -298,8 +299,8 @@ def inside(points: np.ndarray, polygon: np.ndarray) -> np.ndarray:
     a, b = polygon[None], np.roll(polygon, -1, 0)[None]
     x, y = points[:, None, 0], points[:, None, 1]
     turn = (b[..., 0] - a[..., 0]) * (y - a[..., 1]) - (b[..., 1] - a[..., 1]) * (x - a[..., 0])
-    between = [(np.minimum(a[..., d], b[..., d]) <= p) & (p <= np.maximum(a[..., d], b[..., d])) for d, p in ((0, x), (1, y))]
-    on_edge = ((turn == 0) & between[0] & between[1]).any(1)
+    low, high = np.minimum(a, b), np.maximum(a, b)
+    on_edge = ((turn == 0) & (low[..., 0] <= x) & (x <= high[..., 0]) & (low[..., 1] <= y) & (y <= high[..., 1])).any(1)
     crosses = (a[..., 1] > y) != (b[..., 1] > y)
     rising = b[..., 1] > a[..., 1]
     return ((crosses & np.where(rising, turn > 0, turn < 0)).sum(1) % 2 == 1) & ~on_edge
@@ -344,7 +345,7 @@ def mean_ap(pairs: Sequence[tuple[Frame, list[Person]]], hidden: bool = False) -
     Returns  lists over the 15 joints of POSETRACK: ap, precision and recall at the end of the ranking (percent),
              gt_joints, detections, true_positives; and frames. AP is NaN for a joint that is found but never
              annotated, 0 for one that is never found.
-    With `hidden` (ours, not PoseTrack's) only hidden joints are sought: guesses of a person's other joints do not count.
+    With `hidden` (ours, not PoseTrack's) only hidden joints are sought: a person's other joints do not count.
     """
     pairs = [pair for pair in pairs if pair[0].people]                              # step 1
     scores, labels, positives = [[] for _ in range(15)], [[] for _ in range(15)], np.zeros(15, int)
@@ -360,7 +361,7 @@ def mean_ap(pairs: Sequence[tuple[Frame, list[Person]]], hidden: bool = False) -
                 if not hidden or g is None or sought[g][j]:
                     scores[j].append(person.scores[j])
                     labels[j].append(g is not None and bool(close[d, g, j]))
-    rows = [average_precision(np.array(s), np.array(t, bool), n) for s, t, n in zip(scores, labels, positives.tolist())]
+    rows = [average_precision(np.array(s), np.array(t, bool), n) for s, t, n in zip(scores, labels, positives)]
     ap, precision, recall = (list(column) for column in zip(*rows))
     return dict(ap=ap, precision=precision, recall=recall, gt_joints=positives.tolist(), frames=len(pairs),
                 detections=[len(s) for s in scores], true_positives=[sum(t) for t in labels])

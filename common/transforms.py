@@ -170,8 +170,9 @@ def invert(matrix: np.ndarray) -> np.ndarray:
 def warp_affine(image: np.ndarray, matrix: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The crop (h, w, 3) uint8 of `size` = (w, h) that the 2×3 `matrix`, from image to crop, maps an image onto.
 
-    image (H, W, 3) uint8, or any other number of channels: the frames of a clip behind one another. Pixel (x, y) of the crop reads the image at matrix⁻¹(x, y): bilinear, integer coordinates
-    are pixel centres, black outside. Pillow's own transform truncates instead of rounding and darkens the rim.
+    image (H, W, 3) uint8, or with the channels of several frames behind one another. Pixel (x, y) of the crop reads the
+    image at matrix⁻¹(x, y): bilinear, integer coordinates are pixel centres, black outside. Pillow's own transform
+    truncates instead of rounding and darkens the rim.
     """
     w, h = size
     inverse = invert(matrix)
