@@ -308,8 +308,8 @@ class SpatioTemporalBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.spatial_mamba(self.norm_spatial(x).flatten(0, 1)).view_as(x)
         g = self.full_mamba(self.norm_full(x).flatten(1, 2)).view_as(x)
-        s = self.temporal_attn(rearrange(self.norm_temporal(x), "b f m d -> (b m) f d"))
-        s = rearrange(s, "(b m) f d -> b f m d", b=len(x))
+        s = rearrange(self.norm_temporal(x), "b f m d -> (b m) f d").contiguous()       # linear is slow on views
+        s = rearrange(self.temporal_attn(s), "(b m) f d -> b f m d", b=len(x))
         a = self.gate(torch.cat([g, s], -1)).sigmoid()
         x = x + torch.lerp(s, g, a)                                                     # a g + (1 − a) s
         return x + self.mlp(self.norm_mlp(x))
