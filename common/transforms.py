@@ -178,8 +178,9 @@ def warp_affine(image: np.ndarray, matrix: np.ndarray, size: tuple[int, int]) ->
     inverse = invert(matrix)
     y, x = np.mgrid[:h, :w]
     source = np.stack([x, y, np.ones_like(x)], -1) @ inverse.T                      # (h, w, 2) xy in the image
-    low = np.clip(np.floor(source.min((0, 1))), 0, np.array(image.shape[1::-1]) - 1).astype(int)
-    high = np.clip(np.ceil(source.max((0, 1))), 0, np.array(image.shape[1::-1]) - 1).astype(int)
+    corners = source[[0, 0, -1, -1], [0, -1, 0, -1]]                                # nothing reads beyond them
+    low = np.clip(np.floor(corners.min(0)), 0, np.array(image.shape[1::-1]) - 1).astype(int)
+    high = np.clip(np.ceil(corners.max(0)), 0, np.array(image.shape[1::-1]) - 1).astype(int)
     part = image[low[1]:high[1] + 1, low[0]:high[0] + 1]                            # only this much is read
     part = np.pad(part, [(1, 1), (1, 1), (0, 0)])           # grid_sample cannot place a side of a single pixel
     grid = (source - low + 1) * 2 / (np.array(part.shape[1::-1]) - 1) - 1           # -1 and 1: the outer pixel centres
