@@ -89,6 +89,9 @@ class Config:
     eta: float = 0.0               # share of fresh noise in a DDIM step [C]
     init: str = ""                 # start weights: file or name; DiffusionPose, or a ViT of ViTPose or MAE
     # data
+    half_body: float = 0.3         # share of people with more than 8 joints of whom only one half is shown [A]
+    scale_jitter: float = 0.35     # standard deviation of a crop's size, relative [A]
+    rotation: float = 45.0         # and of its angle, degrees, for 60 % of the people [A]
     neighbours: bool = True        # off: the key frame three times, to see what the other frames are worth
     sigma: float = 2.0             # of the Gaussians in true heatmaps, cells: 2 for 256x192, 3 for 384x288 [A]
     flip_test: bool = False        # prediction averages the heatmaps of the clip and of its mirror image
@@ -123,8 +126,8 @@ class Config:
                             "ensemble")
         runtime.check_range(self, 1, TIMES, "steps")
         runtime.check_range(self, 1e-6, math.inf, "signal_scale")
-        runtime.check_range(self, 0, math.inf, "alpha")
-        runtime.check_range(self, 0, 1, "eta")
+        runtime.check_range(self, 0, math.inf, "alpha rotation")
+        runtime.check_range(self, 0, 1, "eta half_body scale_jitter")
         for name, unit in dict(dim=math.lcm(2, self.vit_heads, self.heads), height=PATCH, width=PATCH).items():
             if getattr(self, name) % unit:
                 raise runtime.UserError(f"--{name} {getattr(self, name)}: expected a multiple of {unit}, for its "
@@ -155,7 +158,8 @@ def _presets() -> dict[str, Config]:
     l = replace(b, dim=1024, depth=24, vit_heads=16, heads=16, init="vitpose_large.pth")
     h = replace(b, dim=1280, depth=32, vit_heads=16, heads=20, init="vitpose_huge.pth")
     tiny = replace(b, height=128, width=96, dim=96, depth=4, vit_heads=4, heads=4, stfe_layers=1, decoder_layers=2,
-                   init="", sigma=1.5, lr=1e-3, lr_backbone=1e-3, weight_decay=0.05, schedule="cosine", warmup=100,
+                   init="", half_body=0.0, scale_jitter=0.1, rotation=10.0, sigma=1.5, batch=16, lr=1e-3, lr_backbone=1e-3,
+                   weight_decay=0.05, schedule="cosine", warmup=100,
                    drop_epochs="", ema=0.995, ema_warmup=100, processes=2, workers=0, eval_every=20, eval_batch=64)
     return {"tiny": tiny, "s": s, "b": b, "l": l, "h": h}
 
@@ -838,14 +842,14 @@ def augment(joints: np.ndarray, box: np.ndarray, width: int, skeleton: Skeleton,
             rng: np.random.Generator) -> tuple[np.ndarray, bool]:
     """2×3 from image to crop, and whether it mirrors [A: as DCPose]; joints (J, 3) and box in an image of that width.
 
-    Half of the body for 30 % of people with more than 8 joints; size by 0.65 to 1.35; 60 % turned by up to 90°; 50 %
-    mirrored, where the skeleton has left and right.
+    Half of the body for some people with more than 8 joints; size by 1 ± scale_jitter at most; 60 % turned by up to
+    2·rotation; 50 % mirrored, where the skeleton has left and right.
     """
-    half = half_body(joints, skeleton, rng) if rng.random() < 0.3 and (joints[:, 2] > 0).sum() > 8 else None
+    half = half_body(joints, skeleton, rng) if rng.random() < cfg.half_body and (joints[:, 2] > 0).sum() > 8 else None
     box, margin = (box, MARGIN) if half is None else (half, 1.5)
     centre, size = transforms.fit_box(box, cfg.width / cfg.height, margin)
-    window = size[0] * np.clip(1 + 0.35 * rng.standard_normal(), 0.65, 1.35)
-    angle = np.clip(45 * rng.standard_normal(), -90, 90) * (rng.random() < 0.6)
+    window = size[0] * (1 + cfg.scale_jitter * np.clip(rng.standard_normal(), -1, 1))
+    angle = cfg.rotation * np.clip(rng.standard_normal(), -2, 2) * (rng.random() < 0.6)
     mirrored = skeleton.flip is not None and rng.random() < 0.5
     mirror = np.array([[-1, 0, width - 1], [0, 1, 0], [0, 0, 1]]) if mirrored else np.eye(3)
     centre = transforms.move_points(centre, mirror[:2])
