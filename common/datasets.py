@@ -2,7 +2,7 @@
 
 Use      dataset = open_dataset("data/coco", "val"); print(dataset.report()); sample, message = dataset.load(0)
 Layouts  COCO, CrowdPose, Human-Art, COCO-OOD, COCO-WholeBody, the embedded puppets, and your own keypoints in
-         COCO's format: see `layouts` below and data/README.md.
+         COCO's format: see `layouts` below and data/README.md. PoseTrack is read by common/posetrack.py.
 Checks   The annotation file is checked once, when it is opened. What cannot be used is skipped, what can be mended
          is mended; both are counted and named in `report()`. Image files are opened only when they are loaded.
 Units    pixels, origin at the top left corner. Boxes are x, y, w, h in files, x1, y1, x2, y2 in a `Sample`.
@@ -99,15 +99,20 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 # ---------------------------------------------------------------- one annotation file
 
-def read_json(path: Path) -> dict:
-    """The content of a COCO annotation file, or one line that says what is wrong with it."""
+def load_json(path: Path) -> dict | list:
+    """The content of a JSON file, or one line that says what is wrong with it."""
     try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=_without_outlines)
+        return json.loads(path.read_bytes(), object_pairs_hook=_without_outlines)
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not complete JSON: {error.msg} at line {error.lineno}, character {error.pos} "
                         f"of {len(error.doc)}; the file looks damaged or cut off, fetch it again") from None
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
+
+
+def read_json(path: Path) -> dict:
+    """The content of a COCO annotation file, or one line that says what is wrong with it."""
+    content = load_json(path)
     lists = ("images", "annotations")
     if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in lists):
         raise UserError(f"{path} is not a COCO annotation file: it needs the lists 'images' and 'annotations'")
@@ -163,7 +168,7 @@ class PoseDataset:
         self.name, self.split, self.files = name, split, list(files)
         self.notes: dict[str, list] = {}                    # what was skipped or mended -> ids
         self.bad: Counter[str] = Counter()                  # messages of `load`, see `remember`
-        contents = [read_json(path) for path in files]
+        contents = self._read_files()
         images = [image for content in contents for image in content["images"]]
         people = [person for content in contents for person in content["annotations"]]
         index = self._read_images(images, folders)
@@ -175,6 +180,9 @@ class PoseDataset:
         self.notes = {reason: (len(ids), ids[:3]) for reason, ids in self.notes.items()}
 
     # ------------------------------------------------ reading
+
+    def _read_files(self) -> list[dict]:
+        return [read_json(path) for path in self.files]
 
     def _note(self, reason: str, ids: Iterable):
         ids = list(ids)
@@ -483,12 +491,14 @@ def open_dataset(data: str, split: str, skeleton: str | dict | Skeleton | None =
                  sigmas: Sequence[float] | None = None) -> PoseDataset:
     """A split of 'puppets', which are made on first use, or of a folder whose layout is known.
 
-    split: 'train', 'val', 'test', 'trainval' (CrowdPose), 'ood' (val in other styles), 'crowd' (puppets).
+    split: 'train', 'val', 'test', 'trainval' (CrowdPose), 'ood' (val in other styles), 'crowd' (puppets). With the
+    skeleton 'posetrack', train and val of the puppets are clips.
     Raises `UserError` with one line if there is no such thing.
     """
     wanted = get_skeleton(skeleton).name if skeleton is not None else ""
     if data == "puppets":
-        parts = {"train": "coco", "val": "coco", "crowd": "crowd", "ood": "ood"}
+        stills = "video" if wanted == "posetrack" else "coco"
+        parts = {"train": stills, "val": stills, "crowd": "crowd", "ood": "ood"}
         if split not in parts:
             raise UserError(f"puppets have no split '{split}': choose one of {', '.join(parts)}")
         from data import puppets            # here, because real data does not need it
@@ -501,9 +511,14 @@ def open_dataset(data: str, split: str, skeleton: str | dict | Skeleton | None =
                             "--data puppets needs no download")
         if not any(folder.iterdir()):
             raise UserError(f"{folder} is empty: data/README.md says what goes where")
-    found = find_layout(folder, file_split, wanted)
+    from common import posetrack            # here, because it builds on this file
+    found, videos = find_layout(folder, file_split, wanted), posetrack.find_posetrack(folder, file_split)
+    if videos and (found is None or wanted == "posetrack"):
+        clips = posetrack.PoseTrackDataset(split, videos, folder, skeleton, sigmas)
+        clips.name = "puppets" if data == "puppets" else clips.name
+        return clips
     if found is None:
-        looked = [file for _, files, _ in layouts(file_split) for file in files]
+        looked = [file for _, files, _ in layouts(file_split) for file in files] + [f"annotations/{file_split}/*.json"]
         there = [*folder.glob("*.json"), *folder.glob("*/*.json")]
         there = sorted(str(path.relative_to(folder)) for path in there)
         raise UserError(f"{folder} has no annotation file for split '{split}': looked for {', '.join(looked)}; "

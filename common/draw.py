@@ -116,6 +116,24 @@ def draw_ellipses(image: Image.Image, draws: np.ndarray, skeleton: Skeleton, dev
     return finish_drawing(canvas, layer)
 
 
+def draw_heat(image: Image.Image, heat: np.ndarray) -> Image.Image:
+    """The image, darkened, under a map (h, w) of values from 0 to 1, which is stretched over it."""
+    shade = Image.fromarray((255 * np.clip(heat, 0, 1)).astype(np.uint8)).resize(image.size, Image.Resampling.BILINEAR)
+    return Image.composite(Image.new("RGB", image.size, RIGHT[0]), image.point(lambda value: value // 2), shade)
+
+
+def draw_arrows(image: Image.Image, points: np.ndarray, arrows: Sequence[tuple[int, int]], strength: np.ndarray,
+                min_side: int = 384) -> Image.Image:
+    """The image with arrows between points (K, 2), wide where they end, the wider the stronger."""
+    canvas, layer, zoom, fine = start_drawing(image, min_side)
+    pen, places = ImageDraw.Draw(layer), (points + 0.5) * zoom * fine
+    for (a, b), share in zip(arrows, strength / max(strength.max(), 1e-9)):
+        along = (places[b] - places[a]) / max(math.dist(places[a], places[b]), 1)
+        side = np.array([along[1], -along[0]]) * 8 * share * fine
+        pen.polygon([tuple(p) for p in (places[a], places[b] + side, places[b])], (*LEFT[0], round(90 + 165 * share)))
+    return finish_drawing(canvas, layer)
+
+
 def draw_person(pen: ImageDraw.ImageDraw, xy: np.ndarray, state: np.ndarray, skeleton: Skeleton, unit: float):
     """Limbs, then joints; xy (K, 2) in pixels of the layer. Limbs with a hollow end and short ones are thin."""
     if not state.any():

@@ -22,6 +22,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from common import posetrack
 from common.runtime import UserError
 from common.skeletons import SKELETONS, WHOLEBODY_PARTS
 
@@ -314,7 +315,10 @@ def evaluate(predictions: Sequence, dataset, boxes: bool = False,
              boxes: add person box AP as box_AP, box_AP50, ...
              area_from_boxes: let APM and APL judge predictions by their boxes, see `keypoint_ap`
     Returns  name -> value; 0 without predictions. WholeBody: the headline's numbers, and AP_body, AP_foot, ...
+             PoseTrack: its own columns in percent, see common/posetrack.py
     """
+    if dataset.metric == "posetrack":
+        return posetrack.evaluate(predictions, dataset)
     crowdpose = dataset.metric == "crowdpose"
     ground_truth = sanitize_ground_truth(dataset.ground_truth(), crowdpose)
     results = to_results(predictions)

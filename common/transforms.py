@@ -10,6 +10,7 @@ Units    pixels. Keypoints sit on pixel centres (the last column is x = w - 1), 
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -142,18 +143,44 @@ def _take_people(sample: Sample, keep: np.ndarray) -> Sample:
 
 # ---------------------------------------------------------------- person crops
 
+def fit_box(box: np.ndarray, aspect: float, margin: float) -> tuple[np.ndarray, np.ndarray]:
+    """Centre and (w, h) of the window for a box x1, y1, x2, y2: the side that is too short for w / h = `aspect` grows,
+    then both sides by the factor `margin`. The window may reach beyond the image."""
+    w, h = np.maximum(box[2:] - box[:2], 1)
+    return (box[:2] + box[2:]) / 2, margin * np.array([max(w, aspect * h), max(h, w / aspect)])
+
+
+def crop_matrix(centre: np.ndarray, width: float, size: tuple[int, int], rotation: float = 0.0) -> np.ndarray:
+    """2×3 from image to a crop of size (W, H): k R (p − centre) + (W/2, H/2), k = W / width, rotation in degrees."""
+    cos, sin = (size[0] / width * f(math.radians(rotation)) for f in (math.cos, math.sin))
+    linear = np.array([[cos, sin], [-sin, cos]])
+    return np.c_[linear, np.array(size) / 2 - linear @ centre]
+
+
+def move_points(xy: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Points (..., 2) through a 2×3 matrix."""
+    return xy @ matrix[:, :2].T + matrix[:, 2]
+
+
+def invert(matrix: np.ndarray) -> np.ndarray:
+    """The 2×3 matrix of the way back."""
+    return np.linalg.inv(np.vstack([np.asarray(matrix, np.float64), [0, 0, 1]]))[:2]
+
+
 def warp_affine(image: np.ndarray, matrix: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The crop (h, w, 3) uint8 of `size` = (w, h) that the 2×3 `matrix`, from image to crop, maps an image onto.
 
-    image (H, W, 3) uint8. Pixel (x, y) of the crop reads the image at matrix⁻¹(x, y): bilinear, integer coordinates
-    are pixel centres, black outside. Pillow's own transform truncates instead of rounding and darkens the rim.
+    image (H, W, 3) uint8, or with the channels of several frames behind one another. Pixel (x, y) of the crop reads the
+    image at matrix⁻¹(x, y): bilinear, integer coordinates are pixel centres, black outside. Pillow's own transform
+    truncates instead of rounding and darkens the rim.
     """
     w, h = size
-    inverse = np.linalg.inv(np.vstack([np.asarray(matrix, np.float64), [0, 0, 1]]))[:2]
+    inverse = invert(matrix)
     y, x = np.mgrid[:h, :w]
     source = np.stack([x, y, np.ones_like(x)], -1) @ inverse.T                      # (h, w, 2) xy in the image
-    low = np.clip(np.floor(source.min((0, 1))), 0, np.array(image.shape[1::-1]) - 1).astype(int)
-    high = np.clip(np.ceil(source.max((0, 1))), 0, np.array(image.shape[1::-1]) - 1).astype(int)
+    corners = source[[0, 0, -1, -1], [0, -1, 0, -1]]                                # nothing reads beyond them
+    low = np.clip(np.floor(corners.min(0)), 0, np.array(image.shape[1::-1]) - 1).astype(int)
+    high = np.clip(np.ceil(corners.max(0)), 0, np.array(image.shape[1::-1]) - 1).astype(int)
     part = image[low[1]:high[1] + 1, low[0]:high[0] + 1]                            # only this much is read
     part = np.pad(part, [(1, 1), (1, 1), (0, 0)])           # grid_sample cannot place a side of a single pixel
     grid = (source - low + 1) * 2 / (np.array(part.shape[1::-1]) - 1) - 1           # -1 and 1: the outer pixel centres

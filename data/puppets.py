@@ -50,12 +50,12 @@ from tqdm import tqdm
 
 from common.runtime import UserError
 
-VERSION = 3                                   # raise it when the same seed gives another picture
+VERSION = {"coco": 3, "crowd": 3, "video": 5, "ood": 3}      # raised when the same seed gives another picture or label
 ROOT = Path(__file__).resolve().parent / "puppets"
 SIZE = 160                                    # side of the square images in pixels
-COUNTS = {"coco": {"train": 4000, "val": 500}, "crowd": {"val": 300}, "video": {"train": 80, "val": 20},
+COUNTS = {"coco": {"train": 4000, "val": 500}, "crowd": {"val": 300}, "video": {"train": 400, "val": 20},
           "ood": {"val": 500}}                # images; for video, clips
-FRAMES = 12                                   # per clip
+FRAMES = {"train": 5, "val": 12}              # per clip: what trains sees many people briefly
 
 COCO = ("nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow right_elbow left_wrist "
         "right_wrist left_hip right_hip left_knee right_knee left_ankle right_ankle").split()
@@ -730,7 +730,7 @@ def sample_motion(rng: np.random.Generator, person: Person) -> dict:
                 turn=0. if sits else rng.normal(0, 1.5), step=speed * person.height * sideways)
 
 
-def sample_clip(rng: np.random.Generator, size: int):
+def sample_clip(rng: np.random.Generator, size: int, frames: int):
     """A scene and how its people and the camera move -> function of the frame t (may be fractional) -> Scene."""
     still = sample_scene(rng, size, int(rng.integers(1, 4)), group=rng.random() < .4)
     motions = {id(layer): sample_motion(rng, layer) for layer in still.layers if isinstance(layer, Person)}
@@ -744,7 +744,7 @@ def sample_clip(rng: np.random.Generator, size: int):
             return Group([replace(person, x=person.x + dx, ground=person.ground + dy) for person in layer.people])
         m = motions[id(layer)]
         swing = (1 - math.cos(2 * math.pi * t / m["period"] + m["phase"])) / 2
-        return replace(layer, x=layer.x + dx + m["step"] * (t - FRAMES / 2), ground=layer.ground + dy,
+        return replace(layer, x=layer.x + dx + m["step"] * (t - frames / 2), ground=layer.ground + dy,
                        yaw=layer.yaw + m["turn"] * t, pose=layer.pose + swing * (m["pose"] - layer.pose))
 
     def at(t: float) -> Scene:
@@ -920,18 +920,18 @@ def make_clip(folder: Path, size: int, seed: int, job: tuple[str, int]) -> int:
     """One PoseTrack18 video; the first and last frame are not labelled, the far group is an ignore region."""
     split, index = job
     rng = np.random.default_rng([seed, 10 + (split == "val"), index])
-    clip, exposure = sample_clip(rng, size), max(0., rng.uniform(-.2, .6))
+    clip, exposure = sample_clip(rng, size, FRAMES[split]), max(0., rng.uniform(-.2, .6))
     video = f"{index + 1 + 9000 * (split == 'val'):06d}"
     shots = f"images/{split}/{video}_puppets"
     (folder / shots).mkdir()
     images, annotations = [], []
-    for t in range(FRAMES):
+    for t in range(FRAMES[split]):
         canvas = Canvas(clip(t))
         picture = canvas.picture
         if exposure:
             before, after = (Canvas(clip(t + shift * exposure)).picture for shift in (-.5, .5))
             picture = Image.blend(picture, Image.blend(before, after, .5), .6)
-        image = posetrack_image(f"{shots}/{t:06d}.jpg", video, t, size, box_of(canvas.id_map() == GROUP))
+        image = posetrack_image(f"{shots}/{t:06d}.jpg", video, t, FRAMES[split], size, box_of(canvas.id_map() == GROUP))
         save(develop(picture, canvas.scene), folder / image["file_name"])
         images.append(image)
         for track, person in enumerate(annotate(canvas) if image["is_labeled"] else ()):
@@ -944,22 +944,24 @@ def make_clip(folder: Path, size: int, seed: int, job: tuple[str, int]) -> int:
     return len(annotations)
 
 
-def posetrack_image(file_name: str, video: str, t: int, size: int, group: list[int]) -> dict:
+def posetrack_image(file_name: str, video: str, t: int, frames: int, size: int, group: list[int]) -> dict:
     """The far group's box, if there is one, is a polygon to ignore."""
     number, (x, y, w, h) = int(f"1{video}{t:04d}"), group
-    return dict(id=number, frame_id=number, vid_id=video, nframes=FRAMES, is_labeled=0 < t < FRAMES - 1,
+    return dict(id=number, frame_id=number, vid_id=video, nframes=frames, is_labeled=0 < t < frames - 1,
                 file_name=file_name, width=size, height=size, has_no_densepose=True,
                 ignore_regions_x=[[x, x + w, x + w, x]] if w else [],
                 ignore_regions_y=[[y, y, y + h, y + h]] if w else [])
 
 
 def posetrack_person(image_id: int, track: int, person: dict) -> dict:
+    """As PoseTrack18's, where v is 0 or 1, and `hidden`, which it does not have: what is labelled, but not seen."""
     joints, body = person["joints"].copy(), person["body"]
     joints[[INDEX["left_ear"], INDEX["right_ear"]]] = 0
     (x, y), r = body.at["head"][:2] + .5, body.head_radius
     head = [round(float(value), 1) for value in (x - .9 * r, y - r, 1.8 * r, 2 * r)]
     return dict(id=image_id * 100 + track, image_id=image_id, track_id=track, category_id=1, iscrowd=False,
-                scores=[], bbox=person["bbox"], bbox_head=head, keypoints=flat_list(joints, POSETRACK, 1))
+                scores=[], bbox=person["bbox"], bbox_head=head, keypoints=flat_list(joints, POSETRACK, 1),
+                hidden=[v == 1 for v in flat_list(joints, POSETRACK)[2::3]])
 
 
 PARTS = {  # part: folders, what makes one image or clip, what writes the files that hold all of them
@@ -982,7 +984,7 @@ def make(root: Path | str = ROOT, part: str = "coco", size: int = SIZE, seed: in
     if not 32 <= size <= 2048 or seed < 0:
         raise UserError(f"puppets cannot be drawn with size {size} and seed {seed}: size 32 to 2048, seed 0 or more")
     root, counts = Path(root), {**COUNTS[part], **(counts or {})}
-    meta = dict(version=VERSION, part=part, size=size, seed=seed, counts=counts)
+    meta = dict(version=VERSION[part], part=part, size=size, seed=seed, counts=counts)
     target = root / part
     if is_made(target, meta):
         return target

@@ -200,7 +200,7 @@ def test_video_has_the_layout_of_posetrack18(made):
         assert content["categories"][0]["keypoints"][:5] == ["nose", "head_bottom", "head_top", "left_ear", "right_ear"]
         for number, image in enumerate(content["images"]):
             assert image["id"] == image["frame_id"] == int(f"1{image['vid_id']}{number:04d}")
-            assert image["nframes"] == FRAMES == len(content["images"]) and (made / "video" / image["file_name"]).exists()
+            assert image["nframes"] == FRAMES["val"] == len(content["images"]) and (made / "video" / image["file_name"]).exists()
             assert len(image["ignore_regions_x"]) == len(image["ignore_regions_y"])
         labelled = {image["id"] for image in content["images"] if image["is_labeled"]}
         for a in content["annotations"]:
@@ -210,8 +210,8 @@ def test_video_has_the_layout_of_posetrack18(made):
 
 
 def test_people_in_a_clip_move_smoothly_and_keep_their_track():
-    clip = puppets.sample_clip(np.random.default_rng(5), 160)
-    frames = [[joints_of(layer).joints for layer in clip(t).layers if isinstance(layer, Person)] for t in range(FRAMES)]
+    clip = puppets.sample_clip(np.random.default_rng(5), 160, FRAMES["val"])
+    frames = [[joints_of(layer).joints for layer in clip(t).layers if isinstance(layer, Person)] for t in range(FRAMES["val"])]
     people = np.array(frames)[..., :2]                               # (T, P, 19, 2)
     step, jerk = np.diff(people, axis=0), np.diff(people, n=2, axis=0)
     assert .1 < abs(step).max() < 16 and abs(jerk).max() < 8         # pixels per frame, of 160

@@ -1,0 +1,1226 @@
+"""DiffusionPose: video pose by denoising heatmaps, with Mamba and a Markov random field (AAAI 2026).
+
+Idea     A person's pose in the middle of three frames is a stack of heatmaps, one per joint, that starts as noise. A
+         decoder turns it into the answer, in one step by default. An encoder, which reads the frames as one sequence
+         with state-space models, tells it what the clip looks like and where the joints probably are; and the joints
+         tell each other where they can be, by messages along the limbs of the skeleton.
+Flow     crops (B,3,3,H,W) → ViT, each frame → (B,3,N,D), + keypoint tokens → X (B,3,M,D)
+         → SpatioTemporalBlock ×3 → C_f (B,N,D) what the clip looks like, C_p (B,J,D) where the joints probably are
+         noise x_T (B,J,Hh,Wh), t, C_f, C_p → DenoisingBlock ×3 → heatmaps (B,J,Hh,Wh); ddim repeats it if asked to
+Read     ViT → MambaBlock → SpatioTemporalBlock → SpatioTemporalEncoder → MarkovOptimizationLayer (eqs. 1-3)
+         → DenoisingBlock → PoseDenoisingDecoder → q_sample, ddim → DiffusionPose → criterion (eq. 4)
+         → cut_clip → TrainClips → decode → evaluate → train
+Letters  B clips  J joints  N patches of a frame  M = N+J tokens of a frame  D channels  E = 2D channels inside Mamba
+         H W crop  Hh Wh heatmap, a quarter of it  T = 1000 diffusion times t  K rounds of messages
+Units    heatmaps G, H are in [0, 1]; what is denoised is x = (2G − 1)·s, s the signal scale; frames are normalised RGB;
+         boxes are x1, y1, x2, y2 in pixels of the image; "cells" are those of a heatmap
+Marks    No code was ever released and the paper leaves much open. [P] the paper says it; [A] taken from public code of
+         an ancestor (ViTPose, DCPose, DiffusionDet, Mamba); [C] our choice where the paper has no words.
+Departs  from the paper's letter, where it is not defined:
+         eqs. 1-3    potentials are in the logarithm, a product of messages is a sum, "∝" divides by the mean over
+                     channels; messages run until they stop changing (MarkovOptimizationLayer)
+         Sec. 3.2    one token per joint, its whole map, not patches of all maps: eq. 2 needs a state per joint
+         Table 7     its row (a) has "no C_f"; a U-Net that sees no image cannot work, so ours gets C_f as channels
+
+    python diffusionpose.py                             what each preset is: parameters, GFLOPs
+    python diffusionpose.py --train                     learn the embedded puppets' clips on this machine
+    python diffusionpose.py --train --no-neighbours     the same without the frames before and after, to compare
+    python diffusionpose.py --train --data data/posetrack18 --preset b          from ViTPose's weights
+    python eval.py runs/<run> --images frames/ --boxes people.json --gif        poses over time, of a folder of frames
+    python eval.py runs/<run> --images frames/ --process        heatmaps along the steps, messages between the joints
+"""
+import math
+import re
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from common import draw, metrics, runtime, topdown, transforms, weights
+from common.datasets import PoseDataset, Prediction, Sample, default_splits, open_dataset
+from common.loading import collate
+from common.skeletons import Skeleton, edges, get_skeleton, words
+from kernels.selective_scan import selective_scan
+
+# ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. -----------
+
+PATCH, STRIDE = 16, 4          # pixels of the crop per patch of the ViT and per cell of a heatmap
+TIMES = 1000                   # T, diffusion times [A: DiffusionDet]
+TOP_DOWN = True                # for eval.py: it looks at one person at a time, whose box it is given
+CLIPS = True                   # and at the frames before and after
+AT_INFERENCE = ("steps", "eta", "ensemble", "flip_test", "neighbours", "seed")      # what eval.py --set can change
+
+
+@dataclass(frozen=True)
+class Config:
+    # model
+    height: int = 256              # pixels of a person's crop: 256 or 384 [C]; a multiple of 16
+    width: int = 192               # 192 or 288
+    dim: int = 768                 # D, channels of every token
+    depth: int = 12                # layers of the ViT
+    vit_heads: int = 12            # its attention heads
+    heads: int = 12                # attention heads everywhere else: D/64 [C]
+    stfe_layers: int = 3           # blocks of the spatio-temporal encoder: the paper has "multiple" [C]
+    decoder_layers: int = 3        # denoising blocks [C]
+    # ablations (Tables 5 to 7)
+    stfe: str = "stb"              # stb, transformer (Table 6) or none (Table 5): what relates the three frames
+    denoiser: str = "hcdb"         # hcdb, or unet, which has no use for C_p and no Markov layer (Tables 5 and 7)
+    cf: bool = True                # the denoiser looks at C_f, what the clip looks like
+    cp: bool = True                # joints look at each other, guided by C_p, where they probably are (Table 7)
+    mol: bool = True               # Markov optimization layers (Table 7)
+    alpha: float = 0.1             # weight of the Markov loss [C]; 0: without it (Table 7)
+    # diffusion
+    signal_scale: float = 1.0      # s, how large the signal is beside the noise [C]
+    steps: int = 1                 # DDIM steps of a prediction [P]
+    ensemble: int = 1              # draws of noise whose heatmaps are averaged (as DiffPose does)
+    eta: float = 0.0               # share of fresh noise in a DDIM step [C]
+    init: str = ""                 # start weights: file or name; DiffusionPose, or a ViT of ViTPose or MAE
+    # data
+    half_body: float = 0.3         # share of people with more than 8 joints of whom only one half is shown [A]
+    scale_jitter: float = 0.35     # standard deviation of a crop's size, relative [A]
+    rotation: float = 45.0         # and of its angle, degrees, for 60 % of the people [A]
+    neighbours: bool = True        # off: the key frame three times, to see what the other frames are worth
+    sigma: float = 2.0             # of the Gaussians in true heatmaps, cells: 2 for 256x192, 3 for 384x288 [A]
+    flip_test: bool = False        # prediction averages the heatmaps of the clip and of its mirror image
+    # optimisation
+    epochs: int = 20               # passes over the training people [P]
+    batch: int = 32                # clips per optimiser step, over all GPUs and micro-batches [C]
+    accum: int = 1                 # micro-batches per optimiser step
+    lr: float = 5e-4               # learning rate [P]
+    lr_backbone: float = 5e-5      # learning rate of the ViT [C]
+    weight_decay: float = 0.1      # AdamW's, not on biases, norms, tokens and tables [A]
+    schedule: str = "constant"     # constant or cosine
+    warmup: int = 500              # optimiser steps of linear warm-up [C]
+    drop_epochs: str = "16"        # learning rate ×0.1 from each of these epochs on [P]
+    clip: float = 1.0              # largest L2 norm of the gradient [C]
+    ema: float = 0.0               # decay of the weight average that is evaluated; 0: the weights themselves
+    ema_warmup: int = 0            # optimiser steps over which the decay grows to that
+    amp: str = "bf16"              # no, bf16 or fp16 (old GPUs); a CPU always runs float32
+    # files and machine
+    data: str = "puppets"          # puppets (made on first use), or a folder of PoseTrack, COCO or CrowdPose
+    sigmas: str = ""               # OKS sigmas of your own keypoints, e.g. 0.03,0.08,0.08
+    processes: int = 1             # training processes when there is no GPU and no torchrun
+    workers: int = 4               # image loading processes per GPU; 0: none
+    eval_every: int = 1            # epochs between evaluations
+    eval_batch: int = 32           # clips per evaluation batch
+    seed: int = 0                  # all random numbers follow from it
+
+    def __post_init__(self):
+        """Raises UserError for values that no run could use."""
+        runtime.check_choice(self, stfe=("stb", "transformer", "none"), denoiser=("hcdb", "unet"),
+                             schedule=("constant", "cosine"), amp=runtime.AMP)
+        runtime.check_range(self, 1, math.inf, "height width dim depth vit_heads heads stfe_layers decoder_layers "
+                            "ensemble")
+        runtime.check_range(self, 1, TIMES, "steps")
+        runtime.check_range(self, 1e-6, math.inf, "signal_scale")
+        runtime.check_range(self, 0, math.inf, "alpha rotation")
+        runtime.check_range(self, 0, 1, "eta half_body scale_jitter")
+        for name, unit in dict(dim=math.lcm(2, self.vit_heads, self.heads), height=PATCH, width=PATCH).items():
+            if getattr(self, name) % unit:
+                raise runtime.UserError(f"--{name} {getattr(self, name)}: expected a multiple of {unit}, for its "
+                                        f"{'heads' if name == 'dim' else 'patches'}")
+        if not self.cf and (self.denoiser == "unet" or self.stfe == "none" or not self.cp):
+            raise runtime.UserError("--no-cf: the denoiser would see nothing of the image; leave --stfe stb, "
+                                    "--denoiser hcdb and --cp as they are")
+        runtime.check_range(self, 1, math.inf, "epochs batch accum processes eval_every eval_batch")
+        runtime.check_range(self, 1e-6, math.inf, "lr clip sigma")
+        runtime.check_range(self, 0, math.inf, "lr_backbone weight_decay warmup ema_warmup workers seed")
+        runtime.check_range(self, 0, 1, "ema")
+        runtime.numbers(self.drop_epochs)
+        if self.batch % self.accum:
+            raise runtime.UserError(f"--batch {self.batch} does not split into {self.accum} micro-batches (--accum)")
+
+    @property
+    def grid(self) -> tuple[int, int]:                                  # rows and columns of patches
+        return self.height // PATCH, self.width // PATCH
+
+    @property
+    def heatmap(self) -> tuple[int, int]:                               # rows and columns of a heatmap
+        return self.height // STRIDE, self.width // STRIDE
+
+
+def _presets() -> dict[str, Config]:
+    b = Config(init="vitpose-base")
+    s = replace(b, dim=384, heads=6, init="vitpose_small.pth")          # 12 heads in the ViT [A]: DeiT-S has 6
+    l = replace(b, dim=1024, depth=24, vit_heads=16, heads=16, init="vitpose_large.pth")
+    h = replace(b, dim=1280, depth=32, vit_heads=16, heads=20, init="vitpose_huge.pth")
+    tiny = replace(b, height=128, width=96, dim=96, depth=4, vit_heads=4, heads=4, stfe_layers=1, decoder_layers=2,
+                   init="", half_body=0.0, scale_jitter=0.1, rotation=10.0, sigma=1.5, batch=16, lr=1e-3, lr_backbone=1e-3,
+                   weight_decay=0.05, schedule="cosine", warmup=100,
+                   drop_epochs="", ema=0.995, ema_warmup=100, processes=2, workers=0, eval_every=20, eval_batch=64)
+    return {"tiny": tiny, "s": s, "b": b, "l": l, "h": h}
+
+
+PRESETS: dict[str, Config] = _presets()
+
+# ---- Backbone: the plain ViT of ViTPose [A], under its names ------------------------------------------------
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+
+
+def mlp(dim: int, inner: int, act: type[nn.Module] = nn.GELU) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, inner), act=act(), fc2=nn.Linear(inner, dim)))
+
+
+class Attention(nn.Module):
+    """Tokens look at each other, (B, L, D) → (B, L, D). The rows of qkv are q, k, v."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b l (three m d) -> three b m l d", three=3, m=self.heads)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Tokens (B, L, D) look at a context (B, N, D). The rows of kv are k, v."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q = rearrange(self.q(x), "b l (m d) -> b m l d", m=self.heads)
+        k, v = rearrange(self.kv(context), "b n (two m d) -> two b m n d", two=2, m=self.heads)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class TransformerBlock(nn.Module):
+    """x ← x + MHSA(LN(x));  x ← x + MLP(LN(x)): a layer of the ViT, and what Table 6 has in place of an STB."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.norm1, self.attn = LayerNorm(dim), Attention(dim, heads)
+        self.norm2, self.mlp = LayerNorm(dim), mlp(dim, 4 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """Images (B, 3, H, W) → patch tokens (B, N, D), row by row.
+
+    The picture is padded by two pixels, so that patches lie as MAE's do. The table of positions keeps MAE's slot for a
+    class token, which is added to every token; there is none. No drop path: ours are 20 epochs at a low rate [C].
+    """
+
+    def __init__(self, dim: int, depth: int, heads: int, patches: int):
+        super().__init__()
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, PATCH, PATCH, padding=2)))
+        self.pos_embed = nn.Parameter(torch.empty(1, patches + 1, dim))
+        self.blocks = nn.Sequential(*(TransformerBlock(dim, heads) for _ in range(depth)))
+        self.last_norm = LayerNorm(dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch_embed(images).flatten(2).transpose(1, 2)
+        x = x + (self.pos_embed[:, 1:] + self.pos_embed[:, :1])
+        return self.last_norm(self.blocks(x))
+
+
+def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """A table (1, 1 + old cells, D) for another grid, bicubic; the first slot stays as it is."""
+    if old == new:
+        return table
+    grid = rearrange(table[:, 1:], "one (h w) d -> one d h w", h=old[0])
+    grid = F.interpolate(grid, new, mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2)], 1)
+
+
+# ---- Spatio-Temporal Feature Encoder (STFE) -----------------------------------------------------------------
+
+STATES, KERNEL, KEY = 16, 4, 1         # numbers per channel of Mamba, its convolution's width; the key frame's index
+
+
+class MambaBlock(nn.Module):
+    """A selective state-space model along a sequence, (B, L, D) → (B, L, D) [A: Gu & Dao 2023, with their names].
+
+        u, z = W_in x;  u ← silu(conv(u));  d, B, C = W_x u;  out = W_out scan(u, W_d d, −exp(A_log), B, C, D, z)
+
+    Causal: a token depends on itself and those before it. No norm and no residual inside.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        inner, rank = 2 * dim, math.ceil(dim / 16)
+        self.split = rank, STATES, STATES
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.conv1d = nn.Conv1d(inner, inner, KERNEL, groups=inner, padding=KERNEL - 1)
+        self.x_proj = nn.Linear(inner, sum(self.split), bias=False)
+        self.dt_proj = nn.Linear(rank, inner)
+        self.A_log = nn.Parameter(torch.arange(1.0, STATES + 1).log().repeat(inner, 1))
+        self.D = nn.Parameter(torch.ones(inner))
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+        nn.init.uniform_(self.dt_proj.weight, -rank ** -0.5, rank ** -0.5)
+        step = torch.empty(inner).uniform_(math.log(1e-3), math.log(1e-1)).exp()        # of time, log-uniform
+        self.dt_proj.bias = nn.Parameter(step + (-torch.expm1(-step)).log())            # softplus⁻¹ of it
+
+    def convolve(self, u: Tensor) -> Tensor:
+        """y_l = b + Σ_k w_k u_{l−3+k}, (B, L, E): as pictures of height 1, for which channels may stay last."""
+        pictures, weight = u.mT.unsqueeze(2).contiguous(memory_format=torch.channels_last), self.conv1d.weight
+        y = F.conv2d(pictures, weight.unsqueeze(2), self.conv1d.bias, padding=(0, KERNEL - 1), groups=len(weight))
+        return y[:, :, 0, :u.shape[1]].mT
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, z = self.in_proj(x).chunk(2, -1)                                             # (B, L, E) each
+        u = F.silu(self.convolve(u))
+        d, B, C = self.x_proj(u).split(self.split, -1)                                  # (B, L, R), (B, L, 16) twice
+        d = F.linear(d, self.dt_proj.weight)                                            # its bias goes into the scan
+        y = selective_scan(u.mT, d.mT, -self.A_log.exp(), B.mT, C.mT, self.D, z.mT, self.dt_proj.bias,
+                           delta_softplus=True)
+        return self.out_proj(y.mT)
+
+
+class SpatioTemporalBlock(nn.Module):
+    """Tokens of three frames, X (B, 3, M, D) → the same shape. Pre-norm residual steps [C]:
+
+        1  X ← X + SM(LN(X))         Spatial Mamba: each frame is a sequence of its own                    [P]
+        2  g = FSM(LN(X))            Full-Sequence Mamba: one sequence, frame after frame, forward only    [P]
+           s = TSA(LN(X))            Temporal Self-Attention: a token and its like in the other frames     [P]
+        3  a = σ(W [g ; s] + b);     X ← X + a g + (1 − a) s          dynamic fusion                       [C]
+        4  X ← X + MLP(LN(X))                                                                              [C]
+
+    The paper has no formula for the fusion. A gate is the smallest thing that is dynamic; being convex, it keeps the
+    residual stream from doubling, which has made vision Mambas diverge.
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.norm_spatial, self.spatial_mamba = LayerNorm(dim), MambaBlock(dim)
+        self.norm_full, self.full_mamba = LayerNorm(dim), MambaBlock(dim)
+        self.norm_temporal, self.temporal_attn = LayerNorm(dim), Attention(dim, heads)
+        self.gate = nn.Linear(2 * dim, dim)
+        self.norm_mlp, self.mlp = LayerNorm(dim), mlp(dim, 4 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.spatial_mamba(self.norm_spatial(x).flatten(0, 1)).view_as(x)
+        g = self.full_mamba(self.norm_full(x).flatten(1, 2)).view_as(x)
+        s = rearrange(self.norm_temporal(x), "b f m d -> (b m) f d").contiguous()       # linear is slow on views
+        s = rearrange(self.temporal_attn(s), "(b m) f d -> b f m d", b=len(x))
+        a = self.gate(torch.cat([g, s], -1)).sigmoid()
+        x = x + torch.lerp(s, g, a)                                                     # a g + (1 − a) s
+        return x + self.mlp(self.norm_mlp(x))
+
+
+class SpatioTemporalEncoder(nn.Module):
+    """STFE: patches of three frames (B, 3, N, D) → C_f (B, N, D), C_p (B, J, D).
+
+        X = [F_f + frame embedding ; keypoint tokens_f],  f = t−1, t, t+1     then blocks, then LN
+        C_f = W [X_{t−1} ; X_t ; X_{t+1}] on the patches;   C_p = the key frame's keypoint tokens
+
+    [P] Keypoint tokens are learned for each frame. [C] Frame embeddings: else attention over time could not tell which
+    frame is the key frame. [C] Keypoint tokens stand behind the patches: only there can a causal scan show them any.
+    The scan lets the key frame see t−1; attention lets it see t+1, too [P].
+    """
+
+    def __init__(self, cfg: Config, joints: int):
+        super().__init__()
+        dim, self.kind = cfg.dim, cfg.stfe
+        if self.kind == "none" and (cfg.denoiser == "unet" or not cfg.cp):
+            joints = 0                                                                  # nothing would read them
+        self.keypoint_tokens = nn.Parameter(torch.empty(3, joints, dim))
+        self.frame_embed = nn.Parameter(torch.empty(3, 1, dim))
+        block = SpatioTemporalBlock if self.kind == "stb" else TransformerBlock
+        self.blocks = nn.Sequential(*(block(dim, cfg.heads) for _ in range(cfg.stfe_layers * (self.kind != "none"))))
+        self.norm = LayerNorm(dim)
+        self.fuse = nn.Linear(3 * dim, dim) if cfg.cf else None
+
+    def forward(self, features: Tensor) -> tuple[Tensor | None, Tensor]:
+        patches = features.shape[2]
+        x = torch.cat([features + self.frame_embed, self.keypoint_tokens.expand(len(features), -1, -1, -1)], 2)
+        if self.kind == "transformer":                                                  # over all 3M tokens
+            x = self.blocks(x.flatten(1, 2)).view_as(x)
+        else:
+            x = self.blocks(x)
+        x = self.norm(x)
+        fused = self.fuse(rearrange(x[:, :, :patches], "b f n d -> b n (f d)")) if self.fuse else None
+        return fused, x[:, KEY, patches:]
+
+
+# ---- Pose Denoising Decoder (PDD) ---------------------------------------------------------------------------
+
+# Trees of limbs [C]: the usual drawings without the bars from hip to hip and from shoulder to shoulder, and the like.
+TREES = dict(posetrack=edges("0-2 0-1 1-3 1-4 3-5 5-7 4-6 6-8 3-9 4-10 9-11 11-13 10-12 12-14"),
+             coco=edges("0-1 0-2 1-3 2-4 0-5 0-6 5-7 7-9 6-8 8-10 5-11 6-12 11-13 13-15 12-14 14-16"),
+             crowdpose=edges("12-13 13-0 13-1 0-2 2-4 1-3 3-5 0-6 1-7 6-8 8-10 7-9 9-11"))
+
+
+def limbs(skeleton: Skeleton) -> tuple[tuple[int, int], ...]:
+    """The skeleton's tree; of an unknown skeleton, its edges without those that would close a circle."""
+    if skeleton.name in TREES:
+        return TREES[skeleton.name]
+    part, tree = list(range(skeleton.num_keypoints)), []
+    for a, b in skeleton.edges:
+        if part[a] != part[b]:
+            tree.append((a, b))
+            part = [part[b] if p == part[a] else p for p in part]
+    return tuple(tree)
+
+
+class MarkovOptimizationLayer(nn.Module):
+    """Joints send each other messages along the limbs, h (B, J, D) → the same shape:
+
+        msg_{j→i} ∝ ψ_i φ_ij ∏_{k ∈ Ng(j)∖i} msg_{k→j}                                                    (eq. 1)
+        ψ_i = N_i W_n,   φ_ij = [N_i ; N_j] W_e                                                           (eq. 2)
+        N_i ← log Σ_{j ∈ Ng(i)} exp(msg_{j→i}) + N_i                                                      (eq. 3)
+
+    How they are read [C]. Eq. 3 exponentiates a message: messages µ and potentials are logarithms, the product is a
+    sum. "∝" subtracts the logarithm of the mean over the D channels, so that a message without news is 0:
+
+        λ_{j→i} = n_i W_n + [n_i ; n_j] W_e + Σ_{k ∈ Ng(j)∖i} µ_{k→j},   µ = λ − logmeanexp_D λ,   n = LN(h)
+
+    On a tree this ends at the leaves: from µ = 0, K rounds for all messages at once are exact, K the longest path. As
+    printed, ψ is the receiver's and nothing is summed over the sender's states; textbooks differ in both. All limbs
+    share W_n and W_e [P], so a mirrored body gives a mirrored result; they start at 0, which is h + log |Ng|. A joint
+    without limbs stays as it is. Float32, also under autocast.
+    """
+
+    def __init__(self, dim: int, tree: tuple[tuple[int, int], ...], joints: int):
+        super().__init__()
+        self.norm = LayerNorm(dim)
+        self.node, self.edge = nn.Linear(dim, dim, bias=False), nn.Linear(2 * dim, dim, bias=False)
+        self.arrows = [arrow for a, b in tree for arrow in ((a, b), (b, a))]            # (sender, receiver)
+        # follows[e, f] = 1: message f ends where e starts and does not come from where e goes
+        follows = np.array([[f[1] == e[0] and f[0] != e[1] for f in self.arrows] for e in self.arrows], dtype=int)
+        count = len(self.arrows)
+        follows, self.rounds, chain = follows.reshape(count, count), 0, np.eye(count, dtype=int)
+        while chain.any():                                                              # of so many messages
+            chain, self.rounds = chain @ follows, self.rounds + 1
+        # a row per joint: which messages reach it; `count` stands for log 0, which fills rows, count + 1 for log 1
+        arriving = [[e for e, arrow in enumerate(self.arrows) if arrow[1] == i] or [count + 1] for i in range(joints)]
+        arriving = [row + [count] * (max(map(len, arriving)) - len(row)) for row in arriving]
+        for name, table in dict(follows=follows, arriving=arriving, ends=np.reshape(self.arrows, (-1, 2)).T).items():
+            self.register_buffer(name, torch.as_tensor(np.array(table, dtype=int)), persistent=False)
+
+    def messages(self, n: Tensor) -> Tensor:
+        """All messages µ (B, 2·limbs, D), in the order of `arrows`, from states n (B, J, D)."""
+        sender, receiver = self.ends
+        from_receiver, from_sender = self.edge.weight.chunk(2, 1)
+        base = (F.linear(n, self.node.weight + from_receiver)[:, receiver]              # eq. 2, once for each joint
+                + F.linear(n, from_sender)[:, sender])
+        follows, message = self.follows.to(base.dtype), torch.zeros_like(base)
+        for _ in range(self.rounds):
+            message = base + follows @ message                                          # eq. 1
+            message = message - message.logsumexp(-1, keepdim=True) + math.log(base.shape[-1])
+        return message
+
+    def forward(self, h: Tensor) -> Tensor:
+        with torch.autocast("cpu" if h.is_meta else h.device.type, enabled=False):
+            h = h.to(torch.promote_types(h.dtype, torch.float32))
+            messages = self.messages(self.norm(h))
+            nothing = messages.new_tensor([-math.inf, 0.0])[None, :, None].expand(len(h), 2, h.shape[-1])
+            return h + torch.cat([messages, nothing], 1)[:, self.arriving].logsumexp(2)             # eq. 3
+
+
+def time_embedding(t: Tensor, dim: int) -> Tensor:
+    """t (B,) → (B, D): sin(t ω_k), then cos(t ω_k), ω_k = 10000^(−k / (D/2 − 1)) [A: DiffusionDet]."""
+    k = torch.arange(dim // 2, device=t.device)
+    angle = t[:, None] * torch.exp(-math.log(10000) / (dim // 2 - 1) * k)
+    return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+class DenoisingBlock(nn.Module):
+    """Heatmap Conditional Denoising Block: joint tokens h (B, J, D) → the same shape, steps in the paper's order:
+
+        (i)    u = AdaLN(h) + C_p;  h ← h + MHSA(u)      location-guide self-attention                    [P]
+        (ii)   h ← MOL(h)                                                                                 (eq. 3)
+        (iii)  h ← h + MHCA(AdaLN(h), C_f)               cross-attention to what the clip looks like      [P]
+        (iv)   h ← h + FFN(LN(h))                                                                         [P]
+        AdaLN(h) = LN(h)·(1 + scale) + shift             of the time t; starts as plain LN [C]
+
+    [C] C_p comes into queries, keys and values: at t = T−1 the tokens hold noise, and positions must get into them.
+    Without C_p there is no step (i), without C_f no step (iii).
+    """
+
+    def __init__(self, cfg: Config, tree: tuple[tuple[int, int], ...], joints: int):
+        super().__init__()
+        dim = cfg.dim
+        self.modulation = nn.Linear(dim, 4 * dim)
+        self.self_attn = Attention(dim, cfg.heads) if cfg.cp else None
+        self.mol = MarkovOptimizationLayer(dim, tree, joints) if cfg.mol else None
+        self.cross_attn = CrossAttention(dim, cfg.heads) if cfg.cf else None
+        self.norm_ffn, self.ffn = LayerNorm(dim), mlp(dim, 4 * dim)
+
+    def forward(self, h: Tensor, time: Tensor, c_f: Tensor | None, c_p: Tensor) -> Tensor:
+        shift1, scale1, shift2, scale2 = self.modulation(F.silu(time))[:, None].chunk(4, -1)
+        if self.self_attn:
+            h = h + self.self_attn(F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale1) + shift1 + c_p)
+        if self.mol:
+            h = self.mol(h)
+        if self.cross_attn:
+            h = h + self.cross_attn(F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale2) + shift2, c_f)
+        return h + self.ffn(self.norm_ffn(h))
+
+
+class PoseDenoisingDecoder(nn.Module):
+    """PDD: noisy maps x_t (B, J, Hh, Wh), times t (B,), conditions → heatmaps H (B, J, Hh, Wh).
+
+    [C] A token is one joint's whole map: h = W x_t[j] + position[j]. No sigmoid behind the last layer.
+    """
+
+    def __init__(self, cfg: Config, skeleton: Skeleton):
+        super().__init__()
+        dim, cells, joints = cfg.dim, math.prod(cfg.heatmap), skeleton.num_keypoints
+        self.embed, self.pos_embed = nn.Linear(cells, dim), nn.Parameter(torch.empty(joints, dim))
+        self.time_mlp = mlp(dim, dim, nn.SiLU)
+        self.blocks = nn.ModuleList(DenoisingBlock(cfg, limbs(skeleton), joints) for _ in range(cfg.decoder_layers))
+        self.norm, self.head = LayerNorm(dim), nn.Linear(dim, cells)
+
+    def forward(self, x_t: Tensor, t: Tensor, c_f: Tensor | None, c_p: Tensor) -> Tensor:
+        time = self.time_mlp(time_embedding(t, self.pos_embed.shape[1]).to(self.pos_embed.dtype))
+        h = self.embed(x_t.flatten(2)) + self.pos_embed
+        for block in self.blocks:
+            h = block(h, time, c_f, c_p)
+        return self.head(self.norm(h)).view_as(x_t)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(SiLU(GN(conv(SiLU(GN(x))) + W time)))."""
+
+    def __init__(self, channels_in: int, channels: int, time_dim: int):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(32, channels_in), nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.time = nn.Linear(time_dim, channels)
+        self.norm2, self.conv2 = nn.GroupNorm(32, channels), nn.Conv2d(channels, channels, 3, padding=1)
+        self.shortcut = nn.Identity() if channels_in == channels else nn.Conv2d(channels_in, channels, 1)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x))) + self.time(F.silu(time))[..., None, None]
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(y)))
+
+
+class UNetDenoiser(nn.Module):
+    """The naive U-Net of Tables 5 and 7, with the arguments of PoseDenoisingDecoder; C_p finds no use.
+
+    It sees C_f as 64 channels beside the noisy maps. Like the decoder it predicts heatmaps [C]: the paper's predicts
+    noise, which one step from t = 999 would divide by √ᾱ = 5e-5.
+    """
+
+    def __init__(self, cfg: Config, skeleton: Skeleton):
+        super().__init__()
+        widths, joints, dim, self.grid = (64, 128, 256), skeleton.num_keypoints, cfg.dim, cfg.grid
+        self.condition, self.time_mlp = nn.Linear(dim, widths[0]), mlp(dim, dim, nn.SiLU)
+        self.stem = nn.Conv2d(joints + widths[0], widths[0], 3, padding=1)
+        self.down = nn.ModuleList(nn.ModuleList(ResidualBlock(w, w, dim) for _ in range(2)) for w in widths)
+        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(widths, widths[1:]))
+        self.up = nn.ModuleList(nn.ModuleList((ResidualBlock(a + b, a, dim), ResidualBlock(a, a, dim)))
+                                for a, b in zip(widths, widths[1:]))
+        self.norm, self.head = nn.GroupNorm(32, widths[0]), nn.Conv2d(widths[0], joints, 3, padding=1)
+
+    def forward(self, x_t: Tensor, t: Tensor, c_f: Tensor, c_p: Tensor) -> Tensor:
+        time = self.time_mlp(time_embedding(t, c_f.shape[-1]).to(c_f.dtype))
+        condition = self.condition(c_f).transpose(1, 2).unflatten(2, self.grid)
+        condition = F.interpolate(condition, x_t.shape[-2:], mode="bilinear", align_corners=False)
+        x, skips = self.stem(torch.cat([x_t, condition], 1)), []
+        for i, blocks in enumerate(self.down):
+            x = self.shrink[i - 1](x) if i else x
+            for block in blocks:
+                x = block(x, time)
+            skips.append(x)
+        for skip, blocks in zip(skips[-2::-1], reversed(self.up)):
+            x = torch.cat([skip, F.interpolate(x, scale_factor=2, mode="nearest")], 1)
+            for block in blocks:
+                x = block(x, time)
+        return self.head(F.silu(self.norm(x)))
+
+
+# ---- Diffusion ----------------------------------------------------------------------------------------------
+
+
+def cosine_schedule() -> Tensor:
+    """ᾱ_t = ∏(1 − β), β_t = min(1 − f(t+1)/f(t), 0.999), f(t) = cos²((t/T + 0.008)/1.008 · π/2) [A: DiffusionDet]."""
+    f = torch.cos((torch.arange(TIMES + 1, dtype=torch.float64) / TIMES + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - (1 - f[1:] / f[:-1]).clamp(max=0.999)).cumprod(0)
+
+
+ALPHA_BAR = cosine_schedule()
+
+
+def q_sample(heatmaps: Tensor, t: Tensor, noise: Tensor, visible: Tensor, signal_scale: float) -> Tensor:
+    """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε,  x_0 = (2G − 1)·s: true maps at times t (B,), as training sees them.
+
+    heatmaps, noise (B, J, Hh, Wh); visible (B, J). A joint without label is pure noise [C]: its map is 0, and x_0 a
+    constant that would tell the network so.
+    """
+    alpha_bar = ALPHA_BAR.to(t.device)[t][:, None, None, None]
+    signal = alpha_bar.sqrt().to(noise.dtype) * (2 * heatmaps - 1) * signal_scale
+    return torch.where(visible[..., None, None] > 0, signal + (1 - alpha_bar).sqrt().to(noise.dtype) * noise, noise)
+
+
+def time_pairs(steps: int) -> list[tuple[int, int]]:
+    """(t, next t) of each step, from (T−1, ·) to (·, −1), evenly spaced."""
+    times = [TIMES * i // steps - 1 for i in range(steps, -1, -1)]
+    return list(zip(times, times[1:]))
+
+
+def ddim(denoise: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int, eta: float, signal_scale: float
+         ) -> tuple[list[Tensor], list[Tensor]]:
+    """From noise to heatmaps: x_{t'} = √ᾱ' x̂_0 + √(1 − ᾱ' − σ²) ε̂ + σ z,  x̂_0 = (2 clamp(H) − 1)·s  (DDIM eq. 12).
+
+    denoise(x, t) → H for times t (B,); noise (B, S, J, Hh, Wh): x_T, then z of each step if eta > 0.
+    Returns  H of each step, not clamped, and the states: x_T, x after each step; the last is x̂_0
+    """
+    heatmaps, states = [], [noise[:, 0]]
+    for i, (now, then) in enumerate(time_pairs(steps)):
+        x = states[-1]
+        heatmaps.append(denoise(x, torch.full((len(x),), now, device=x.device)))
+        start = (2 * heatmaps[-1].clamp(0, 1) - 1) * signal_scale                       # x̂_0
+        if then < 0:
+            states.append(start)
+            break
+        a, a_next = ALPHA_BAR[now].item(), ALPHA_BAR[then].item()
+        epsilon = (x - math.sqrt(a) * start) / math.sqrt(1 - a)
+        sigma = eta * math.sqrt((1 - a / a_next) * (1 - a_next) / (1 - a))
+        x = math.sqrt(a_next) * start + math.sqrt(1 - a_next - sigma ** 2) * epsilon
+        states.append(x + sigma * noise[:, i + 1] if eta else x)
+    return heatmaps, states
+
+
+# ---- The model ----------------------------------------------------------------------------------------------
+
+
+class DiffusionPose(nn.Module):
+    """Clips to heatmaps. `forward` is training's one call, `sample` predicts; both are `encode`, then `denoise`."""
+
+    def __init__(self, cfg: Config, skeleton: Skeleton):
+        super().__init__()
+        self.cfg, self.skeleton = cfg, skeleton
+        self.backbone = ViT(cfg.dim, cfg.depth, cfg.vit_heads, math.prod(cfg.grid))
+        self.stfe = SpatioTemporalEncoder(cfg, skeleton.num_keypoints)
+        self.pdd = (PoseDenoisingDecoder if cfg.denoiser == "hcdb" else UNetDenoiser)(cfg, skeleton)
+        for name, module in self.named_modules():                       # Mamba and convolutions have set theirs
+            if isinstance(module, nn.Linear) and "mamba" not in name:
+                quiet = name.endswith(("modulation", "mol.node", "mol.edge"))
+                nn.init.zeros_(module.weight) if quiet else nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for name, table in self.named_parameters():
+            if name.endswith(("pos_embed", "keypoint_tokens", "frame_embed")):
+                nn.init.trunc_normal_(table, std=0.02)
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """(draws, 1 or steps, J, Hh, Wh): the noise that `sample` takes for each clip."""
+        cfg = self.cfg
+        return cfg.ensemble, cfg.steps if cfg.eta else 1, self.skeleton.num_keypoints, *cfg.heatmap
+
+    def encode(self, frames: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Frames (B, 3, 3, H, W), previous, key and next one → C_f (B, N, D) or None, C_p (B, J, D)."""
+        return self.stfe(self.backbone(frames.flatten(0, 1)).unflatten(0, (-1, 3)))
+
+    def denoise(self, x_t: Tensor, t: Tensor, c_f: Tensor | None, c_p: Tensor) -> Tensor:
+        """Heatmaps H (B, J, Hh, Wh) from noisy maps of times t (B,)."""
+        return self.pdd(x_t, t, c_f, c_p)
+
+    def forward(self, frames: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.denoise(x_t, t, *self.encode(frames))
+
+    def sample(self, frames: Tensor, noise: Tensor) -> Tensor:
+        """Heatmaps (B, J, Hh, Wh), not clamped: DDIM from noise (B, *noise_shape), the mean of all draws."""
+        conditions, cfg = self.encode(frames), self.cfg
+        draws = [ddim(lambda x, t: self.denoise(x, t, *conditions), one, cfg.steps, cfg.eta, cfg.signal_scale)[0][-1]
+                 for one in noise.unbind(1)]
+        return torch.stack(draws).mean(0)
+
+
+def build(preset: str, skeleton: str | Skeleton = "posetrack", **overrides) -> DiffusionPose:
+    """A model with start values; overrides are Config fields."""
+    if preset not in PRESETS:
+        raise runtime.UserError(f"there is no preset {preset}: choose from {', '.join(PRESETS)}")
+    return DiffusionPose(runtime.resolve(PRESETS[preset], **overrides), get_skeleton(skeleton))
+
+
+# ---- Start weights: a ViT in four spellings (ViTPose's own, MAE, mmpose, transformers) ----------------------
+
+SPELLINGS = [                                          # outside of the layers, and the layers' own prefix
+    (r"^backbone\.(ln1|layernorm)\.", "backbone.last_norm."),
+    (r"^backbone\.(embeddings\.patch_embeddings|patch_embed)\.projection\.", "backbone.patch_embed.proj."),
+    (r"^backbone\.embeddings\.position_embeddings$", "backbone.pos_embed"),
+    (r"^backbone\.(layers|encoder\.layer)\.(\d+)\.", r"backbone.blocks.\2.")]
+INSIDE_BLOCK = [
+    (r"\.(ln1|layernorm_before)\.", ".norm1."), (r"\.(ln2|layernorm_after)\.", ".norm2."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."), (r"\.ffn\.layers\.1\.", ".mlp.fc2.")]
+IGNORED = {r"^(keypoint_)?head\.": "the classic head, in whose place is the denoiser",
+           r"^backbone\.(cls_token$|norm\.)": "of MAE's class token; ViTPose's last norm starts anew"}
+HEADS = {384: 12, 768: 12, 1024: 16, 1280: 16}         # of ViTPose by width: another number fits, and finds nothing
+
+
+def grid_of(cells: int) -> tuple[int, int] | None:
+    """Rows and columns of that many patches: of a person's crop, 4 : 3, or else of MAE's square images."""
+    units = [(high, wide, math.isqrt(max(cells, 0) // (high * wide))) for high, wide in ((4, 3), (1, 1))]
+    return next(((high * n, wide * n) for high, wide, n in units if n and high * wide * n ** 2 == cells), None)
+
+
+def convert_official(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """A ViT of any spelling under our names, its table of positions for our grid. Tensors of ours stay as they are.
+
+    Raises UserError for experts of ViTPose+, a number of heads that it was not trained with, a table without a grid.
+    """
+    if "stfe.norm.weight" in state:
+        return {name: value for name, value in state.items() if name != "n_averaged"}
+    if any(".experts." in name for name in state):
+        raise runtime.UserError("these are weights of ViTPose+, whose layers end in experts that a plain ViT has not: "
+                                "take ViTPose's, for example --init vitpose-base")
+    if config.vit_heads != HEADS.get(config.dim, config.vit_heads):
+        raise runtime.UserError(f"a ViT of ViTPose with {config.dim} channels has {HEADS[config.dim]} heads: "
+                                f"--vit_heads {config.vit_heads} would read the weights, and find nothing with them")
+    if not any(name.startswith("backbone.") for name in state):                         # MAE
+        state = {f"backbone.{name}": value for name, value in state.items()} | {
+            "backbone.last_norm.weight": torch.ones(config.dim), "backbone.last_norm.bias": torch.zeros(config.dim)}
+    ignored = [name for name in state if any(re.search(pattern, name) for pattern in IGNORED)]
+    if ignored:
+        print(f"start weights: no use for {', '.join(ignored)}")
+        state = {name: value for name, value in state.items() if name not in ignored}
+    state = weights.rename(weights.rename(state, SPELLINGS), INSIDE_BLOCK)
+    for name in [name for name in state if ".attention.attention.query." in name]:      # transformers has three
+        rows = [state.pop(name.replace("query", part), torch.empty(0)) for part in ("query", "key", "value")]
+        state[name.replace("attention.attention.query", "attn.qkv")] = torch.cat(rows)
+    table = state.get("backbone.pos_embed", torch.empty(1, 0, 1))
+    old = grid_of(table.shape[1] - 1)
+    if not old:                                                                         # mmpose: no class slot
+        old, table = grid_of(table.shape[1]), F.pad(table, (0, 0, 1, 0))
+    if not old:
+        raise runtime.UserError(f"the weights have no table of positions of a known shape: {table.shape[1] - 1} rows")
+    if old != config.grid:
+        print(f"start weights: table of positions {old[0]}x{old[1]} → {config.grid[0]}x{config.grid[1]}")
+    return state | {"backbone.pos_embed": resize_positions(table, old, config.grid)}
+
+
+def recognise(state: dict[str, Tensor]) -> tuple[str, int] | None:
+    """(preset, joints) of tensors under our own names; None for something else: no weights were ever released."""
+    if not {"stfe.norm.weight", "pdd.pos_embed"} <= state.keys():
+        return None
+    joints, dim = state["pdd.pos_embed"].shape
+    preset = next((name for name, cfg in PRESETS.items() if cfg.dim == dim), None)
+    return preset and (preset, joints)
+
+
+def load_init(model: DiffusionPose, source: str) -> None:
+    """Start weights by file or name: DiffusionPose (all), or a ViT of ViTPose, MAE, mmpose or transformers."""
+    path = Path(source) if Path(source).exists() else weights.fetch(source)
+    state = convert_official(weights.load_tensors(path), model.cfg)
+    whole = "stfe.norm.weight" in state
+    weights.load_strict(model, state, {} if whole else {r"^(?!backbone\.)": "not in a backbone's file"})
+    print(f"start weights from {path}: {len(state)} of {len(model.state_dict())} tensors")
+
+
+# ---- Losses -------------------------------------------------------------------------------------------------
+
+BETA, LENGTH_ETA = 100.0, 0.01         # sharpness of the soft-argmax; px², keeps lengths differentiable at 0 [C]
+
+
+def true_heatmaps(xy: Tensor, visible: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
+    """G_j(p) = exp(−|p − µ_j|² / 2σ²): joints (B, J, 2) in cells → (B, J, *size); 0 where `visible` (B, J) is 0.
+
+    [C] The centre µ is where the joint is, between cells, and the Gaussian covers the whole map; DCPose rounds the
+    centre and cuts the Gaussian off.
+    """
+    across, down = (torch.arange(n, device=xy.device, dtype=xy.dtype) for n in (size[1], size[0]))
+    x = torch.exp(-(across - xy[..., :1]) ** 2 / (2 * sigma ** 2))                 # (B, J, Wh)
+    y = torch.exp(-(down - xy[..., 1:]) ** 2 / (2 * sigma ** 2))                   # (B, J, Hh)
+    return y[..., None] * x[..., None, :] * visible[..., None, None]
+
+
+def heatmap_loss(pred: Tensor, target: Tensor, visible: Tensor) -> Tensor:
+    """‖H − G‖² of a joint's map [P], the mean over the labelled joints of the batch on all processes [C]."""
+    squared = (pred - target).square().sum((2, 3))
+    return (squared * visible).sum() / runtime.mean_over_ranks(visible.sum()).clamp(min=1)
+
+
+def soft_argmax(heatmaps: Tensor) -> Tensor:
+    """Maps (B, J, Hh, Wh) → Σ_p softmax(β H)(p) p, xy in cells (B, J, 2): where the peak is, with a gradient [C]."""
+    share = (BETA * heatmaps.flatten(2)).softmax(-1).view_as(heatmaps)
+    across, down = (torch.arange(n, device=share.device, dtype=share.dtype) for n in (share.shape[3], share.shape[2]))
+    return torch.stack([share.sum(2) @ across, share.sum(3) @ down], -1)
+
+
+def limb_pairs(tree: tuple[tuple[int, int], ...]) -> list[tuple[int, int, int, int, int]]:
+    """(o, a, b, limb o-a, limb o-b) of all pairs of limbs that share a joint o."""
+    found = []
+    for (m, one), (n, other) in combinations(enumerate(tree), 2):
+        for o in set(one) & set(other):
+            found.append((o, sum(one) - o, sum(other) - o, m, n))
+    return found
+
+
+def markov_loss(pred: Tensor, true: Tensor, visible: Tensor, tree: tuple) -> tuple[Tensor, Tensor]:
+    """The two terms of the Markov loss of each person, (B,) each, from joints (B, J, 2) in cells and visible (B, J):
+
+        length = −log (1/M) Σ_m exp(−(L_m − L*_m)² / (2 s² + 1e-6)),   angle = (1/N) Σ_n (cos_n − cos*_n)²   (eq. 4)
+
+    M limbs and N pairs of limbs that share a joint, whose joints are all labelled; L lengths, s the deviation of the
+    person's true lengths, cos the cosine between two limbs. s is at least a cell [C]: two forearms of one length
+    would make it 0 and the gradient infinite. M < 2 and N = 0 give 0. Note what the logarithm of a mean of
+    exponentials is: a soft minimum, small as soon as one limb fits, that pulls most at limbs that are nearly right.
+    """
+    a, b = (torch.tensor(end, device=pred.device) for end in zip(*tree))
+    o, p, q, limb_p, limb_q = (torch.tensor(part, device=pred.device) for part in zip(*limb_pairs(tree)))
+
+    def lengths_and_cosines(xy: Tensor) -> tuple[Tensor, Tensor]:
+        length = ((xy[:, a] - xy[:, b]).square().sum(-1) + LENGTH_ETA).sqrt()                      # (B, limbs)
+        dot = ((xy[:, p] - xy[:, o]) * (xy[:, q] - xy[:, o])).sum(-1)
+        return length, dot / (length[:, limb_p] * length[:, limb_q])
+
+    (length, cosine), (true_length, true_cosine) = lengths_and_cosines(pred), lengths_and_cosines(true)
+    limb, pair = visible[:, a] * visible[:, b], visible[:, o] * visible[:, p] * visible[:, q]      # 0 or 1
+    m = limb.sum(1, keepdim=True)
+    mean = (true_length * limb).sum(1, keepdim=True) / m.clamp(min=1)
+    variance = ((true_length - mean).square() * limb).sum(1, keepdim=True) / m.clamp(min=1)
+    error = (length - true_length).square() / (2 * variance.clamp(min=1) + 1e-6)
+    few = m < 2                                                  # then all limbs, so that no −∞ meets the gradient
+    soft = torch.where((limb > 0) | few, -error, -math.inf).logsumexp(1)
+    length_term = torch.where(few[:, 0], 0 * soft, m[:, 0].clamp(min=1).log() - soft)
+    angle_term = ((cosine - true_cosine).square() * pair).sum(1) / pair.sum(1).clamp(min=1)
+    return length_term, angle_term
+
+
+def criterion(pred: Tensor, target: Tensor, visible: Tensor, tree: tuple, alpha: float) -> dict[str, Tensor]:
+    """heat + α·markov, maps (B, J, Hh, Wh); both terms in float32, coordinates of both by soft-argmax [C]."""
+    pred = pred.float()
+    losses = dict(heat=heatmap_loss(pred, target, visible))
+    if alpha and len(tree) > 1:
+        losses["markov"] = alpha * sum(markov_loss(soft_argmax(pred), soft_argmax(target), visible, tree)).mean()
+    return losses
+
+
+# ---- Clips: a person's box, enlarged, cut out of three frames ------------------------------------------------
+
+MARGIN = 1.25                  # the crop over the box [A]: room for where the person is in the other frames
+MEAN, STD = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))    # ImageNet's
+
+
+def box_matrix(box: np.ndarray, cfg: Config) -> np.ndarray:
+    """2×3 from image to crop for a box x1, y1, x2, y2, as prediction cuts it; the mapping of HRNet and DCPose, not the
+    one of ViTPose, which lies half a pixel beside it [A]."""
+    centre, size = transforms.fit_box(np.asarray(box, float), cfg.width / cfg.height, MARGIN)
+    return transforms.crop_matrix(centre, size[0], (cfg.width, cfg.height))
+
+
+def cut_clip(sample: Sample, matrix: np.ndarray, cfg: Config) -> Tensor:
+    """Previous, key and next frame through one matrix: (3, 3, H, W) uint8. A still image is three times its own."""
+    before, after = sample.frames if sample.frames and cfg.neighbours else (sample.image, sample.image)
+    stack = np.concatenate([np.asarray(frame) for frame in (before, sample.image, after)], 2)      # (h, w, 9)
+    crop = transforms.warp_affine(stack, matrix, (cfg.width, cfg.height))
+    return torch.from_numpy(crop).permute(2, 0, 1).unflatten(0, (3, 3))
+
+
+def cut_box(sample: Sample, box: np.ndarray, cfg: Config) -> Tensor:
+    return cut_clip(sample, box_matrix(box, cfg), cfg)
+
+
+def normalise(crops: Tensor) -> Tensor:
+    """uint8 (..., 3, H, W) → each channel less ImageNet's mean and divided by its deviation."""
+    return (crops.float() / 255 - MEAN.to(crops.device)) / STD.to(crops.device)
+
+
+def half_body(joints: np.ndarray, skeleton: Skeleton, rng: np.random.Generator) -> np.ndarray | None:
+    """A box around the labelled joints above or below the waist, or None if that half has fewer than three."""
+    lower = np.array([bool({"hip", "knee", "ankle"} & set(words(name))) for name in skeleton.keypoints])
+    chosen = joints[(lower == (rng.random() < 0.5)) & (joints[:, 2] > 0), :2]
+    return np.concatenate([chosen.min(0), chosen.max(0)]) if len(chosen) > 2 else None
+
+
+def augment(joints: np.ndarray, box: np.ndarray, width: int, skeleton: Skeleton, cfg: Config,
+            rng: np.random.Generator) -> tuple[np.ndarray, bool]:
+    """2×3 from image to crop, and whether it mirrors [A: as DCPose]; joints (J, 3) and box in an image of that width.
+
+    Half of the body for some people with more than 8 joints; size by 1 ± scale_jitter at most; 60 % turned by up to
+    2·rotation; 50 % mirrored, where the skeleton has left and right.
+    """
+    half = half_body(joints, skeleton, rng) if rng.random() < cfg.half_body and (joints[:, 2] > 0).sum() > 8 else None
+    box, margin = (box, MARGIN) if half is None else (half, 1.5)
+    centre, size = transforms.fit_box(box, cfg.width / cfg.height, margin)
+    window = size[0] * (1 + cfg.scale_jitter * np.clip(rng.standard_normal(), -1, 1))
+    angle = cfg.rotation * np.clip(rng.standard_normal(), -2, 2) * (rng.random() < 0.6)
+    mirrored = skeleton.flip is not None and rng.random() < 0.5
+    mirror = np.array([[-1, 0, width - 1], [0, 1, 0], [0, 0, 1]]) if mirrored else np.eye(3)
+    centre = transforms.move_points(centre, mirror[:2])
+    return transforms.crop_matrix(centre, window, (cfg.width, cfg.height), angle) @ mirror, mirrored
+
+
+def people_to_learn(data: PoseDataset) -> np.ndarray:
+    """(image, person) of everybody with a labelled joint, by position in `data` and in the image: (n, 2)."""
+    learn = (data.keypoints[..., 2] > 0).any(1) & ~data.iscrowd
+    return np.array([(i, p) for i, n in enumerate(data.rows)
+                     for p in np.flatnonzero(learn[data.offsets[n]:data.offsets[n + 1]])])
+
+
+class TrainClips(torch.utils.data.Dataset):
+    """One epoch of augmented people; item n is (clip (3, 3, H, W) uint8, joints (J, 3), image id, messages).
+
+    Joints are pixels of the crop, v is 1, or 0 where there is no label or the joint has left the crop. What happens to
+    person n depends on (seed, epoch, n) alone. A key frame that cannot be read gives way to the next person's.
+    """
+
+    def __init__(self, data: PoseDataset, people: np.ndarray, cfg: Config, epoch: int):
+        self.data, self.people, self.cfg, self.epoch = data, people, cfg, epoch
+
+    def __len__(self) -> int:
+        return len(self.people)
+
+    def __getitem__(self, n: int) -> tuple[Tensor, Tensor, int | str, list[str]]:
+        cfg, skeleton, messages = self.cfg, self.data.skeleton, []
+        rng = np.random.default_rng([cfg.seed, self.epoch, n])
+        for i, p in np.roll(self.people, -n, 0):
+            sample, message = self.data.load(int(i))
+            messages += [message] if message else []
+            if sample is not None:
+                break
+        else:
+            raise runtime.UserError(f"none of the images can be read, e.g. {messages[0]}")
+        joints, box = sample.keypoints[p].astype(float), sample.boxes[p].clip(0, np.tile(sample.size, 2) - 1)
+        matrix, mirrored = augment(joints, box, sample.size[0], skeleton, cfg, rng)
+        xy, v = transforms.move_points(joints[:, :2], matrix), joints[:, 2] > 0
+        v &= ((xy >= 0) & (xy < (cfg.width, cfg.height))).all(1)
+        placed = torch.from_numpy(np.c_[np.where(v[:, None], xy, 0), v]).float()
+        placed = placed[list(skeleton.flip)] if mirrored else placed
+        return cut_clip(sample, matrix, cfg), placed, sample.image_id, messages
+
+
+# ---- Prediction ---------------------------------------------------------------------------------------------
+
+
+def decode(heatmaps: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps (N, J, Hh, Wh) → joints in cells (N, J, 2) and their peaks (N, J) [A].
+
+    The highest cell, then a quarter of a cell towards the larger neighbour in x and in y, unless it is at the rim; a
+    map without a positive value gives (0, 0).
+    """
+    n, _, rows, columns = heatmaps.shape
+    peak, place = heatmaps.flatten(2).max(-1)
+    x, y = place % columns, place // columns
+    inner = (x > 1) & (x < columns - 1) & (y > 1) & (y < rows - 1)
+    flat, at = heatmaps.flatten(2), torch.where(inner, place, columns + 1)[..., None]
+    right, left, below, above = (flat.gather(2, at + step)[..., 0] for step in (1, -1, columns, -columns))
+    shift = 0.25 * torch.stack([(right - left).sign(), (below - above).sign()], -1) * inner[..., None]
+    return (torch.stack([x, y], -1) + shift) * (peak > 0)[..., None], peak
+
+
+def noise_for(boxes: np.ndarray, model: DiffusionPose) -> Tensor:
+    """Start noise (N, *noise_shape) of boxes (N, 4), from the seed and the box alone: a score that does not depend on
+    the size of a batch, nor on the order of loading [C]."""
+    seeds = [zlib.crc32(np.float64([model.cfg.seed, *box]).tobytes()) for box in boxes]
+    return torch.stack([torch.randn(model.noise_shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+
+@torch.no_grad()
+def find_heatmaps(model: DiffusionPose, crops: Tensor, boxes: np.ndarray) -> Tensor:
+    """Clips (N, 3, 3, H, W) uint8, of boxes (N, 4) → heatmaps (N, J, Hh, Wh), float32 on the CPU."""
+    device = next(model.parameters()).device
+    frames, noise = normalise(crops.to(device)), noise_for(boxes, model).to(device)
+    with runtime.autocast(device, model.cfg.amp):
+        heatmaps = model.sample(frames, noise).float()
+        if model.cfg.flip_test and model.skeleton.flip is not None:
+            flip = list(model.skeleton.flip)
+            mirrored = model.sample(frames.flip(-1), noise.flip(-1)[..., flip, :, :]).float()
+            mirrored = mirrored[:, flip].flip(-1)                # the crop turns about a pixel, a map about a cell:
+            mirrored = torch.cat([mirrored[..., :1], mirrored[..., :-1]], -1)       # one to the right comes near [A]
+            heatmaps = (heatmaps + mirrored) / 2
+    return heatmaps.cpu()
+
+
+def find_poses(model: DiffusionPose, crops: Tensor, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Clips of boxes → joints (N, J, 2) in pixels of the image, and the peaks of their heatmaps (N, J)."""
+    cells, peaks = decode(find_heatmaps(model, crops, boxes))
+    back = [transforms.invert(box_matrix(box, model.cfg)) for box in boxes]
+    places = [transforms.move_points(STRIDE * xy, matrix) for xy, matrix in zip(cells.double().numpy(), back)]
+    return np.stack(places), peaks.numpy()
+
+
+def with_scores(p: Prediction) -> Prediction:
+    """Scores as the ancestors count [A]: of a joint its peak · the box's score, of a person the box's · the mean of
+    the peaks above 0.2."""
+    return replace(p, scores=metrics.rescore(p.scores, p.keypoint_scores),
+                   keypoint_scores=p.keypoint_scores * p.scores[:, None])
+
+
+@torch.no_grad()
+def predict(model: DiffusionPose, batch: dict) -> list[Prediction]:
+    """People of {samples, image_ids, boxes: (P, 4) and scores (P,) of each image}: one Prediction per image."""
+    found = []
+    for sample, image_id, (boxes, scores) in zip(batch["samples"], batch["image_ids"], batch["boxes"]):
+        rows = []
+        for first in range(0, len(boxes), model.cfg.eval_batch):
+            some = boxes[first:first + model.cfg.eval_batch]
+            crops = torch.stack([cut_box(sample, box, model.cfg) for box in some])
+            rows += zip(*find_poses(model, crops, some))
+        people = [(image_id, *row, score, box) for row, score, box in zip(rows, scores, boxes)]
+        found += topdown.gather_people(people, [image_id], model.skeleton.num_keypoints)
+    return [with_scores(p) for p in found]
+
+
+def to_batch(pictures: list, image_ids: list, cfg: Config, boxes: list | None = None) -> dict:
+    """RGB pictures, or clips (previous, key, next) of them, of any size → what `predict` takes.
+
+    boxes: of each picture the people (boxes (P, 4), scores (P,)); without them a picture is one person.
+    """
+    clips = [clip if isinstance(clip, tuple) else (clip,) * 3 for clip in pictures]
+    nobody = dict(keypoints=np.zeros((0, 0, 3)), boxes=np.zeros((0, 4)), areas=np.zeros(0), iscrowd=np.zeros(0, bool))
+    samples = [Sample(key, image_id, key.size, frames=(before, after), **nobody)
+               for (before, key, after), image_id in zip(clips, image_ids)]
+    return dict(samples=samples, image_ids=image_ids, boxes=boxes or [topdown.whole_image(s.size) for s in samples])
+
+
+def fuse(model: DiffusionPose) -> DiffusionPose:
+    """The model for prediction; there is nothing to fold."""
+    return model.eval()
+
+
+LEAST_BOX = 0.2                # score of a detected box that PoseTrack's methods look at [A]
+
+
+def evaluate(model: DiffusionPose, data: PoseDataset, cfg: Config, ranks: runtime.Ranks,
+             boxes: topdown.Boxes | None = None) -> tuple[dict, list[Prediction]]:
+    """Metrics and predictions of a dataset: PoseTrack's table in percent for its like, else OKS AP.
+
+    boxes: where people are; the annotated ones by default, which is several points better than a detector's.
+    """
+    boxes = boxes or topdown.true_boxes(data)
+    if data.metric == "posetrack":
+        people = {key: (box[score >= LEAST_BOX], score[score >= LEAST_BOX]) for key, (box, score) in boxes.people.items()}
+        boxes = boxes._replace(people=people)
+    found = topdown.predict_people(partial(find_poses, fuse(model)), data, boxes, partial(cut_box, cfg=cfg),
+                                   cfg.eval_batch, cfg.workers, ranks)
+    found = [with_scores(p) for p in found]
+    return metrics.evaluate(found, data), found
+
+
+# ---- Pictures: how noise becomes a pose, and what joints tell each other --------------------------------------
+
+SHOWN_STEPS = 10
+
+
+@torch.no_grad()
+def show_process(model: DiffusionPose, picture: Image.Image | tuple, threshold: float, found: topdown.Found
+                 ) -> dict[str, list[Image.Image]]:
+    """For eval.py --process, of each box: `steps`, the noisy maps beside the heatmaps that the network sees in them,
+    step by step; `markov`, the pose with and without the Markov layers, and the messages of the last by strength.
+    """
+    cfg, (boxes, _) = model.cfg, found
+    if not len(boxes):
+        return {}
+    sample = to_batch([picture], [""], cfg)["samples"][0]
+    crops = torch.stack([cut_box(sample, box, cfg) for box in boxes])
+    noise = noise_for(boxes, model)[:, 0, :1].to(next(model.parameters()).device)
+    conditions, zoom = model.encode(normalise(crops.to(noise.device))), max(1, 384 // cfg.height)
+    views = [Image.fromarray(crop[KEY].permute(1, 2, 0).numpy()).resize((zoom * cfg.width, zoom * cfg.height))
+             for crop in crops]
+
+    def run(steps: int) -> tuple[list[Tensor], list[Tensor]]:
+        return ddim(lambda x, t: model.denoise(x, t, *conditions), noise, steps, 0.0, cfg.signal_scale)
+
+    films = []
+    for heatmaps, state in zip(*run(SHOWN_STEPS)):
+        tiles = [draw.draw_heat(view, maps.amax(0).float().cpu().numpy()) for view, x, now in zip(views, state, heatmaps)
+                 for maps in ((x / cfg.signal_scale + 1) / 2, now)]
+        films.append(draw.contact_sheet(tiles, 2))
+    layers = [block.mol for block in getattr(model.pdd, "blocks", ()) if block.mol]
+    if not layers:
+        return dict(steps=films)
+    inputs = []
+    hook = layers[-1].norm.register_forward_hook(lambda layer, x, output: inputs.append(output))
+    poses = [decode(run(1)[0][-1].float().cpu())]
+    hook.remove()
+    strength = layers[-1].messages(inputs[0]).norm(dim=-1).cpu().numpy()                            # (N, 2·limbs)
+    hooks = [layer.register_forward_hook(lambda layer, x, output: x[0]) for layer in layers]
+    poses.append(decode(run(1)[0][-1].float().cpu()))
+    for hook in hooks:
+        hook.remove()
+    tiles = []
+    for n, view in enumerate(views):
+        tiles += [draw.draw_people(view, STRIDE * zoom * cells[None, n].numpy(), peaks[None, n].numpy(), model.skeleton)
+                  for cells, peaks in poses]
+        tiles.append(draw.draw_arrows(view, STRIDE * zoom * poses[0][0][n].numpy(), layers[-1].arrows, strength[n]))
+    return dict(steps=films, markov=[draw.contact_sheet(tiles, 3)])
+
+
+# ---- Training -----------------------------------------------------------------------------------------------
+
+
+def build_optimizer(model: DiffusionPose, cfg: Config) -> torch.optim.AdamW:
+    """AdamW in four groups: the ViT at a rate of its own; no decay on biases, norms, tokens, tables, A_log and D."""
+    groups = {}
+    for name, weight in model.named_parameters():
+        plain = weight.ndim < 2 or name.split(".")[-1] in ("pos_embed", "keypoint_tokens", "frame_embed", "A_log")
+        groups.setdefault((name.startswith("backbone."), plain), []).append(weight)
+    return torch.optim.AdamW([dict(params=params, initial_lr=cfg.lr_backbone if backbone else cfg.lr,
+                                   weight_decay=0.0 if plain else cfg.weight_decay)
+                              for (backbone, plain), params in groups.items()], lr=cfg.lr, fused=True)
+
+
+def lr_scale(step: int, steps: int, epoch: int, cfg: Config) -> float:
+    """Factor on the learning rates at an optimiser step out of `steps`."""
+    scale = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
+    if cfg.schedule == "cosine":
+        scale *= 0.5 + 0.5 * math.cos(math.pi * step / steps)
+    return scale * 0.1 ** sum(epoch >= drop for drop in runtime.numbers(cfg.drop_epochs) or ())
+
+
+def batch_losses(net: nn.Module, model: DiffusionPose, clips: Tensor, joints: Tensor, alpha: float,
+                 ranks: runtime.Ranks) -> dict[str, Tensor]:
+    """Noise of a random time on the true maps of a batch, forward pass of `net`, which is the model or distributes it,
+    and the loss terms. Raises FloatingPointError if one of them is not finite."""
+    cfg = model.cfg
+    clips, joints = clips.to(ranks.device, non_blocking=True), joints.to(ranks.device)
+    visible = joints[..., 2]
+    target = true_heatmaps(joints[..., :2] / STRIDE, visible, cfg.heatmap, cfg.sigma)
+    t = torch.randint(TIMES, (len(clips),), device=ranks.device)
+    x_t = q_sample(target, t, torch.randn_like(target), visible, cfg.signal_scale)
+    with runtime.autocast(ranks.device, cfg.amp):
+        pred = net(normalise(clips), x_t, t)
+    losses = criterion(pred, target, visible, limbs(model.skeleton), alpha)
+    bad = [name for name, value in losses.items() if not value.isfinite()]
+    if bad:
+        raise FloatingPointError(", ".join(bad))
+    return losses
+
+
+def open_splits(cfg: Config) -> tuple[PoseDataset, PoseDataset]:
+    """Training and held-out data; of the puppets their clips."""
+    train_split, val_split = default_splits(cfg.data)
+    skeleton = "posetrack" if cfg.data == "puppets" else None
+    data = open_dataset(cfg.data, train_split, skeleton, runtime.numbers(cfg.sigmas))
+    return data, open_dataset(cfg.data, val_split, data.skeleton)
+
+
+def train(cfg: Config, args) -> None:
+    """Train, evaluate, keep everything in the run folder. Runs alone or under torchrun; Ctrl-C saves and leaves."""
+    ranks = runtime.init_distributed(args.device)
+    if cfg.batch % (cfg.accum * ranks.world):
+        raise runtime.UserError(f"--batch {cfg.batch} does not split over {ranks.world} processes x {cfg.accum} "
+                                "micro-batches: choose a multiple")
+    with runtime.rank_zero_first(ranks):                         # it makes the puppets and fetches start weights
+        data, held_out = open_splits(cfg)
+        runtime.seed_all(cfg.seed)                               # equal start weights on every process
+        model = DiffusionPose(cfg, data.skeleton)
+        if cfg.init and not args.saved:
+            load_init(model, cfg.init)
+    model.to(ranks.device)
+    ema = runtime.Ema(model, cfg.ema, cfg.ema_warmup)
+    optimizer = build_optimizer(model, cfg)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=cfg.amp == "fp16" and ranks.device.type == "cuda")
+    at = dict(epoch=0, done=0, step=0, best=-math.inf)           # done: optimiser steps of this epoch
+    parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
+    if args.saved:
+        runtime.restore(parts, args.saved)
+        at = {name: args.saved[name] for name in at}
+    run = runtime.Run("diffusionpose", cfg, args, ranks)
+    args.saved = None                                            # its memory is ours again
+    run.say(f"{data.report()}\n{held_out.report()}\nwriting to {run.folder}")
+    net = runtime.distribute(model, ranks)
+
+    data, micro = data.training(), cfg.batch // (cfg.accum * ranks.world)
+    people = people_to_learn(data)
+    per_epoch = len(runtime.epoch_batches(len(people), micro, cfg.accum, cfg.seed, 0, ranks))
+    steps = cfg.epochs * per_epoch // cfg.accum
+
+    def save_last(save) -> None:
+        save("last.pt", **at, skeleton=data.skeleton.to_dict(), **runtime.states(parts))
+
+    stop = runtime.Stopper()
+    if at["epoch"] >= cfg.epochs:
+        run.say(f"all {cfg.epochs} epochs are done; --epochs {2 * cfg.epochs} would go on")
+    for epoch in range(at["epoch"], cfg.epochs):
+        batches = runtime.epoch_batches(len(people), micro, cfg.accum, cfg.seed, epoch, ranks)[at["done"] * cfg.accum:]
+        loader = DataLoader(TrainClips(data, people, cfg, epoch), batch_sampler=batches, num_workers=cfg.workers,
+                            collate_fn=collate, worker_init_fn=runtime.ignore_signals,
+                            pin_memory=ranks.device.type == "cuda")
+        bar = tqdm(loader, f"epoch {epoch + 1}/{cfg.epochs}", per_epoch, initial=per_epoch - len(batches),
+                   disable=ranks.rank > 0, dynamic_ncols=True)
+        net.train()
+        seen = []                                                # ids of the images of this optimiser step
+        for i, (clips, joints, ids, skipped) in enumerate(bar, per_epoch - len(batches)):
+            run.bad_files(sum(skipped, []))
+            seen += ids
+            runtime.seed_all(cfg.seed, epoch, i, ranks.rank)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * lr_scale(at["step"], steps, epoch, cfg)
+            alpha = cfg.alpha * min(1.0, at["step"] * cfg.accum / per_epoch)       # grows over the first epoch [C]: on
+            try:                                                 # maps without peaks the Markov loss would lead
+                losses = batch_losses(net, model, clips, torch.stack(joints), alpha, ranks)
+            except FloatingPointError as error:
+                raise run.not_finite(str(error), at["step"], seen) from None
+            scaler.scale(sum(losses.values()) / cfg.accum).backward()
+            if (i + 1) % cfg.accum:
+                continue
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+            if not (norm.isfinite() or scaler.is_enabled()):     # a scaler leaves such steps out by itself
+                raise run.not_finite("the gradient", at["step"], seen)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            ema.update(model)
+            at.update(step=at["step"] + 1, done=at["done"] + 1)
+            seen = []
+
+            if at["step"] % 20 == 0:                             # reading numbers makes a GPU wait
+                values = {name: value.item() for name, value in losses.items()}
+                run.log(step=at["step"], epoch=epoch, loss=sum(values.values()), **values, grad_norm=float(norm),
+                        lr=optimizer.param_groups[-1]["lr"])
+                bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
+            if stop(ranks):
+                save_last(run.save)
+                run.say(f"stopped and saved; go on with --resume {run.folder}")
+                return
+            if run.save_is_due():
+                save_last(run.try_save)
+
+        last = epoch + 1 == cfg.epochs
+        if last or (epoch + 1) % cfg.eval_every == 0:
+            save_last(run.try_save)                              # a kill while evaluating costs nothing
+            table, predictions = evaluate(ema.module, held_out, cfg, ranks)
+            run.log(step=at["step"], epoch=epoch, **table)
+            run.say(f"epoch {epoch + 1}\n{metrics.format_table(table)}")
+            score = table.get("Mean", table.get("AP"))
+            if score > at["best"]:
+                at["best"] = score
+                run.try_save("best.pt", **at, skeleton=data.skeleton.to_dict(), model=ema.module.state_dict(),
+                             metrics=table)
+            run.draw(held_out, predictions)
+        run.bad_files(runtime.gather_lists([*run.bad, *held_out.bad]))
+        at.update(epoch=epoch + 1, done=0)
+        save_last(run.save if last else run.try_save)            # at the very end a full disk is an error
+
+
+def summary() -> str:
+    """Of each preset: parameters, and GFLOPs of one person, without the scans (2 per multiply-add)."""
+    rows = [f"{'preset':8}{'input':>11}{'parameters':>14}{'GFLOPs':>9}"]
+    for preset, cfg in PRESETS.items():
+        with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+            model = build(preset).eval()
+            maps = torch.zeros(1, model.skeleton.num_keypoints, *cfg.heatmap)
+            model(torch.zeros(1, 3, 3, cfg.height, cfg.width), maps, torch.zeros(1, dtype=torch.long))
+        count, cost = sum(p.numel() for p in model.parameters()) / 1e6, counter.get_total_flops() / 1e9
+        rows.append(f"{preset:8}{f'{cfg.width}x{cfg.height}x3':>11}{count:>12.2f} M{cost:>9.1f}")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    cfg, args = runtime.parse(Config, PRESETS, __doc__)
+    if args.train:
+        runtime.launch(train, cfg, args, cfg.processes)
+    else:
+        print(f"{__doc__}\n{summary()}")
+
+
+if __name__ == "__main__":
+    runtime.run_main(main)
