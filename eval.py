@@ -6,11 +6,14 @@
     python eval.py best.pt --images photo.jpg folder/ clip.gif  draws people, writes COCO results
     python eval.py best.pt --set steps=4 ensemble=true          with more DDIM steps (diffusionregpose)
     python eval.py best.pt --images photo.jpg --process         and how diffusionregpose and querypose find them
+    python eval.py sdpose-body --images photo.jpg --detector runs/detrpose/best.pt      top-down: one person at a time
+    python eval.py sdpose-body --data data/coco --boxes detections.json                 COCO results say where people are
     python eval.py detrpose-l --images photo.jpg                released weights by name, fetched once
     python eval.py detrpose_hgnetv2_l.pth --data data/coco      released weights from a file
     torchrun --nproc_per_node=8 eval.py detrpose-l --data data/coco
 
-A checkpoint of ours names its method and size; a released one is recognised by its tensors.
+A checkpoint of ours names its method and size; a released one is recognised by its tensors. A top-down method needs
+boxes of people: of --boxes, of --detector, else the annotated ones of a dataset, and of a picture all of it.
 """
 import argparse
 import importlib
@@ -18,6 +21,7 @@ import json
 import re
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -27,12 +31,12 @@ from PIL import Image, ImageSequence
 from torch import nn
 from tqdm import tqdm
 
-from common import draw, metrics, runtime, weights
-from common.datasets import BadImage, Prediction, default_splits, load_image, open_dataset
+from common import draw, metrics, runtime, topdown, weights
+from common.datasets import BadImage, PoseDataset, Prediction, default_splits, load_image, open_dataset
 from common.runtime import UserError
 
-METHODS = ("detrpose", "diffusionregpose", "querypose")
-SKELETON_OF = {17: "coco", 14: "crowdpose"}            # of released weights, by their number of keypoints
+METHODS = ("detrpose", "diffusionregpose", "querypose", "sdpose")
+SKELETON_OF = {17: "coco", 14: "crowdpose", 133: "wholebody"}            # of released weights, by their number of keypoints
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 
 
@@ -115,6 +119,59 @@ def with_settings(module: ModuleType, model: nn.Module, settings: list[str]) -> 
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Where people are, for methods that look at one at a time
+# ---------------------------------------------------------------------------------------------------------
+
+
+def load_detector(source: str, device: torch.device) -> Callable[[Image.Image, int | str], Prediction]:
+    """A multi-person method's checkpoint as a function (picture, image id) → its people. Raises UserError."""
+    module, model, _ = load_model(source, "", "")
+    if is_top_down(module):
+        raise UserError(f"--detector {source}: {module.__name__} needs boxes itself; take a multi-person method's")
+    model = module.fuse(model.to(device).eval())
+    return lambda picture, image_id: module.predict(model, module.to_batch([picture], [image_id], model.cfg))[0]
+
+
+def is_top_down(module: ModuleType) -> bool:
+    return getattr(module, "TOP_DOWN", False)
+
+
+def boxes_in_data(data: PoseDataset, args: argparse.Namespace, ranks: runtime.Ranks) -> topdown.Boxes:
+    """The people of a dataset to look at: of --boxes or --detector, else the annotated ones."""
+    if args.boxes:
+        return topdown.read_boxes(args.boxes, data)
+    if args.detector:
+        return topdown.detect(load_detector(args.detector, ranks.device), data, ranks, args.detector)
+    return topdown.true_boxes(data)
+
+
+def boxes_in_pictures(names: list[str], args: argparse.Namespace, device: torch.device) -> Callable:
+    """A function (picture, name) → the people to look at: of --boxes or --detector, else the whole picture.
+
+    In the file of --boxes a picture is known by its name or its stem, as in the results.json that is written here.
+    """
+    if args.detector:
+        find = load_detector(args.detector, device)
+        return lambda picture, name: topdown.boxes_of(find(picture, name), args.threshold, picture.size)
+    if not args.boxes:
+        print("each picture as a whole is taken for one person: --boxes FILE.json or --detector CHECKPOINT say where "
+              "people are")
+        return lambda picture, name: topdown.whole_image(picture.size)
+    people = topdown.read_results(args.boxes)
+    if not any(key.split("#")[0] in (name, Path(name).stem) for key in people for name in names):
+        raise UserError(f"{args.boxes} has boxes for {', '.join(sorted(people)[:3])}, ..., but for none of the pictures "
+                        f"({', '.join(names[:3])}): its image_id has to be a picture's name")
+
+    def chosen(picture: Image.Image, name: str) -> topdown.Found:
+        boxes, scores = people.get(name, people.get(Path(name).stem, topdown.NOBODY))
+        good = topdown.in_image(boxes, picture.size)
+        if not good.all():
+            tqdm.write(f"{name}: {(~good).sum()} boxes left out, outside of the picture or without area")
+        return boxes[good], scores[good]
+    return chosen
+
+
+# ---------------------------------------------------------------------------------------------------------
 # A dataset
 # ---------------------------------------------------------------------------------------------------------
 
@@ -128,8 +185,9 @@ def evaluate_dataset(module: ModuleType, model: nn.Module, args: argparse.Namesp
         print(data.report())
         runtime.make_folder(args.out)                   # before the work, not after it
     chosen = {name: getattr(args, name) for name in ("workers", "eval_batch") if getattr(args, name) is not None}
+    boxes = [boxes_in_data(data, args, ranks)] if is_top_down(module) else []
     start = time.perf_counter()
-    table, predictions = module.evaluate(model, data, runtime.resolve(model.cfg, **chosen), ranks)
+    table, predictions = module.evaluate(model, data, runtime.resolve(model.cfg, **chosen), ranks, *boxes)
     seconds = time.perf_counter() - start
     if ranks.rank > 0:
         return
@@ -138,6 +196,8 @@ def evaluate_dataset(module: ModuleType, model: nn.Module, args: argparse.Namesp
     print(metrics.format_table(metrics.keypoint_errors(predictions, data)))
     print("(errors of the people found, as fractions of √area; close: OKS term of at least 0.5)\n")
     print(metrics.format_table(table))
+    for where in boxes:
+        print(where)
     print(f"{len(data)} images in {seconds:.1f} s, {len(data) / seconds:.1f} a second with loading and metrics, on "
           f"{ranks.world} x {ranks.device.type}; results.json and predictions.png are in {args.out}")
 
@@ -183,25 +243,27 @@ def draw_pictures(module: ModuleType, model: nn.Module, args: argparse.Namespace
     pictures, out = find_pictures(args.images), runtime.make_folder(args.out)
     if any(out.samefile(path.parent) for path in pictures):
         raise UserError(f"--out {out} holds the pictures themselves: choose another folder for the drawn ones")
-    model = module.fuse(model).to(device)
+    model, names = module.fuse(model).to(device), output_names(pictures)
+    look = boxes_in_pictures(names, args, device) if is_top_down(module) else None
     results, everything, people, bad = [], [], 0, 0
     bar = tqdm(pictures, "pictures", dynamic_ncols=True, disable=len(pictures) == 1)
-    for path, name in zip(bar, output_names(pictures)):
+    for path, name in zip(bar, names):
         try:
             frames = frames_of(path)
         except BadImage as error:
             bad += 1
             tqdm.write(f"skipped ({bad} so far): {error}")
             continue
-        names = [name if len(frames) == 1 else f"{name}#{i}" for i in range(len(frames))]
-        predictions = [module.predict(model, module.to_batch([frame], [name], model.cfg))[0]
-                       for frame, name in zip(frames, names)]
+        ids = [name if len(frames) == 1 else f"{name}#{i}" for i in range(len(frames))]
+        boxes = [[look(*one)] if look else [] for one in zip(frames, ids)]      # a further argument, or none
+        predictions = [module.predict(model, module.to_batch([frame], [i], model.cfg, *([b] for b in found)))[0]
+                       for frame, i, found in zip(frames, ids, boxes)]
         confident = [keep_confident(p, args.threshold) for p in predictions]
         drawn = [draw.draw_people(frame, p.keypoints, p.keypoint_scores, model.skeleton, p.boxes, p.scores)
                  for frame, p in zip(frames, confident)]
         target = out / (path.stem if name == path.name else re.sub(r"\W+", "_", name).strip("_"))
         save_drawn(drawn, target)
-        for what, shown in module.show_process(model, frames[0], args.threshold).items() if args.process else ():
+        for what, shown in module.show_process(model, frames[0], args.threshold, *boxes[0]).items() if args.process else ():
             save_drawn(shown, target.with_name(f"{target.name}_{what}"))
         everything += drawn if args.gif else []
         people += sum(len(p.scores) for p in confident)
@@ -243,6 +305,8 @@ def main() -> None:
     parser.add_argument("--split", default="", help="val, test, train, ood or crowd (default: the papers' own)")
     parser.add_argument("--sigmas", default="", help="OKS sigmas of your own keypoints, with commas")
     parser.add_argument("--images", nargs="+", default=[], help="pictures, GIFs or folders to draw people on")
+    parser.add_argument("--boxes", default="", help="top-down methods: where people are, as COCO results (JSON)")
+    parser.add_argument("--detector", default="", help="top-down methods: checkpoint of a multi-person method to find them")
     parser.add_argument("--threshold", type=float, default=0.5, help="smallest score that is drawn (default 0.5)")
     parser.add_argument("--gif", action="store_true", help="also join the drawn pictures into all.gif")
     parser.add_argument("--process", action="store_true", help="also draw how the method gets there, if it can show it")
@@ -255,6 +319,10 @@ def main() -> None:
     ranks = runtime.init_distributed(args.device)
     with runtime.rank_zero_first(ranks):                # it fetches
         module, model, trained_for = load_model(args.checkpoint, args.method, args.preset)
+    if (args.boxes or args.detector) and not is_top_down(module):
+        raise UserError(f"{module.__name__} finds people by itself: leave --boxes and --detector out")
+    if args.boxes and args.detector:
+        raise UserError("--boxes and --detector both say where people are: give one of them")
     model = with_settings(module, model, args.set).to(ranks.device).eval()
     if args.images:
         if ranks.rank == 0:                             # pictures are too few to share

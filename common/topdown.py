@@ -1,0 +1,190 @@
+"""What methods need that look at one person at a time: where the people are, and the loop over their crops.
+
+    boxes = true_boxes(data)                     the annotated people
+    boxes = read_boxes("detections.json", data)  of a detector, as COCO results
+    boxes = detect(find, data, ranks)            of another model of ours
+    predictions = predict_people(poses, data, boxes, to_crop, ...)
+
+Units    boxes are x1, y1, x2, y2 in pixels of the image, except `bbox` in COCO results: x, y, w, h.
+"""
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+from common import runtime
+from common.datasets import PoseDataset, Prediction, Sample, numbers
+from common.loading import collate
+from common.runtime import UserError
+
+Found = tuple[np.ndarray, np.ndarray]               # the people of one image: boxes (P, 4), scores (P,)
+NOBODY = (np.zeros((0, 4)), np.zeros(0))
+DETECTED = 0.3                                      # score from which a detector's people are looked at
+
+
+class Boxes(NamedTuple):
+    """The people to look at, by image id as text, and where that is from, to be said with every result."""
+    source: str
+    people: dict[str, Found]
+
+    def of(self, image_id: int | str) -> Found:
+        return self.people.get(str(image_id), NOBODY)
+
+    def __str__(self) -> str:
+        return f"person boxes: {self.source}, {sum(len(scores) for _, scores in self.people.values())} people"
+
+
+# ---------------------------------------------------------------- where the people are
+
+def whole_image(size: tuple[int, int]) -> Found:
+    """The image of size (w, h) as the box of one person."""
+    return np.array([[0.0, 0.0, *size]]), np.ones(1)
+
+
+def in_image(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Which boxes (P, 4) have a part of their area in an image of size (w, h): (P,)."""
+    shown = boxes.clip(0, np.tile(size, 2))                         # NaN stays, and compares False
+    return np.isfinite(boxes).all(1) & (shown[:, 2:] > shown[:, :2]).all(1)
+
+
+def true_boxes(data: PoseDataset) -> Boxes:
+    """The annotated boxes of people with a labelled keypoint, up to the centre of the last pixel, scores 1."""
+    people = {}
+    for sample in (data[i] for i in range(len(data))):
+        seen = ~sample.iscrowd & (sample.keypoints[..., 2] > 0).any(1)
+        boxes = sample.boxes[seen].astype(float).clip(0, np.tile(sample.size, 2) - 1)
+        people[str(sample.image_id)] = boxes, np.ones(len(boxes))
+    return Boxes("annotated (ground truth)", people)
+
+
+def read_results(path: str) -> dict[str, Found]:
+    """COCO results → people by image id as text. Without `score` it is 1; other categories than 1 are left out.
+
+    Raises UserError for a file that is no such list, or that holds no boxes.
+    """
+    try:
+        results = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read the boxes {path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path} is not complete JSON: boxes come as COCO results, [{{image_id, bbox, score}}, ...]"
+                        ) from None
+    rows: dict[str, list] = {}
+    for r in results if isinstance(results, list) else ():
+        person = isinstance(r, dict) and "image_id" in r and r.get("category_id", 1) == 1
+        row = numbers([*np.ravel(r.get("bbox")), r.get("score", 1.0)], 5) if person else None
+        if row is not None:
+            rows.setdefault(str(r["image_id"]), []).append(row)
+    if not rows:
+        raise UserError(f"{path} holds no person boxes: expected COCO results, [{{image_id, bbox: [x, y, w, h], score}}"
+                        ", ...] of category 1")
+    people = {key: np.stack(of_image) for key, of_image in rows.items()}
+    return {key: (np.c_[p[:, :2], p[:, :2] + p[:, 2:4]], p[:, 4]) for key, p in people.items()}
+
+
+def read_boxes(path: str, data: PoseDataset) -> Boxes:
+    """Boxes of a dataset from COCO results, not clipped; those outside of their image are counted and left out.
+
+    Raises UserError for a file that is none, and for one about other images.
+    """
+    people, sizes = read_results(path), {str(data[i].image_id): data[i].size for i in range(len(data))}
+    known = people.keys() & sizes.keys()
+    if not known:
+        raise UserError(f"{path} has boxes for {len(people)} images ({', '.join(sorted(people)[:3])}, ...), and none of "
+                        f"them is in {data.files[0]}: choose the boxes that were detected in these images")
+    chosen, outside = {}, 0
+    for key in known:
+        boxes, scores = people[key]
+        good = in_image(boxes, sizes[key]) & np.isfinite(scores)
+        chosen[key], outside = (boxes[good], scores[good]), outside + int((~good).sum())
+    notes = {"of other images": sum(len(scores) for key, (_, scores) in people.items() if key not in known),
+             "outside of their image, or without area": outside}
+    left_out = "".join(f", {count} {what} left out" for what, count in notes.items() if count)
+    return Boxes(f"{path} ({len(known)} of {len(sizes)} images{left_out})", chosen)
+
+
+def boxes_of(prediction: Prediction, threshold: float, size: tuple[int, int]) -> Found:
+    """The people of a score of at least `threshold`; without boxes: around the keypoints, 15 % wider on each side."""
+    good = np.asarray(prediction.scores) >= threshold
+    boxes = None if prediction.boxes is None else np.asarray(prediction.boxes, float)[good]
+    if boxes is None:
+        low, high = prediction.keypoints[good].min(1), prediction.keypoints[good].max(1)
+        boxes = np.concatenate([low - 0.15 * (high - low), high + 0.15 * (high - low)], 1)
+    seen = in_image(boxes, size)
+    return boxes[seen], np.asarray(prediction.scores, float)[good][seen]
+
+
+def detect(find: Callable[[Image.Image, int | str], Prediction], data: PoseDataset, ranks: runtime.Ranks,
+           name: str) -> Boxes:
+    """The people that a multi-person method finds in each image; the images are shared among the processes."""
+    found = []
+    for i in tqdm(range(ranks.rank, len(data), ranks.world), "find people", disable=ranks.rank > 0, dynamic_ncols=True):
+        sample, _ = data.load(i)                                    # the loop over the crops names what is unreadable
+        if sample is not None:
+            people = boxes_of(find(sample.image, sample.image_id), DETECTED, sample.size)
+            found.append((str(sample.image_id), people))
+    return Boxes(f"found by {name}, score {DETECTED:g} or more", dict(runtime.gather_lists(found)))
+
+
+# ---------------------------------------------------------------- the loop over their crops
+
+class PersonCrops(Dataset):
+    """Item n is (crop, n, image id, box (4,), score, message); a file that cannot be read is black and has no id."""
+
+    def __init__(self, data: PoseDataset, boxes: Boxes, to_crop: Callable[[Sample, np.ndarray], Tensor]):
+        found = [boxes.of(data[i].image_id) for i in range(len(data))]
+        self.data, self.to_crop = data, to_crop
+        self.image = np.repeat(np.arange(len(data)), [len(scores) for _, scores in found])
+        self.boxes, self.scores = (np.concatenate(column) for column in zip(*found))
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def __getitem__(self, n: int) -> tuple[Tensor, int, int | str | None, np.ndarray, float, str]:
+        i, box = int(self.image[n]), self.boxes[n]
+        sample, message = self.data.load(i)
+        image_id = None if sample is None else sample.image_id
+        if sample is None:
+            black = Image.new("RGB", self.data[i].size)
+            sample = replace(self.data[i], image=black, frames=(black,) * len(self.data[i].frames))
+        return self.to_crop(sample, box), n, image_id, box, float(self.scores[n]), message
+
+
+def gather_people(rows: Iterable[tuple], image_ids: Iterable[int | str], keypoints: int) -> list[Prediction]:
+    """Rows (image id, keypoints (K, 2), their scores (K,), score, box (4,)) → one Prediction per image id, in order."""
+    people: dict[str, list] = {}
+    for image_id, *person in rows:
+        people.setdefault(str(image_id), []).append(person)
+    nobody = [np.zeros((0, *shape)) for shape in ((keypoints, 2), (keypoints,), (), (4,))]
+    return [Prediction(image_id, *map(np.stack, zip(*people[str(image_id)])) if str(image_id) in people else nobody)
+            for image_id in image_ids]
+
+
+def predict_people(poses: Callable[[Tensor, np.ndarray], tuple], data: PoseDataset, boxes: Boxes, to_crop: Callable,
+                   batch: int, workers: int, ranks: runtime.Ranks) -> list[Prediction]:
+    """All people of a dataset, `batch` crops at a time: a Prediction for each image, its scores those of the boxes.
+
+    to_crop (sample, box (4,)) → crop; poses (crops (N, ...), boxes (N, 4)) → keypoints (N, K, 2) in image pixels and
+    their scores (N, K). The crops are shared among the processes, all get the result; files that cannot be read are
+    named, and nobody is found in them.
+    """
+    crops = PersonCrops(data, boxes, to_crop)
+    mine = Subset(crops, range(ranks.rank, len(crops), ranks.world))
+    loader = DataLoader(mine, batch, num_workers=workers, collate_fn=collate, worker_init_fn=runtime.ignore_signals)
+    rows = []
+    for images, places, ids, people, scores, messages in tqdm(loader, "evaluate", disable=ranks.rank > 0, leave=False,
+                                                              dynamic_ncols=True):
+        keypoints, certain = poses(images, np.stack(people))
+        rows += [row for row in zip(places, ids, keypoints, certain, scores, people) if row[1] is not None]
+        for message in data.remember(messages):
+            tqdm.write(f"warning: {message}")
+    rows = sorted(runtime.gather_lists(rows), key=lambda row: row[0])
+    ids = [data[i].image_id for i in range(len(data))]
+    return gather_people([row[1:] for row in rows], ids, data.skeleton.num_keypoints)
