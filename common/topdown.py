@@ -37,8 +37,11 @@ class Boxes(NamedTuple):
     def of(self, image_id: int | str) -> Found:
         return self.people.get(str(image_id), NOBODY)
 
+    def total(self) -> int:
+        return sum(len(scores) for _, scores in self.people.values())
+
     def __str__(self) -> str:
-        return f"person boxes: {self.source}, {sum(len(scores) for _, scores in self.people.values())} people"
+        return f"person boxes: {self.source}, {self.total()} people"
 
 
 # ---------------------------------------------------------------- where the people are
