@@ -34,7 +34,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -108,7 +107,9 @@ class ResNet(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         if emb is not None:
             h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
-        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        h = self.norm2(h)                  # one line each: at full size every map that waits takes 0.4 GB
+        h = F.silu(h)
+        return self.conv_shortcut(x) + self.conv2(h)
 
 
 class Attention(nn.Module):
@@ -158,7 +159,7 @@ class Upsample(nn.Module):
 
 
 class Block(nn.Module):
-    """One resolution: layers of a ResNet and an attention, which may lack, then a change of resolution, which may too."""
+    """One resolution: layers of a ResNet and perhaps an attention, then perhaps a change of resolution."""
 
     def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module], down: list[nn.Module] = [],
                  up: list[nn.Module] = []):
@@ -171,14 +172,19 @@ class Block(nn.Module):
         x = self.resnets[i](x if skip is None else torch.cat([x, skip], 1), emb)
         return self.attentions[i](x, text) if i < len(self.attentions) else x
 
-    def forward(self, x: Tensor) -> Tensor:
-        """All of the block, as the VAE uses it."""
+    def steps(self) -> list[nn.Module]:
+        """All of its modules one after the other, as the VAE runs them."""
+        steps = []
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x)
-            x = self.attentions[i](x) if i < len(self.attentions) else x
-        for sampler in (*self.downsamplers, *self.upsamplers):
-            x = sampler(x)
-        return x
+            steps += [resnet, *self.attentions[i:i + 1]]
+        return [*steps, *self.downsamplers, *self.upsamplers]
+
+
+def run_blocks(blocks: list[Block], x: Tensor) -> Tensor:
+    """Step by step in one frame: the map before a step, 0.4 GB at full size, goes as soon as the step is done."""
+    for step in (step for block in blocks for step in block.steps()):
+        x = step(x)
+    return x
 
 
 # ---- VAE: crops ↔ latents -----------------------------------------------------------------------------------
@@ -212,9 +218,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(last, 2 * LATENT, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for block in (*self.down_blocks, self.mid_block):
-            x = block(x)
+        x = run_blocks([*self.down_blocks, self.mid_block], self.conv_in(x))
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -235,9 +239,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for block in (self.mid_block, *self.up_blocks):
-            x = block(x)
+        x = run_blocks([self.mid_block, *self.up_blocks], self.conv_in(x))
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -276,15 +278,6 @@ class GEGLU(nn.Module):
         return value * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    def __init__(self, dim: int):
-        super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 class TransformerLayer(nn.Module):
     """Tokens (B, N, C) look at each other, at the text, and each goes through a feed-forward network."""
 
@@ -292,12 +285,12 @@ class TransformerLayer(nn.Module):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attn1, self.attn2 = Attention(dim, heads, dim), Attention(dim, heads, text_dim)
-        self.ff = FeedForward(dim)
+        self.ff = nn.ModuleDict(dict(net=nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))))
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), text)
-        return x + self.ff(self.norm3(x))
+        return x + self.ff["net"](self.norm3(x))
 
 
 class Transformer(nn.Module):
@@ -381,7 +374,8 @@ class UNet(nn.Module):
         the keys and values of the text, 2 tokens, are computed for one crop and serve all: they cost nothing.
         """
         emb = self.embedding(y, torch.full((1,), TIME, device=z.device) if t is None else t)
-        run = partial(checkpoint, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else call
+        forget = self.checkpointing and torch.is_grad_enabled()
+        run = partial(checkpoint, use_reentrant=False) if forget else lambda layer, *args: layer(*args)
         x = self.conv_in(z)
         skips = [x]
         for block in self.down_blocks:
@@ -403,10 +397,6 @@ class UNet(nn.Module):
     def output(self, x: Tensor) -> Tensor:
         """The features of the last up block → latents (B, 4, h, w)."""
         return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-
-def call(function, *args):
-    return function(*args)
 
 
 # ---- The heatmap head ---------------------------------------------------------------------------------------
@@ -490,3 +480,121 @@ def build(preset: str, skeleton: str | Skeleton = "coco", **overrides) -> SDPose
     if preset not in PRESETS:
         raise runtime.UserError(f"there is no preset {preset}: choose from {', '.join(PRESETS)}")
     return SDPose(runtime.resolve(PRESETS[preset], **overrides), get_skeleton(skeleton))
+
+
+# ---- The released weights: folders unet/, vae/, text_encoder/ and, but in Stable Diffusion's own, decoder/ -----
+
+RENAME = [(rf"^(vae\..*\.attentions\.0\.){theirs}\.", rf"\1{ours}.") for theirs, ours in      # files of before 2023
+          dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0").items()]
+STEMS = ("diffusion_pytorch_model", "decoder", "model", "pytorch_model")
+EMPTY_TEXT = "empty_text.pt"       # beside the folders: 8 KB in place of a text encoder of 1.4 GB
+
+
+def release_file(folder: Path, part: str) -> Path | None:
+    """The file with the weights of a part: .safetensors before .bin, full precision before half; None without one."""
+    endings = [variant + suffix for suffix in (".safetensors", ".bin") for variant in ("", ".fp16")]
+    files = (folder / part / f"{stem}{ending}" for ending in endings for stem in STEMS)
+    return next((file for file in files if file.is_file()), None)
+
+
+def encode_text(state: dict[str, Tensor], ids: Tensor, heads: int) -> Tensor:
+    """CLIP's text encoder by the tensors of its file: word ids (B, n) → last hidden state (B, n, C), normalised.
+
+    Layers of causal attention and an MLP with exact GELU, norms first. Raises KeyError if a tensor is missing.
+    """
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    words, places = (state[f"text_model.embeddings.{kind}_embedding.weight"] for kind in ("token", "position"))
+    x = words[ids] + places[:ids.shape[1]]
+    for n in range(len({name.split(".")[3] for name in state if name.startswith("text_model.encoder.layers.")})):
+        layer = f"text_model.encoder.layers.{n}"
+        h = norm(x, f"{layer}.layer_norm1")
+        q, k, v = (rearrange(linear(h, f"{layer}.self_attn.{name}_proj"), "b n (m d) -> b m n d", m=heads)
+                   for name in "qkv")
+        h = rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=True), "b m n d -> b n (m d)")
+        x = x + linear(h, f"{layer}.self_attn.out_proj")
+        x = x + linear(F.gelu(linear(norm(x, f"{layer}.layer_norm2"), f"{layer}.mlp.fc1")), f"{layer}.mlp.fc2")
+    return norm(x, "text_model.final_layer_norm")
+
+
+def empty_text(folder: Path) -> Tensor:
+    """The embedding (1, 2, C) of "", which is a start and an end and no padding; computed once for each folder.
+
+    Raises UserError where neither the embedding nor a text encoder is there.
+    """
+    kept = folder / EMPTY_TEXT
+    if kept.is_file():
+        return weights.load_tensors(kept)["text"]
+    file = release_file(folder, "text_encoder")
+    if file is None:
+        raise runtime.UserError(f"{folder} has no text_encoder/model.safetensors and no {EMPTY_TEXT} that was made of "
+                                "it: put either there; it is needed once, for the embedding of the empty text")
+    state = {name: value.float() for name, value in weights.load_tensors(file).items() if value.is_floating_point()}
+    try:
+        vocabulary, width = state["text_model.embeddings.token_embedding.weight"].shape
+        text = encode_text(state, torch.tensor([[vocabulary - 2, vocabulary - 1]]), max(1, width // 64))
+    except KeyError as missing:
+        raise runtime.UserError(f"{file} is no CLIP text encoder: it has no {missing}") from None
+    with runtime.goes_on(kept):
+        runtime.save_checkpoint(kept, dict(text=text))
+    return text
+
+
+def load_release(folder: str | Path, head: bool = True) -> dict[str, Tensor]:
+    """The tensors of a release's folder as unet.*, vae.*, decoder.* (the heatmap head) and text.
+
+    head: whether decoder/ must be there; a folder of Stable Diffusion has none.
+    Raises UserError for a file that is missing or cut short.
+    """
+    folder, state = Path(folder), {}
+    for part in ("unet", "vae", "decoder"):
+        file = release_file(folder, part)
+        if file is not None:
+            state |= {f"{part}.{name}": value for name, value in weights.load_tensors(file).items()}
+        elif head or part != "decoder":
+            wanted = f"{part}/{STEMS[part == 'decoder']}.safetensors"
+            raise runtime.UserError(f"{folder} has no {wanted}: a release has the folders unet, vae, text_encoder and "
+                                    "decoder; fetch that file again")
+    return state | dict(text=empty_text(folder))
+
+
+def recognise(state: dict[str, Tensor]) -> tuple[str, int] | None:
+    """(preset, number of keypoints) of a release, by its tensors; None for something else."""
+    if not {"unet.conv_in.weight", "decoder.final_layer.weight"} <= state.keys():
+        return None
+    (keypoints, width), channels = state["decoder.final_layer.weight"].shape[:2], len(state["unet.conv_in.weight"])
+    return next(((name, keypoints) for name, cfg in PRESETS.items()
+                 if (cfg.channels, cfg.channels * 2 ** (3 - cfg.tap)) == (channels, width)), None)
+
+
+def convert_official(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """Tensors of `load_release` under this file's names. Raises UserError for a head of another feature tap."""
+    found = recognise(state)
+    if found and PRESETS[found[0]].tap != config.tap:
+        raise runtime.UserError(f"these weights have a head for {found[1]} keypoints that reads up block "
+                                f"{PRESETS[found[0]].tap}, not {config.tap}: choose --preset {found[0]}")
+    return {name: value.flatten(1) if re.search(r"^vae\..*\.to_(q|k|v|out\.0)\.weight$", name) else value
+            for name, value in weights.rename(state, RENAME).items()}
+
+
+def load_init(model: SDPose, source: str) -> None:
+    """Start weights from a folder of Stable Diffusion 2 or of a release, or by a release's name.
+
+    Stable Diffusion has neither task embedding nor head, a release for other keypoints has no head: these stay random.
+    """
+    if not Path(source).is_dir() and source not in weights.RELEASES:
+        raise runtime.UserError(f"--init: there is no folder {source}: put Stable Diffusion 2 there (unet/, vae/, "
+                                "text_encoder/), or name sdpose-body; --init '' starts from nothing")
+    folder = Path(source) if Path(source).is_dir() else weights.fetch(source)
+    state, own, last = load_release(folder, head=False), model.state_dict(), "decoder.final_layer.weight"
+    if last in state and state[last].shape != own[last].shape:
+        state = {name: value for name, value in state.items() if not name.startswith("decoder.")}
+    random = [part for part in ("unet.class_embedding.", "decoder.")
+              if not any(name.startswith(part) for name in state)]
+    weights.load_strict(model, convert_official(state, model.cfg), {f"^{part}": "new" for part in random})
+    print(f"start weights from {folder}: {len(state)} of {len(own)} tensors"
+          f"{', random: ' if random else ''}{' and '.join(part + '*' for part in random)}")
