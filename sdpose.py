@@ -21,7 +21,7 @@ Departs  from the release:
                      change from run to run (SDPose.latents)
          text        the embedding of the empty text is stored with the weights, the text encoder is read once
 Memory   of tensors alone, computed by tests/test_sdpose.py for crops of 1024x768 and float32 weights: `body`
-         predicts one crop and its mirror image in 5.1 GB and trains a batch of one in 18.7 GB
+         predicts one crop and its mirror image in 5.0 GB and trains a batch of one in 15.7 GB
 
     python sdpose.py                                    what each preset is: parameters, GFLOPs
 """
@@ -109,7 +109,8 @@ class ResNet(nn.Module):
             h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
         h = self.norm2(h)                  # one line each: at full size every map that waits takes 0.4 GB
         h = F.silu(h)
-        return self.conv_shortcut(x) + self.conv2(h)
+        h = self.conv2(h)
+        return self.conv_shortcut(x) + h
 
 
 class Attention(nn.Module):

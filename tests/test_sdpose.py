@@ -309,19 +309,20 @@ def test_full_size_models_equal_the_release(file):
     fill.cache_clear()                                                  # 3.8 GB
     unet = model.unet
     mean, logvar = model.vae.encode(image)
-    results = dict(mean=mean, logvar=logvar, latent_mode=model.latents(image),
+    z = model.latents(image)
+    results = dict(mean=mean, logvar=logvar, latent_mode=z,
                    dec_image=model.vae.decode(latent)[..., ::2, ::2])
     with Watch(time_embedding=unet.time_embedding, class_embedding_pose=unet.class_embedding, conv_in=unet.conv_in,
                **{f"down{i}": unet.down_blocks[i].downsamplers[0] for i in range(3)},
                down3=unet.down_blocks[3].resnets[1], mid=unet.mid_block.resnets[1],
                **{f"up{i}": unet.up_blocks[i].upsamplers[0] for i in range(3)},
                up3=unet.up_blocks[3].attentions[2]) as seen:
-        features = unet(latent, LABELS[:1], model.text)
+        features = unet(z, LABELS[:1], model.text)
     stored = {name: value[:, ::16] if value.dim() == 4 else value for name, value in seen.items()}
     results |= stored | dict(feat_body=features[:, ::4], feat_wholebody=seen["up2"][:, ::8],
                              out_pose_label=unet.output(features), heatmaps_body=model.decoder(features))
     with Watch(class_embedding_rgb=unet.class_embedding) as rgb:
-        results["out_rgb_label"] = model.reconstruct(latent)
+        results["out_rgb_label"] = model.reconstruct(z)
     results |= rgb
     del model, unet
     manifest, wholebody = read_manifest(meta["manifest_wholebody"]), manifest_model(meta["manifest_wholebody"])
