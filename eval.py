@@ -6,8 +6,8 @@
     python eval.py best.pt --images photo.jpg folder/ clip.gif  draws people, writes COCO results
     python eval.py best.pt --set steps=4 ensemble=true          with more DDIM steps (diffusionregpose)
     python eval.py best.pt --images photo.jpg --process         and how diffusionregpose and querypose find them
-    python eval.py sdpose-body --images photo.jpg --detector runs/detrpose/best.pt      top-down: one person at a time
-    python eval.py sdpose-body --data data/coco --boxes detections.json                 COCO results say where people are
+    python eval.py sdpose-body --images photo.jpg --detector detrpose-l       top-down: one person at a time
+    python eval.py sdpose-body --data data/coco --boxes people.json            COCO results say where people are
     python eval.py detrpose-l --images photo.jpg                released weights by name, fetched once
     python eval.py detrpose_hgnetv2_l.pth --data data/coco      released weights from a file
     torchrun --nproc_per_node=8 eval.py detrpose-l --data data/coco
@@ -51,7 +51,7 @@ def load_model(source: str, method: str, preset: str) -> tuple[ModuleType, nn.Mo
     Raises UserError when there is no such file or name, when it cannot be read, or when no method has such tensors.
     """
     path = Path(source)
-    if path.is_dir():
+    if path.is_dir() and not (path / "unet").is_dir():
         path = next((path / name for name in ("best.pt", "last.pt") if (path / name).exists()), path / "best.pt")
     if not path.exists():
         if path.suffix:
@@ -81,7 +81,7 @@ def from_run(saved: dict, method: str, preset: str, path: Path) -> tuple[ModuleT
 
 
 def from_release(path: Path, method: str, preset: str) -> tuple[ModuleType, nn.Module, str]:
-    state = weights.load_tensors(path)
+    state = importlib.import_module("sdpose").load_release(path) if path.is_dir() else weights.load_tensors(path)
     if method and method not in METHODS:
         raise UserError(f"there is no method {method}: choose from {', '.join(METHODS)}")
     for name in [method] if method else METHODS:
@@ -306,7 +306,7 @@ def main() -> None:
     parser.add_argument("--sigmas", default="", help="OKS sigmas of your own keypoints, with commas")
     parser.add_argument("--images", nargs="+", default=[], help="pictures, GIFs or folders to draw people on")
     parser.add_argument("--boxes", default="", help="top-down methods: where people are, as COCO results (JSON)")
-    parser.add_argument("--detector", default="", help="top-down methods: checkpoint of a multi-person method to find them")
+    parser.add_argument("--detector", default="", help="top-down methods: a multi-person method's checkpoint to find them")
     parser.add_argument("--threshold", type=float, default=0.5, help="smallest score that is drawn (default 0.5)")
     parser.add_argument("--gif", action="store_true", help="also join the drawn pictures into all.gif")
     parser.add_argument("--process", action="store_true", help="also draw how the method gets there, if it can show it")
