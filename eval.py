@@ -159,8 +159,8 @@ def boxes_in_pictures(names: list[str], args: argparse.Namespace, device: torch.
         return lambda picture, name: topdown.whole_image(picture.size)
     people = topdown.read_results(args.boxes)
     if not any(key.split("#")[0] in (name, Path(name).stem) for key in people for name in names):
-        raise UserError(f"{args.boxes} has boxes for {', '.join(sorted(people)[:3])}, ..., but for none of the pictures "
-                        f"({', '.join(names[:3])}): its image_id has to be a picture's name")
+        raise UserError(f"{args.boxes} has boxes for {', '.join(sorted(people)[:3])}, ..., but for none of the "
+                        f"pictures ({', '.join(names[:3])}): its image_id has to be a picture's name")
 
     def chosen(picture: Image.Image, name: str) -> topdown.Found:
         boxes, scores = people.get(name, people.get(Path(name).stem, topdown.NOBODY))
@@ -263,7 +263,8 @@ def draw_pictures(module: ModuleType, model: nn.Module, args: argparse.Namespace
                  for frame, p in zip(frames, confident)]
         target = out / (path.stem if name == path.name else re.sub(r"\W+", "_", name).strip("_"))
         save_drawn(drawn, target)
-        for what, shown in module.show_process(model, frames[0], args.threshold, *boxes[0]).items() if args.process else ():
+        process = module.show_process(model, frames[0], args.threshold, *boxes[0]) if args.process else {}
+        for what, shown in process.items():
             save_drawn(shown, target.with_name(f"{target.name}_{what}"))
         everything += drawn if args.gif else []
         people += sum(len(p.scores) for p in confident)
@@ -306,7 +307,7 @@ def main() -> None:
     parser.add_argument("--sigmas", default="", help="OKS sigmas of your own keypoints, with commas")
     parser.add_argument("--images", nargs="+", default=[], help="pictures, GIFs or folders to draw people on")
     parser.add_argument("--boxes", default="", help="top-down methods: where people are, as COCO results (JSON)")
-    parser.add_argument("--detector", default="", help="top-down methods: a multi-person method's checkpoint to find them")
+    parser.add_argument("--detector", default="", help="top-down methods: a checkpoint that finds people")
     parser.add_argument("--threshold", type=float, default=0.5, help="smallest score that is drawn (default 0.5)")
     parser.add_argument("--gif", action="store_true", help="also join the drawn pictures into all.gif")
     parser.add_argument("--process", action="store_true", help="also draw how the method gets there, if it can show it")

@@ -1073,7 +1073,7 @@ def make_cache(model: SDPose, views: list[TrainCrops], cfg: Config, ranks: runti
             ids += zip(rows, images)
             run.bad_files(sum(skipped, []))
         posteriors, labels = (runtime.mean_over_ranks(part.to(ranks.device)).cpu() * ranks.world
-                              for part in (posteriors, labels))          # the sum: where others filled rows, ours are 0
+                              for part in (posteriors, labels))         # the sum: others filled the rows that are 0
         ids = [image for _, image in sorted(runtime.gather_lists(ids))]
         cached.append(list(zip(posteriors, labels, ids, [[]] * count)))
     return cached
@@ -1344,9 +1344,9 @@ def summary() -> str:
         with torch.device("meta"):                                      # shapes without numbers
             parameters = list(SDPose(cfg, skeleton).parameters())
         every, learned = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
-        cost = flops(cfg, skeleton)
+        cost = {name: value / 1e9 for name, value in flops(cfg, skeleton).items()}
         rows.append(f"{preset:12}{f'{cfg.width}x{cfg.height}':>10}{skeleton.num_keypoints:>11}{every / 1e6:>11.2f} M"
-                    f"{learned / 1e6:>9.2f} M{(cost['encode'] + cost['pose']) / 1e9:>9.1f}{cost['encode'] / 1e9:>9.1f}")
+                    f"{learned / 1e6:>9.2f} M{cost['encode'] + cost['pose']:>9.1f}{cost['encode']:>9.1f}")
     return "\n".join(rows)
 
 

@@ -171,7 +171,8 @@ def loss_case(file) -> dict:
     disturbed[:, :, top:bottom, left:right] = -1
     target = sd.udp_encode(torch.from_numpy(case["keypoints"]), torch.from_numpy(case["keypoints_visible"]), cfg)
     return dict(case=case, meta=meta, cfg=cfg, images=(disturbed, image), target=target,
-                noise=[normal(f"vae_noise_{name}", (2, 4, height // 8, width // 8), meta["seed"]) for name in ("in", "gt")])
+                noise=[normal(f"vae_noise_{name}", (2, 4, height // 8, width // 8), meta["seed"])
+                       for name in ("in", "gt")])
 
 
 @golden("loss*")
@@ -219,7 +220,8 @@ def test_gradients_and_an_optimiser_step_equal_the_reference(file):
 
 def test_blank_labels_give_no_gradient():
     maps = torch.randn(2, 17, 32, 24, requires_grad=True)
-    target, weights = sd.udp_encode(torch.full((2, 17, 2), 40.0), torch.zeros(2, 17), config(dict(image_size=(128, 96))))
+    cfg = config(dict(image_size=(128, 96)))
+    target, weights = sd.udp_encode(torch.full((2, 17, 2), 40.0), torch.zeros(2, 17), cfg)
     sd.pose_loss(maps, target, weights).backward()
     assert target.abs().max() == 0 and maps.grad.abs().max() == 0
 
@@ -297,8 +299,9 @@ class Truth:
 @pytest.mark.parametrize("name", ["body", "wholebody"])
 def test_rescoring_nms_and_evaluations_equal_the_release(file, name):
     facts, truth = json.loads(file.read_text()), json.loads(file.with_name(f"{file.stem}_gt.json").read_text())
-    preds, skeleton = np.load(file.with_name(f"{file.stem}_preds.npz")), get_skeleton("coco" if name == "body" else name)
-    model = sd.SDPose(replace(sd.PRESETS["tiny"], height=1024, width=768, tap=2 if name == "wholebody" else 3), skeleton)
+    preds = np.load(file.with_name(f"{file.stem}_preds.npz"))
+    skeleton = get_skeleton("coco" if name == "body" else name)
+    model = sd.SDPose(replace(sd.PRESETS["tiny"], height=1024, width=768), skeleton)
     _, unique = np.unique(preds["id"], return_index=True)                # one is there twice
     found, count = [], skeleton.num_keypoints
     for image, kept in facts["kept_after_nms_id_score_area"][name].items():
@@ -429,8 +432,8 @@ def test_an_image_that_cannot_be_read_gives_way_and_is_named(puppets_folder, tmp
 
 # ------------------------------------------------------------------------------------------ training
 
-SMALL = ("--train --channels 16 --head_dim 16 --vae_channels 8 --height 64 --width 48 --workers 0 --processes 1 --batch 8 "
-         "--people 16 --eval_batch 16 --vae_steps 2 --cache_views 1 --eval_every 9 --no-flip_test").split()
+SMALL = ("--train --channels 16 --head_dim 16 --vae_channels 8 --height 64 --width 48 --workers 0 --processes 1 "
+         "--batch 8 --people 16 --eval_batch 16 --vae_steps 2 --cache_views 1 --eval_every 9 --no-flip_test").split()
 TINIER = dict(channels=16, head_dim=16, vae_channels=8, height=64, width=48, workers=0)
 
 
@@ -477,7 +480,8 @@ def test_a_taught_vae_reconstructs_better_and_has_latents_of_deviation_one(data)
 def test_both_branches_learn_in_a_few_steps(data):
     torch.manual_seed(0)
     model = sd.build("tiny", **TINIER, lr=5e-3, sigma=2.0)
-    crops, keypoints, *_ = zip(*(sd.TrainCrops(data, sd.people_to_learn(data, 0, 0), model.cfg, 0)[n] for n in range(4)))
+    view = sd.TrainCrops(data, sd.people_to_learn(data, 0, 0), model.cfg, 0)
+    crops, keypoints, *_ = zip(*(view[n] for n in range(4)))
     batch = sd.posterior(model, torch.stack(crops)), torch.stack(keypoints)
     optimizer, history = sd.build_optimizer(model, model.cfg), []
     for _ in range(60):
@@ -523,7 +527,8 @@ def call(monkeypatch, tmp_path, capsys):
     evaluation = importlib.import_module("eval")
 
     def run_it(*words):
-        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words), "--out", str(tmp_path / "drawn"), "--workers", "0"])
+        words = [*map(str, words), "--out", str(tmp_path / "drawn"), "--workers", "0"]
+        monkeypatch.setattr(sys, "argv", ["eval.py", *words])
         try:
             runtime.run_main(evaluation.main)
             code = 0
@@ -559,3 +564,17 @@ def test_boxes_and_detectors_that_make_no_sense_are_one_line(run_folder, call, d
     assert code == 2 and "needs boxes itself" in text
     code, text, _ = call(run_folder, "--boxes", "a.json", "--detector", "b.pt")
     assert code == 2 and "give one of them" in text
+
+
+def test_a_detector_says_where_people_are(data):
+    def find(picture, image_id):
+        xy = np.array([[[10.0, 10], [30, 40]]])
+        return Prediction(image_id, xy, np.ones((1, 2)), np.array([0.8]))
+    boxes = topdown.detect(find, data, ALONE, "detrpose-l")
+    assert boxes.total() == len(data) and "found by detrpose-l" in str(boxes)
+
+
+def test_a_release_folder_is_a_checkpoint_and_says_what_it_lacks(call, tmp_path):
+    (tmp_path / "release" / "unet").mkdir(parents=True)
+    code, text, _ = call(tmp_path / "release", "--data", "puppets")
+    assert code == 2 and "has no unet/" in text
