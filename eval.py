@@ -6,9 +6,9 @@
     python eval.py best.pt --images photo.jpg folder/ clip.gif  draws people, writes COCO results
     python eval.py best.pt --set steps=4 ensemble=true          with more DDIM steps (diffusionregpose)
     python eval.py best.pt --images photo.jpg --process         and how diffusionregpose and querypose find them
-    python eval.py sdpose-body --images photo.jpg --detector runs/detrpose/best.pt      top-down: one person at a time
-    python eval.py sdpose-body --data data/coco --boxes detections.json                 COCO results say where people are
-    python eval.py runs/<run> --images folder/ --gif            diffusionpose: a folder is a clip, in order of the names
+    python eval.py sdpose-body --images photo.jpg --detector detrpose-l       top-down: one person at a time
+    python eval.py sdpose-body --data data/coco --boxes people.json            COCO results say where people are
+    python eval.py runs/<run> --images folder/ --gif            diffusionpose: a folder is a clip, in order of names
     python eval.py detrpose-l --images photo.jpg                released weights by name, fetched once
     python eval.py detrpose_hgnetv2_l.pth --data data/coco      released weights from a file
     torchrun --nproc_per_node=8 eval.py detrpose-l --data data/coco
@@ -37,7 +37,7 @@ from common import draw, metrics, runtime, topdown, weights
 from common.datasets import BadImage, PoseDataset, Prediction, default_splits, load_image, open_dataset
 from common.runtime import UserError
 
-METHODS = ("detrpose", "diffusionregpose", "querypose", "diffusionpose")
+METHODS = ("detrpose", "diffusionregpose", "querypose", "diffusionpose", "sdpose")
 SKELETON_OF = {17: "coco", 14: "crowdpose", 15: "posetrack", 133: "wholebody"}       # of weights alone, by keypoints
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 
@@ -53,7 +53,7 @@ def load_model(source: str, method: str, preset: str) -> tuple[ModuleType, nn.Mo
     Raises UserError when there is no such file or name, when it cannot be read, or when no method has such tensors.
     """
     path = Path(source)
-    if path.is_dir():
+    if path.is_dir() and not (path / "unet").is_dir():
         path = next((path / name for name in ("best.pt", "last.pt") if (path / name).exists()), path / "best.pt")
     if not path.exists():
         if path.suffix:
@@ -83,7 +83,7 @@ def from_run(saved: dict, method: str, preset: str, path: Path) -> tuple[ModuleT
 
 
 def from_release(path: Path, method: str, preset: str) -> tuple[ModuleType, nn.Module, str]:
-    state = weights.load_tensors(path)
+    state = importlib.import_module("sdpose").load_release(path) if path.is_dir() else weights.load_tensors(path)
     if method and method not in METHODS:
         raise UserError(f"there is no method {method}: choose from {', '.join(METHODS)}")
     for name in [method] if method else METHODS:
@@ -161,8 +161,8 @@ def boxes_in_pictures(names: list[str], args: argparse.Namespace, device: torch.
         return lambda picture, name: topdown.whole_image(picture.size)
     people = topdown.read_results(args.boxes)
     if not any(key.split("#")[0] in (name, Path(name).stem) for key in people for name in names):
-        raise UserError(f"{args.boxes} has boxes for {', '.join(sorted(people)[:3])}, ..., but for none of the pictures "
-                        f"({', '.join(names[:3])}): its image_id has to be a picture's name")
+        raise UserError(f"{args.boxes} has boxes for {', '.join(sorted(people)[:3])}, ..., but for none of the "
+                        f"pictures ({', '.join(names[:3])}): its image_id has to be a picture's name")
 
     def chosen(picture: Image.Image, name: str) -> topdown.Found:
         boxes, scores = people.get(name, people.get(Path(name).stem, topdown.NOBODY))
@@ -283,7 +283,8 @@ def draw_pictures(module: ModuleType, model: nn.Module, args: argparse.Namespace
                  for frame, p in zip(frames, confident)]
         target = out / (path.stem if name == path.name else re.sub(r"\W+", "_", name).strip("_"))
         save_drawn(drawn, target)
-        for what, shown in module.show_process(model, seen[0], args.threshold, *boxes[0]).items() if args.process else ():
+        process = module.show_process(model, seen[0], args.threshold, *boxes[0]) if args.process else {}
+        for what, shown in process.items():
             save_drawn(shown, target.with_name(f"{target.name}_{what}"))
         everything += drawn if args.gif else []
         people += sum(len(p.scores) for p in confident)
@@ -326,7 +327,7 @@ def main() -> None:
     parser.add_argument("--sigmas", default="", help="OKS sigmas of your own keypoints, with commas")
     parser.add_argument("--images", nargs="+", default=[], help="pictures, GIFs or folders to draw people on")
     parser.add_argument("--boxes", default="", help="top-down methods: where people are, as COCO results (JSON)")
-    parser.add_argument("--detector", default="", help="top-down methods: checkpoint of a multi-person method to find them")
+    parser.add_argument("--detector", default="", help="top-down methods: a checkpoint that finds people")
     parser.add_argument("--threshold", type=float, default=0.5, help="smallest score that is drawn (default 0.5)")
     parser.add_argument("--gif", action="store_true", help="also join the drawn pictures into all.gif")
     parser.add_argument("--process", action="store_true", help="also draw how the method gets there, if it can show it")

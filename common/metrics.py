@@ -158,12 +158,16 @@ def sanitize_ground_truth(ground_truth: dict, crowdpose: bool = False) -> dict:
     return dict(ground_truth, images=images, annotations=annotations, categories=[category])
 
 
-def to_results(predictions: Sequence) -> list[dict]:
-    """List of `Prediction` -> COCO results: plain numbers, ready for json.dump; what is not finite is dropped."""
+def to_results(predictions: Sequence, scored: bool = False) -> list[dict]:
+    """List of `Prediction` -> COCO results: plain numbers, ready for json.dump; what is not finite is dropped.
+
+    The third number of a keypoint is 1, or with `scored` its score, by which whole-body evaluation leaves out parts.
+    """
     results = []
     for p in predictions:
         for i, xy in enumerate(p.keypoints):
-            keypoints = np.insert(np.asarray(xy, dtype=float), 2, 1.0, axis=1)   # some tools drop people of v = 0
+            third = p.keypoint_scores[i] if scored else 1.0                      # some tools drop people of v = 0
+            keypoints = np.insert(np.asarray(xy, dtype=float), 2, third, axis=1)
             result = {"image_id": p.image_id.item() if isinstance(p.image_id, np.generic) else p.image_id,
                       "category_id": 1, "score": float(p.scores[i]), "keypoints": keypoints.reshape(-1).tolist()}
             if p.boxes is not None:
@@ -321,7 +325,7 @@ def evaluate(predictions: Sequence, dataset, boxes: bool = False,
         return posetrack.evaluate(predictions, dataset)
     crowdpose = dataset.metric == "crowdpose"
     ground_truth = sanitize_ground_truth(dataset.ground_truth(), crowdpose)
-    results = to_results(predictions)
+    results = to_results(predictions, scored=dataset.metric == "wholebody")
     poses = results if area_from_boxes else [{k: v for k, v in r.items() if k != "bbox"} for r in results]
     if dataset.metric == "wholebody":
         parts = wholebody_ap(ground_truth, poses)

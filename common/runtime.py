@@ -300,6 +300,17 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
     return torch.autocast(device.type, AMP[amp], enabled=amp != "no" and device.type == "cuda")
 
 
+def measured_speed(device: torch.device, amp: str) -> float:
+    """FLOP per second of a convolution, to say before long work about how long it takes."""
+    conv, x = nn.Conv2d(256, 256, 3, padding=1).to(device), torch.zeros(1, 256, 64, 64, device=device)
+    for _ in range(2):                                          # the first call sets things up
+        start = time.perf_counter()
+        with torch.no_grad(), autocast(device, amp):
+            conv(x).sum().item()
+        seconds = time.perf_counter() - start
+    return 2 * 9 * 256 ** 2 * 64 ** 2 / seconds
+
+
 def mean_over_ranks(value: Tensor) -> Tensor:
     """The mean of a tensor over all processes, so that N GPUs give the gradient that one would."""
     if dist.is_initialized():

@@ -86,8 +86,8 @@ def read_results(path: str) -> dict[str, Found]:
         if row is not None:
             rows.setdefault(str(r["image_id"]), []).append(row)
     if not rows:
-        raise UserError(f"{path} holds no person boxes: expected COCO results, [{{image_id, bbox: [x, y, w, h], score}}"
-                        ", ...] of category 1")
+        raise UserError(f"{path} holds no person boxes: expected COCO results, [{{image_id, bbox: [x, y, w, h], "
+                        "score}, ...] of category 1")
     people = {key: np.stack(of_image) for key, of_image in rows.items()}
     return {key: (np.c_[p[:, :2], p[:, :2] + p[:, 2:4]], p[:, 4]) for key, p in people.items()}
 
@@ -128,7 +128,8 @@ def detect(find: Callable[[Image.Image, int | str], Prediction], data: PoseDatas
            name: str) -> Boxes:
     """The people that a multi-person method finds in each image; the images are shared among the processes."""
     found = []
-    for i in tqdm(range(ranks.rank, len(data), ranks.world), "find people", disable=ranks.rank > 0, dynamic_ncols=True):
+    mine = range(ranks.rank, len(data), ranks.world)
+    for i in tqdm(mine, "find people", disable=ranks.rank > 0, dynamic_ncols=True):
         sample, _ = data.load(i)                                    # the loop over the crops names what is unreadable
         if sample is not None:
             people = boxes_of(find(sample.image, sample.image_id), DETECTED, sample.size)
@@ -161,7 +162,7 @@ class PersonCrops(Dataset):
 
 
 def gather_people(rows: Iterable[tuple], image_ids: Iterable[int | str], keypoints: int) -> list[Prediction]:
-    """Rows (image id, keypoints (K, 2), their scores (K,), score, box (4,)) → one Prediction per image id, in order."""
+    """Rows (image id, keypoints (K, 2), their scores (K,), score, box (4,)) → a Prediction per image id, in order."""
     people: dict[str, list] = {}
     for image_id, *person in rows:
         people.setdefault(str(image_id), []).append(person)

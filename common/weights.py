@@ -149,10 +149,33 @@ def fetch(name: str, cache: Path | None = None, timeout: float = 30.0) -> Path:
         file, page = next(iter(release.files.items()))
         raise UserError(f"{name} has to be fetched with a browser: save {page} as {(folder / file).resolve()}")
     print(f"{name}: {len(release.files)} file{'s' * (len(release.files) > 1)}, licence: {release.licence}")
-    for file, address in release.files.items():
-        if not (folder / file).is_file():
-            download(f"{mirror.rstrip('/')}/{file}" if mirror else address, folder / file, timeout)
+    missing = {f"{mirror.rstrip('/')}/{file}" if mirror else address: folder / file
+               for file, address in release.files.items() if not (folder / file).is_file()}
+    if len(missing) > 1:
+        announce_total(name, list(missing), folder, timeout)
+    for address, target in missing.items():
+        download(address, target, timeout)
     return folder / local
+
+
+def announce_total(name: str, addresses: list[str], folder: Path, timeout: float) -> None:
+    """Say how large a release's files are together, before the first is fetched; UserError if they do not fit."""
+    sizes, free = [announced_size(address, timeout) for address in addresses], shutil.disk_usage(folder).free
+    print(f"{name}: {len(addresses)} files to fetch into {folder.resolve()}, " +
+          (f"{sum(sizes) / 1e6:.1f} MB together" if all(sizes) else "their sizes are not announced"))
+    if sum(sizes) > free:
+        raise UserError(f"{name} needs {sum(sizes) / 1e6:.1f} MB, only {free / 1e6:.1f} MB fit into "
+                        f"{folder.resolve()}: make room, or choose another folder with POSE_CACHE")
+
+
+def announced_size(url: str, timeout: float) -> int:
+    """Bytes of what `url` serves; 0 if the server does not say, or does not answer: fetching tells why."""
+    try:
+        request = Request(url, headers={"User-Agent": "pose-weights"}, method="HEAD")
+        with build_opener().open(request, timeout=timeout) as response:
+            return int(response.headers.get("Content-Length") or 0)
+    except (OSError, HTTPException, ValueError):
+        return 0
 
 
 # ---------------------------------------------------------------------- downloading

@@ -174,6 +174,7 @@ def test_a_released_name_is_fetched_from_a_mirror_once(official, call, monkeypat
 def test_names_that_cannot_be_evaluated_are_refused_before_anything_is_fetched(call, monkeypatch):
     monkeypatch.setattr(weights, "download", lambda *args: pytest.fail("fetched"))
     assert "for --init" in call("dfine-l-obj365")[1]
+    monkeypatch.setattr(evaluation, "METHODS", ("detrpose",))
     assert "of method sdpose; known are detrpose" in call("sdpose-body")[1]
     assert "did you mean detrpose-l" in call("detrpose-ll")[1]
 

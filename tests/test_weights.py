@@ -55,6 +55,12 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             server.closing.wait(10)
 
+    def do_HEAD(self):
+        self.send_response(200)
+        if self.server.manners[0] != "silent":
+            self.send_header("Content-Length", str(len(self.server.body)))
+        self.end_headers()
+
     def log_message(self, *args):
         pass
 
@@ -100,6 +106,23 @@ def test_a_release_of_several_files_is_a_folder_and_is_completed_if_one_is_missi
     (folder / "decoder/decoder.safetensors").unlink()
     assert fetch("sdpose-body") == folder
     assert server.seen[4:] == [("/mirror/sdpose-body/decoder/decoder.safetensors", None)]
+
+
+def test_a_release_of_several_files_says_its_total_size_before_it_starts(server, tmp_path, capsys):
+    fetch("sdpose-body")
+    printed = capsys.readouterr().out
+    assert printed.index(f"4 files to fetch into {tmp_path / 'cache'}, {4 * len(server.body) / 1e6:.1f} MB together") \
+        < printed.index("fetching ")
+    server.manners = ["silent"]
+    fetch("sdpose-wholebody")
+    assert "their sizes are not announced" in capsys.readouterr().out
+
+
+def test_a_release_that_does_not_fit_on_the_disk_is_not_begun(server, monkeypatch):
+    monkeypatch.setattr(weights.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=3 * len(server.body)))
+    with pytest.raises(UserError, match="only .* fit into .*POSE_CACHE"):
+        fetch("sdpose-body")
+    assert server.seen == []
 
 
 def test_a_broken_connection_is_taken_up_where_it_broke(server):
