@@ -25,8 +25,8 @@ Departs  from the release:
          text        the embedding of the empty text is stored with the weights, the text encoder is read once
          training    the release has none: ours follows the paper, and Lotus where it is silent (batch_losses); its
                      augmentations are those of the release (augment)
-Tiny     has no Stable Diffusion to start from: its VAE first learns for a minute to reconstruct crops (warm_vae), then
-         encodes a fixed number of views of each person once, because it costs more than the U-Net (make_cache)
+Tiny     has no Stable Diffusion to start from, and the 4 numbers per 8 × 8 pixels of a random VAE say too little: its
+         encoder learns along with the pose branch (`vae_along`), from latents of deviation 1 (unit_latents)
 Memory   of tensors alone, computed by tests/test_sdpose.py for crops of 1024x768 and float32 weights: `body`
          predicts one crop and its mirror image in 5.0 GB and trains a batch of one in 15.7 GB
 
@@ -85,9 +85,9 @@ class Config:
     half_body: float = 0.3         # share of crops that show the upper or lower half alone
     scaling: float = 0.5           # crops get up to that much smaller or larger
     rotation: float = 80.0         # and are turned by up to that many degrees, 6 of 10
-    # what makes a training on a CPU short
-    vae_steps: int = 0             # steps that teach a random VAE to reconstruct crops; 0: it stays as it is
-    vae_lr: float = 2e-3           # their learning rate
+    rectangle: float = 1.0         # share of crops with a black rectangle
+    # training from nothing, and in little time
+    vae_along: bool = False        # the VAE's encoder learns with the pose branch, where there is none to start from
     cache_views: int = 0           # encode so many augmented views of each person once; 0: new views at every step
     people: int = 0                # learn from so many people, drawn once; 0: from all
     # optimisation (A.2)
@@ -117,16 +117,17 @@ class Config:
         """Raises UserError for values that no run could use."""
         runtime.check_choice(self, target=("clean", "input"), schedule=("constant", "cosine"), amp=runtime.AMP)
         runtime.check_range(self, 1, math.inf, "epochs batch accum processes eval_every eval_batch")
-        runtime.check_range(self, 1e-9, math.inf, "pose_weight sigma lr vae_lr clip")
-        runtime.check_range(self, 0, math.inf, "rgb_weight vae_steps cache_views people weight_decay warmup "
+        runtime.check_range(self, 1e-9, math.inf, "pose_weight sigma lr clip")
+        runtime.check_range(self, 0, math.inf, "rgb_weight cache_views people weight_decay warmup "
                             "workers seed")
-        runtime.check_range(self, 0, 1, "half_body")
+        runtime.check_range(self, 0, 1, "half_body rectangle")
         runtime.check_range(self, 0, 0.9, "scaling")
         runtime.check_range(self, 0, 180, "rotation")
         if self.batch % self.accum:
             raise runtime.UserError(f"--batch {self.batch} does not split into {self.accum} micro-batches (--accum)")
-        if self.vae_steps and self.init:
-            raise runtime.UserError("--vae_steps would undo the VAE of --init: leave one of the two out")
+        if self.vae_along and (self.init or self.cache_views):
+            raise runtime.UserError("--vae_along is for a random VAE, whose latents change as it learns: leave out --init "
+                                    "and --cache_views")
         runtime.check_range(self, 1, math.inf, "channels head_dim groups text_dim vae_channels height width")
         runtime.check_range(self, 2, 3, "tap")
         for name, of in dict(channels="head_dim", vae_channels="groups").items():
@@ -141,9 +142,9 @@ class Config:
 
 PRESETS: dict[str, Config] = {
     "tiny": Config(channels=32, head_dim=32, groups=8, text_dim=64, vae_channels=16, height=128, width=96,
-                   checkpointing=False, init="", pose_weight=100.0, sigma=1.0, half_body=0.1, scaling=0.3,
-                   rotation=30.0, vae_steps=60, cache_views=1, people=6000, epochs=3, batch=32, lr=1e-3,
-                   schedule="cosine", warmup=30, processes=2, workers=0, eval_every=3, eval_batch=32),
+                   checkpointing=False, init="", pose_weight=50.0, sigma=2.0, half_body=0.0, scaling=0.15,
+                   rotation=10.0, rectangle=0.2, vae_along=True, epochs=4, batch=16, lr=1e-3, schedule="cosine",
+                   warmup=30, processes=2, workers=0, eval_every=4, eval_batch=32),
     "body": Config(),
     "wholebody": Config(tap=2, keypoints="wholebody"),
 }
@@ -513,7 +514,6 @@ class SDPose(nn.Module):
     def task(self, y: tuple[float, float]) -> Tensor:
         return torch.tensor([y], device=self.text.device)
 
-    @torch.no_grad()
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Crops (B, 3, H, W) in [-1, 1] → mean and log variance of their latents; in parts of `PIXELS`, for memory."""
         parts = images.split(max(1, PIXELS // (images.shape[2] * images.shape[3])))
@@ -545,10 +545,11 @@ class SDPose(nn.Module):
     def forward(self, latents: Tensor, reconstruct: bool = True) -> dict[str, Tensor]:
         """Both tasks on the same latents: `heatmaps` and, unless switched off, `latents` of the clean crops.
 
-        Two passes give what one batch of both would, and the pose pass stops at its tap.
+        Two passes give what one batch of both would, and the pose pass stops at its tap. The RGB pass does not move
+        the latents (`vae_along`): it would make them easy to reconstruct, not good to have.
         """
         result = dict(heatmaps=self.heatmaps(latents))
-        return result | dict(latents=self.reconstruct(latents)) if reconstruct else result
+        return result | dict(latents=self.reconstruct(latents.detach())) if reconstruct else result
 
 
 def build(preset: str, skeleton: str | Skeleton = "coco", **overrides) -> SDPose:
@@ -789,8 +790,8 @@ def photometric(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return crop[..., rng.permutation(3)] if rng.random() < 0.5 else crop
 
 
-def disturb(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Box blur and median blur of 3, 5 or 7 pixels, one of 10 times each; always a black rectangle inside.
+def disturb(crop: np.ndarray, cfg: Config, rng: np.random.Generator) -> np.ndarray:
+    """Box blur and median blur of 3, 5 or 7 pixels, one of 10 times each; a black rectangle inside.
 
     Departs  the paper blurs with Gaussians; the release, and we, with boxes
     """
@@ -800,6 +801,8 @@ def disturb(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.1:
         picture = picture.filter(ImageFilter.MedianFilter(2 * int(rng.integers(1, 4)) + 1))
     crop, sides = np.array(picture), crop.shape[:2]
+    if rng.random() >= cfg.rectangle:
+        return crop
     lengths = [int(side * rng.uniform(0.2, 0.4)) for side in sides]
     y, x = (int(rng.integers(0, side - length + 1)) for side, length in zip(sides, lengths))
     crop[y:y + lengths[0], x:x + lengths[1]] = 0
@@ -821,7 +824,7 @@ def augment(image: np.ndarray, box: np.ndarray, keypoints: np.ndarray, skeleton:
     matrix = udp_matrix(center, fix_aspect(size, cfg), cfg, degrees)
     clean = photometric(transforms.warp_affine(image, matrix, (cfg.width, cfg.height)), rng)
     xy = keypoints[:, :2] @ matrix[:, :2].T + matrix[:, 2]
-    return disturb(clean, rng), clean, np.c_[xy, keypoints[:, 2]].astype(np.float32)
+    return disturb(clean, cfg, rng), clean, np.c_[xy, keypoints[:, 2]].astype(np.float32)
 
 
 # ---- Codec: keypoints ↔ heatmaps (UDP, DARK) ----------------------------------------------------------------
@@ -1051,6 +1054,7 @@ def loader_of(crops: Dataset | list, batches: list[list[int]], cfg: Config, rank
                       pin_memory=ranks.device.type == "cuda")
 
 
+@torch.no_grad()
 def make_cache(model: SDPose, views: list[TrainCrops], cfg: Config, ranks: runtime.Ranks,
                run: runtime.Run) -> list[list]:
     """Per view a list of what TrainCrops gives, with posteriors (S, 8, h, w) in place of crops.
@@ -1079,61 +1083,33 @@ def make_cache(model: SDPose, views: list[TrainCrops], cfg: Config, ranks: runti
     return cached
 
 
-# ---- A VAE for those who have none --------------------------------------------------------------------------
-
-
-def warm_vae(model: SDPose, crops: TrainCrops, cfg: Config, ranks: runtime.Ranks) -> float:
-    """Teach a random VAE to reconstruct clean crops, `vae_steps` steps. Returns the last reconstruction error.
-
-        loss = mean |D(z) - x|² + 0.001 KL(q(z|x) ‖ N(0, 1)),    z ~ q(z|x) = N(E(x))
-
-    At the end the latents are scaled to a deviation of 1 after LATENT_SCALE, as Stable Diffusion's are.
-    """
-    vae, error = model.vae.requires_grad_(True).train(), math.nan
-    parameters = list(vae.parameters())
-    optimizer = torch.optim.AdamW(parameters, cfg.vae_lr, weight_decay=0.0)
-    batches = runtime.epoch_batches(len(crops), cfg.batch // ranks.world, 1, cfg.seed, 0, ranks)
-    batches = (batches * -(-cfg.vae_steps // len(batches)))[:cfg.vae_steps]
-    bar = tqdm(loader_of(crops, batches, cfg, ranks), "teach the VAE", disable=ranks.rank > 0)
-    for step, (images, *_) in enumerate(bar):
-        runtime.seed_all(cfg.seed, step, ranks.rank)
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.vae_lr * min(1, (step + 1) / 10) * (1 - step / cfg.vae_steps)
-        x = normalise(images[:, -1].to(ranks.device))
-        mean, log_variance = vae.encode(x)
-        image = vae.decode(mean + (log_variance / 2).exp() * torch.randn_like(mean))
-        error = F.mse_loss(image, x)
-        kl = 0.5 * (mean ** 2 + log_variance.exp() - 1 - log_variance).mean()
-        (error + 1e-3 * kl).backward()
-        gradient = runtime.mean_over_ranks(torch.cat([p.grad.flatten() for p in parameters]))
-        for p, g in zip(parameters, gradient.split([p.numel() for p in parameters])):
-            p.grad = g.view_as(p)
-        nn.utils.clip_grad_norm_(parameters, cfg.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        bar.set_postfix(error=f"{error.item():.4f}")
-    with torch.no_grad():
-        scale = 1 / (LATENT_SCALE * runtime.mean_over_ranks(mean.std()))
-        vae.quant_conv.weight[:LATENT] *= scale
-        vae.quant_conv.bias[:LATENT] *= scale
-        vae.quant_conv.bias[LATENT:] += 2 * scale.log()
-        vae.post_quant_conv.weight /= scale
-    vae.requires_grad_(False).eval()
-    return error.item()
+@torch.no_grad()
+def unit_latents(model: SDPose, crops: TrainCrops) -> None:
+    """Scale a random VAE so that latents have a deviation of 1, as Stable Diffusion's: weaker ones the U-Net hardly
+    sees beside its biases."""
+    mean, _ = posterior(model, torch.stack([crops[n][0] for n in range(min(64, len(crops)))])).chunk(2, 2)
+    scale = 1 / (LATENT_SCALE * mean.std())
+    model.vae.quant_conv.weight[:LATENT] *= scale
+    model.vae.quant_conv.bias[:LATENT] *= scale
+    model.vae.post_quant_conv.weight /= scale
 
 
 # ---- Training -----------------------------------------------------------------------------------------------
 
 
 def freeze_unused(model: SDPose, cfg: Config) -> None:
-    """Weights behind the feature tap learn from the RGB branch alone: without it they stay as they are."""
+    """The VAE is frozen, but for a random one's encoder; weights behind the feature tap learn from the RGB branch
+    alone, and without it stay as they are."""
+    if cfg.vae_along:
+        for part in (model.vae.encoder, model.vae.quant_conv):
+            part.requires_grad_(True)
     if not cfg.rgb_weight:
         for part in (*model.unet.up_blocks[cfg.tap + 1:], model.unet.conv_norm_out, model.unet.conv_out):
             part.requires_grad_(False)
 
 
 def build_optimizer(model: SDPose, cfg: Config) -> torch.optim.AdamW:
-    """AdamW over U-Net and heatmap head; the VAE is frozen."""
+    """AdamW over all that learns: U-Net and heatmap head, and a random VAE's encoder."""
     learned = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(learned, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
 
@@ -1152,13 +1128,16 @@ def batch_losses(net: nn.Module, model: SDPose, crops: Tensor, keypoints: Tensor
     distributes it. Raises FloatingPointError if a loss is not finite.
     """
     cfg, keypoints = model.cfg, keypoints.to(device)
-    with torch.no_grad():
-        mean, log_variance = (posterior(model, crops) if crops.dtype == torch.uint8 else crops.to(device)).chunk(2, 2)
-        z = LATENT_SCALE * (mean + (log_variance / 2).exp() * torch.randn_like(mean))       # (B, S, 4, h, w)
-        target, weights = udp_encode(keypoints[..., :2], keypoints[..., 2], cfg)
+    target, weights = udp_encode(keypoints[..., :2], keypoints[..., 2], cfg)
+    moments = [crops.to(device)] if crops.dtype != torch.uint8 else []
+    for s in range(crops.shape[1] if not moments else 0):
+        with torch.set_grad_enabled(cfg.vae_along and s == 0):             # the clean crop is a target
+            moments.append(posterior(model, crops[:, s:s + 1]))
+    mean, log_variance = torch.cat(moments, 1).chunk(2, 2)
+    z = LATENT_SCALE * (mean + (log_variance / 2).exp() * torch.randn_like(mean))           # (B, S, 4, h, w)
     with runtime.autocast(device, cfg.amp):
         output = net(z[:, 0].contiguous(memory_format=torch.channels_last), cfg.rgb_weight > 0)
-    losses = criterion(output, z[:, -1], target, weights, cfg)
+    losses = criterion(output, z[:, -1].detach(), target, weights, cfg)
     if not torch.stack([*losses.values()]).isfinite().all():
         raise FloatingPointError(" and ".join(losses))
     return losses
@@ -1166,11 +1145,10 @@ def batch_losses(net: nn.Module, model: SDPose, crops: Tensor, keypoints: Tensor
 
 def prepare(model: SDPose, data: PoseDataset, cfg: Config, ranks: runtime.Ranks, run: runtime.Run,
             fresh: bool) -> Callable[[int], Dataset]:
-    """The crops of each epoch, as a function of its number; a fresh tiny model's VAE is taught before that."""
+    """The crops of each epoch, as a function of its number."""
     people = people_to_learn(data, cfg.people, cfg.seed)
-    if fresh and cfg.vae_steps:
-        error = warm_vae(model, TrainCrops(data, people, replace(cfg, rgb_weight=1.0, target="clean"), 0), cfg, ranks)
-        run.say(f"the VAE reconstructs crops with a mean squared error of {error:.4f} (values are -1 to 1)")
+    if fresh and not cfg.init:
+        unit_latents(model, TrainCrops(data, people, cfg, 0))
     if not cfg.cache_views:
         return partial(TrainCrops, data, people, cfg)
     views = [TrainCrops(data, people, cfg, view) for view in range(cfg.cache_views)]

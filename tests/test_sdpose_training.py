@@ -433,7 +433,7 @@ def test_an_image_that_cannot_be_read_gives_way_and_is_named(puppets_folder, tmp
 # ------------------------------------------------------------------------------------------ training
 
 SMALL = ("--train --channels 16 --head_dim 16 --vae_channels 8 --height 64 --width 48 --workers 0 --processes 1 "
-         "--batch 8 --people 16 --eval_batch 16 --vae_steps 2 --cache_views 1 --eval_every 9 --no-flip_test").split()
+         "--batch 8 --people 16 --eval_batch 16 --no-vae_along --cache_views 1 --eval_every 9 --no-flip_test").split()
 TINIER = dict(channels=16, head_dim=16, vae_channels=8, height=64, width=48, workers=0)
 
 
@@ -466,15 +466,22 @@ def test_a_cache_gives_what_encoding_on_the_fly_gives(data):
         assert torch.equal(cached[n][1], keypoints) and cached[n][2] == image_id
 
 
-def test_a_taught_vae_reconstructs_better_and_has_latents_of_deviation_one(data):
-    model = sd.build("tiny", **TINIER, vae_steps=25)
-    crops = sd.TrainCrops(data, sd.people_to_learn(data, 0, 0), model.cfg, 0)
-    x = sd.normalise(torch.stack([crops[n][0][-1] for n in range(8)]))
-    before = (model.vae.decode(model.vae.encode(x)[0]) - x).square().mean()
-    sd.warm_vae(model, crops, model.cfg, ALONE)
-    z = model.latents(x)
-    assert (model.images(z) - x).square().mean() < 0.7 * before
-    assert 0.7 < z.std() < 1.4 and not any(p.requires_grad for p in model.vae.parameters())
+def test_a_random_vae_gets_latents_of_deviation_one_and_learns_along_with_the_pose_branch_alone(data):
+    model = sd.build("tiny", **TINIER, rgb_weight=0.0)
+    crops = sd.TrainCrops(data, sd.people_to_learn(data, 0, 0), replace(model.cfg, rgb_weight=1.0), 0)
+    sd.freeze_unused(model, model.cfg)
+    sd.unit_latents(model, crops)
+    batch, keypoints, *_ = zip(*(crops[n] for n in range(8)))
+    batch, keypoints = torch.stack(batch), torch.stack(keypoints)
+    assert 0.7 < model.latents(sd.normalise(batch[:, 0])).std() < 1.4
+    gradients = []
+    for weight in (0.0, 1.0):                                   # the RGB branch must not reach the VAE
+        model.cfg = replace(model.cfg, rgb_weight=weight)
+        model.zero_grad()
+        torch.manual_seed(0)
+        sum(sd.batch_losses(model, model, batch[:, :1 + int(weight)], keypoints, torch.device("cpu")).values()).backward()
+        gradients.append(model.vae.encoder.conv_in.weight.grad)
+    assert gradients[0].abs().sum() > 0 and model.vae.decoder.conv_in.weight.grad is None
 
 
 def test_both_branches_learn_in_a_few_steps(data):
@@ -505,7 +512,7 @@ def test_without_the_rgb_branch_nothing_behind_the_tap_learns():
 
 @pytest.mark.parametrize("words, says", [
     ("--target mean", "choose from"), ("--scaling 1.5", "0.9"), ("--batch 7 --accum 2", "does not split"),
-    ("--init some --vae_steps 5", "leave one")])
+    ("--init some", "leave out --init")])
 def test_flags_that_no_run_could_use_are_one_line(words, says):
     with pytest.raises(UserError, match=says):
         runtime.parse(sd.Config, sd.PRESETS, "", words.split())
@@ -517,7 +524,7 @@ def test_flags_that_no_run_could_use_are_one_line(words, says):
 @pytest.fixture(scope="module")
 def run_folder(puppets_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    train(puppets_folder, folder, "--epochs", "1", "--vae_steps", "0", "--people", "8", "--eval_every", "1")
+    train(puppets_folder, folder, "--epochs", "1", "--people", "8", "--eval_every", "1")
     return folder
 
 
