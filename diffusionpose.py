@@ -128,7 +128,7 @@ class Config:
         runtime.check_range(self, 1e-6, math.inf, "signal_scale")
         runtime.check_range(self, 0, math.inf, "alpha rotation")
         runtime.check_range(self, 0, 1, "eta half_body scale_jitter")
-        for name, unit in dict(dim=math.lcm(2, self.vit_heads, self.heads), height=PATCH, width=PATCH).items():
+        for name, unit in dict(dim=math.lcm(4, self.vit_heads, self.heads), height=PATCH, width=PATCH).items():
             if getattr(self, name) % unit:
                 raise runtime.UserError(f"--{name} {getattr(self, name)}: expected a multiple of {unit}, for its "
                                         f"{'heads' if name == 'dim' else 'patches'}")
@@ -158,9 +158,9 @@ def _presets() -> dict[str, Config]:
     l = replace(b, dim=1024, depth=24, vit_heads=16, heads=16, init="vitpose_large.pth")
     h = replace(b, dim=1280, depth=32, vit_heads=16, heads=20, init="vitpose_huge.pth")
     tiny = replace(b, height=128, width=96, dim=96, depth=4, vit_heads=4, heads=4, stfe_layers=1, decoder_layers=2,
-                   init="", half_body=0.0, scale_jitter=0.1, rotation=10.0, sigma=1.5, batch=16, lr=1e-3, lr_backbone=1e-3,
-                   weight_decay=0.05, schedule="cosine", warmup=100,
-                   drop_epochs="", ema=0.995, ema_warmup=100, processes=2, workers=0, eval_every=20, eval_batch=64)
+                   init="", half_body=0.0, scale_jitter=0.1, rotation=10.0, sigma=2.0, batch=16, lr=2e-3, lr_backbone=2e-3,
+                   weight_decay=0.05, schedule="cosine", warmup=50,
+                   drop_epochs="", epochs=15, ema=0.995, ema_warmup=100, processes=2, workers=0, eval_every=15, eval_batch=64)
     return {"tiny": tiny, "s": s, "b": b, "l": l, "h": h}
 
 
@@ -596,6 +596,13 @@ def ddim(denoise: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int,
 # ---- The model ----------------------------------------------------------------------------------------------
 
 
+def grid_sines(grid: tuple[int, int], dim: int) -> Tensor:
+    """Places as MAE's table has them, (N, D): sine and cosine of x, then of y, with D/4 wavelengths each."""
+    frequencies = 10000 ** (-torch.arange(dim // 4) / (dim / 4))
+    y, x = (place.reshape(-1, 1) * frequencies for place in torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], 1)
+
+
 class DiffusionPose(nn.Module):
     """Clips to heatmaps. `forward` is training's one call, `sample` predicts; both are `encode`, then `denoise`."""
 
@@ -605,15 +612,27 @@ class DiffusionPose(nn.Module):
         self.backbone = ViT(cfg.dim, cfg.depth, cfg.vit_heads, math.prod(cfg.grid))
         self.stfe = SpatioTemporalEncoder(cfg, skeleton.num_keypoints)
         self.pdd = (PoseDenoisingDecoder if cfg.denoiser == "hcdb" else UNetDenoiser)(cfg, skeleton)
-        for name, module in self.named_modules():                       # Mamba and convolutions have set theirs
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start values [C]; Mamba and convolutions have set theirs.
+
+        Who is who, and where, is said aloud: tables of deviation 1, sines for patches [A: MAE], a whisper of the noisy
+        maps. With 0.02 for all of them a joint's token starts as the noise it is made of.
+        """
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and "mamba" not in name:
                 quiet = name.endswith(("modulation", "mol.node", "mol.edge"))
-                nn.init.zeros_(module.weight) if quiet else nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.weight) if quiet else nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for name, table in self.named_parameters():
-            if name.endswith(("pos_embed", "keypoint_tokens", "frame_embed")):
-                nn.init.trunc_normal_(table, std=0.02)
+            if name.endswith(("pdd.pos_embed", "keypoint_tokens", "frame_embed")):
+                nn.init.normal_(table)
+        if isinstance(self.pdd, PoseDenoisingDecoder):
+            nn.init.normal_(self.pdd.embed.weight, std=0.002)
+        self.backbone.pos_embed.zero_()[0, 1:] = grid_sines(self.cfg.grid, self.cfg.dim)
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
