@@ -67,6 +67,13 @@ def true_boxes(data: PoseDataset) -> Boxes:
     return Boxes("annotated (ground truth)", people)
 
 
+def people_to_learn(data: PoseDataset) -> np.ndarray:
+    """(image, person) of everybody with a labelled joint, by position in `data` and in the image: (n, 2)."""
+    learn = (data.keypoints[..., 2] > 0).any(1) & ~data.iscrowd
+    return np.array([(i, p) for i, n in enumerate(data.rows)
+                     for p in np.flatnonzero(learn[data.offsets[n]:data.offsets[n + 1]])])
+
+
 def read_results(path: str) -> dict[str, Found]:
     """COCO results → people by image id as text. Without `score` it is 1; other categories than 1 are left out.
 
