@@ -61,7 +61,8 @@ from common import draw, metrics, runtime, topdown, transforms, vit, weights
 from common.datasets import PoseDataset, Prediction, Sample, default_splits, open_dataset
 from common.loading import collate
 from common.skeletons import Skeleton, edges, get_skeleton
-from common.vit import PATCH, Attention, LayerNorm, TransformerBlock, ViT, mlp
+from common.unet import UNet
+from common.vit import PATCH, Attention, CrossAttention, LayerNorm, TransformerBlock, ViT, mlp
 from kernels.selective_scan import selective_scan
 
 # ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. -----------
@@ -363,20 +364,6 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], -1)
 
 
-class CrossAttention(nn.Module):
-    """Tokens (B, L, D) look at a context (B, N, D). The rows of kv are k, v."""
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        q = rearrange(self.q(x), "b l (m d) -> b m l d", m=self.heads)
-        k, v = rearrange(self.kv(context), "b n (two m d) -> two b m n d", two=2, m=self.heads)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
 class DenoisingBlock(nn.Module):
     """Heatmap Conditional Denoising Block: joint tokens h (B, J, D) → the same shape, steps in the paper's order:
 
@@ -432,21 +419,6 @@ class PoseDenoisingDecoder(nn.Module):
         return self.head(self.norm(h)).view_as(x_t)
 
 
-class ResidualBlock(nn.Module):
-    """x + conv(SiLU(GN(conv(SiLU(GN(x))) + W time)))."""
-
-    def __init__(self, channels_in: int, channels: int, time_dim: int):
-        super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(32, channels_in), nn.Conv2d(channels_in, channels, 3, padding=1)
-        self.time = nn.Linear(time_dim, channels)
-        self.norm2, self.conv2 = nn.GroupNorm(32, channels), nn.Conv2d(channels, channels, 3, padding=1)
-        self.shortcut = nn.Identity() if channels_in == channels else nn.Conv2d(channels_in, channels, 1)
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x))) + self.time(F.silu(time))[..., None, None]
-        return self.shortcut(x) + self.conv2(F.silu(self.norm2(y)))
-
-
 class UNetDenoiser(nn.Module):
     """The naive U-Net of Tables 5 and 7, with the arguments of PoseDenoisingDecoder; C_p finds no use.
 
@@ -456,30 +428,15 @@ class UNetDenoiser(nn.Module):
 
     def __init__(self, cfg: Config, skeleton: Skeleton):
         super().__init__()
-        widths, joints, dim, self.grid = (64, 128, 256), skeleton.num_keypoints, cfg.dim, cfg.grid
-        self.condition, self.time_mlp = nn.Linear(dim, widths[0]), mlp(dim, dim, nn.SiLU)
-        self.stem = nn.Conv2d(joints + widths[0], widths[0], 3, padding=1)
-        self.down = nn.ModuleList(nn.ModuleList(ResidualBlock(w, w, dim) for _ in range(2)) for w in widths)
-        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(widths, widths[1:]))
-        self.up = nn.ModuleList(nn.ModuleList((ResidualBlock(a + b, a, dim), ResidualBlock(a, a, dim)))
-                                for a, b in zip(widths, widths[1:]))
-        self.norm, self.head = nn.GroupNorm(32, widths[0]), nn.Conv2d(widths[0], joints, 3, padding=1)
+        self.grid, channels, joints = cfg.grid, 64, skeleton.num_keypoints
+        self.condition, self.time_mlp = nn.Linear(cfg.dim, channels), mlp(cfg.dim, cfg.dim, nn.SiLU)
+        self.unet = UNet(joints + channels, joints, cfg.dim)
 
     def forward(self, x_t: Tensor, t: Tensor, c_f: Tensor, c_p: Tensor) -> Tensor:
         time = self.time_mlp(time_embedding(t, c_f.shape[-1]).to(c_f.dtype))
         condition = self.condition(c_f).transpose(1, 2).unflatten(2, self.grid)
         condition = F.interpolate(condition, x_t.shape[-2:], mode="bilinear", align_corners=False)
-        x, skips = self.stem(torch.cat([x_t, condition], 1)), []
-        for i, blocks in enumerate(self.down):
-            x = self.shrink[i - 1](x) if i else x
-            for block in blocks:
-                x = block(x, time)
-            skips.append(x)
-        for skip, blocks in zip(skips[-2::-1], reversed(self.up)):
-            x = torch.cat([skip, F.interpolate(x, scale_factor=2, mode="nearest")], 1)
-            for block in blocks:
-                x = block(x, time)
-        return self.head(F.silu(self.norm(x)))
+        return self.unet(torch.cat([x_t, condition], 1), time)
 
 
 # ---- Diffusion ----------------------------------------------------------------------------------------------

@@ -39,6 +39,20 @@ class Attention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+class CrossAttention(nn.Module):
+    """Tokens (B, L, D) look at a context (B, N, D). The rows of kv are k, v."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q = rearrange(self.q(x), "b l (m d) -> b m l d", m=self.heads)
+        k, v = rearrange(self.kv(context), "b n (two m d) -> two b m n d", two=2, m=self.heads)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
 class TransformerBlock(nn.Module):
     """x ← x + MHSA(LN(x));  x ← x + MLP(LN(x))."""
 

@@ -1,6 +1,7 @@
 """DiffusionPose's clips, losses, decoding, training and evaluation. Reference cases by file pattern."""
 import importlib
 import json
+import re
 import shutil
 import signal
 import sys
@@ -294,6 +295,30 @@ def test_the_ablation_of_a_frame_and_every_flag_are_settings():
             config(**flags)
 
 
+ROWS = dict(re.findall(r"^ +([567] \S.*?) +[\d.]+ *(--.*)?$", dp.__doc__, re.MULTILINE))
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_of_the_tables_is_a_command_that_trains_a_step(row):
+    """The flags as the docstring has them, through the parser; only a row with the Markov loss has its term."""
+    size = [word for name, value in SMALL.items() for word in (f"--{name}", str(value)) if value != ""]
+    cfg, _ = runtime.parse(dp.Config, dp.PRESETS, "", ["--train", *size, *ROWS[row].split()])
+    model, joints = dp.DiffusionPose(cfg, POSETRACK), torch.rand(2, 15, 3) * 40
+    optimizer, before = dp.build_optimizer(model, cfg), {name: p.clone() for name, p in model.named_parameters()}
+    losses = dp.batch_losses(model, model, torch.randint(0, 256, (2, 3, 3, 64, 48), dtype=torch.uint8),
+                             torch.cat([joints[..., :2], torch.ones(2, 15, 1)], -1), cfg.alpha, ALONE)
+    sum(losses.values()).backward()
+    optimizer.step()
+    assert ("markov" in losses) == ("--alpha 0" not in ROWS[row])
+    assert not torch.equal(before["backbone.patch_embed.proj.weight"], model.backbone.patch_embed.proj.weight)
+
+
+def test_the_docstring_lists_all_rows_of_the_ablations():
+    assert len(ROWS) == 8 and ROWS["5 (c), 6 (c), 7 (e)"] == "" and len(set(ROWS.values())) == 8
+    numbers = [int(n) for row in ROWS for n in re.findall(r"([567]) ", row)]
+    assert [numbers.count(n) for n in (5, 6, 7)] == [4, 3, 5]
+
+
 def test_every_parameter_is_in_one_group_and_only_matrices_decay():
     model = small()
     optimizer = dp.build_optimizer(model, config(lr=1e-3, lr_backbone=1e-4))
@@ -395,7 +420,7 @@ def test_a_run_leaves_a_checkpoint_that_eval_understands(clips, whole_run, tmp_p
     assert {"all.gif", "000002.png", "000004_steps.gif", "000004_markov.png", "results.json"} <= drawn
 
 
-def test_eval_gives_each_frame_those_beside_it(tmp_path):
+def test_eval_gives_each_frame_those_beside_it(tmp_path, capsys):
     evaluation = importlib.import_module("eval")
     for n in range(4):
         Image.new("RGB", (10, 10) if n < 3 else (11, 10), (50 * n,) * 3).save(tmp_path / f"{n}.png")
@@ -403,6 +428,7 @@ def test_eval_gives_each_frame_those_beside_it(tmp_path):
     values = [[x.getpixel((0, 0))[0] for x in evaluation.clips_of(evaluation.frames_of(path), path, files, folders)[0]]
               for path, folders in ((files[0], [tmp_path]), (files[1], [tmp_path]), (files[2], [tmp_path]), (files[1], []))]
     assert values == [[0, 0, 50], [0, 50, 100], [50, 100, 100], [50, 50, 50]]
+    assert capsys.readouterr().out.count(f"{files[2]}: a frame beside it has another size") == 1
     gif = [Image.new("RGB", (10, 10), (value,) * 3) for value in (10, 20, 30)]
     values = [[x.getpixel((0, 0))[0] for x in clip] for clip in evaluation.clips_of(gif, Path("a.gif"), [Path("a.gif")], [])]
     assert values == [[10, 10, 20], [10, 20, 30], [20, 30, 30]]
