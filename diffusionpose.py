@@ -16,7 +16,7 @@ Units    heatmaps G, H are in [0, 1]; what is denoised is x = (2G − 1)·s, s t
          boxes are x1, y1, x2, y2 in pixels of the image; "cells" are those of a heatmap
 Marks    No code was ever released and the paper leaves much open. [P] the paper says it; [A] taken from public code of
          an ancestor (ViTPose, DCPose, DiffusionDet, Mamba); [C] our choice where the paper has no words.
-Departs  from the paper's letter, where it is not defined:
+Departs  from the paper where its words are not defined:
          eqs. 1-3    potentials are in the logarithm, a product of messages is a sum, "∝" divides by the mean over
                      channels; messages run until they stop changing (MarkovOptimizationLayer)
          Sec. 3.2    one token per joint, its whole map, not patches of all maps: eq. 2 needs a state per joint
@@ -500,7 +500,7 @@ class DiffusionPose(nn.Module):
     def __init__(self, cfg: Config, skeleton: Skeleton):
         super().__init__()
         self.cfg, self.skeleton = cfg, skeleton
-        self.backbone = ViT(cfg.dim, cfg.depth, cfg.vit_heads, math.prod(cfg.grid))
+        self.backbone = ViT(cfg.dim, cfg.depth, cfg.vit_heads, math.prod(cfg.grid))     # without drop path [C]
         self.stfe = SpatioTemporalEncoder(cfg, skeleton.num_keypoints)
         self.pdd = (PoseDenoisingDecoder if cfg.denoiser == "hcdb" else UNetDenoiser)(cfg, skeleton)
         for name, module in self.named_modules():                       # Mamba and convolutions have set theirs
@@ -604,11 +604,8 @@ def soft_argmax(heatmaps: Tensor) -> Tensor:
 
 def limb_pairs(tree: tuple[tuple[int, int], ...]) -> list[tuple[int, int, int, int, int]]:
     """(o, a, b, limb o-a, limb o-b) of all pairs of limbs that share a joint o."""
-    found = []
-    for (m, one), (n, other) in combinations(enumerate(tree), 2):
-        for o in set(one) & set(other):
-            found.append((o, sum(one) - o, sum(other) - o, m, n))
-    return found
+    return [(o, sum(one) - o, sum(other) - o, m, n)
+            for (m, one), (n, other) in combinations(enumerate(tree), 2) for o in set(one) & set(other)]
 
 
 def markov_loss(pred: Tensor, true: Tensor, visible: Tensor, tree: tuple) -> tuple[Tensor, Tensor]:
@@ -621,8 +618,8 @@ def markov_loss(pred: Tensor, true: Tensor, visible: Tensor, tree: tuple) -> tup
     would make it 0 and the gradient infinite. M < 2 and N = 0 give 0. Note what the logarithm of a mean of
     exponentials is: a soft minimum, small as soon as one limb fits, that pulls most at limbs that are nearly right.
     """
-    a, b = (torch.tensor(end, device=pred.device) for end in zip(*tree))
-    o, p, q, limb_p, limb_q = (torch.tensor(part, device=pred.device) for part in zip(*limb_pairs(tree)))
+    a, b = torch.tensor(tree, device=pred.device).T
+    o, p, q, limb_p, limb_q = torch.tensor(limb_pairs(tree), dtype=torch.long, device=pred.device).view(-1, 5).T
 
     def lengths_and_cosines(xy: Tensor) -> tuple[Tensor, Tensor]:
         length = ((xy[:, a] - xy[:, b]).square().sum(-1) + LENGTH_ETA).sqrt()                      # (B, limbs)
@@ -694,7 +691,8 @@ def augment(joints: np.ndarray, box: np.ndarray, width: int, skeleton: Skeleton,
     Half of the body for some people with more than 8 joints; size by 1 ± scale_jitter at most; 60 % turned by up to
     2·rotation; 50 % mirrored, where the skeleton has left and right.
     """
-    half = transforms.half_body(joints, skeleton, rng) if rng.random() < cfg.half_body and (joints[:, 2] > 0).sum() > 8 else None
+    halve = rng.random() < cfg.half_body and (joints[:, 2] > 0).sum() > 8
+    half = transforms.half_body(joints, skeleton, rng) if halve else None
     box, margin = (box, MARGIN) if half is None else (half, 1.5)
     centre, size = transforms.fit_box(box, cfg.width / cfg.height, margin)
     window = size[0] * (1 + cfg.scale_jitter * np.clip(rng.standard_normal(), -1, 1))
@@ -832,8 +830,9 @@ def evaluate(model: DiffusionPose, data: PoseDataset, cfg: Config, ranks: runtim
     """
     boxes = boxes or topdown.true_boxes(data)
     if data.metric == "posetrack":
-        people = {key: (box[score >= LEAST_BOX], score[score >= LEAST_BOX]) for key, (box, score) in boxes.people.items()}
-        boxes = boxes._replace(people=people)
+        everybody, boxes = boxes.total(), boxes.at_least(LEAST_BOX)
+        if boxes.total() < everybody and ranks.rank == 0:
+            print(f"{everybody - boxes.total()} of {everybody} person boxes left out: their score is below {LEAST_BOX}")
     found = topdown.predict_people(partial(find_poses, fuse(model)), data, boxes, partial(cut_box, cfg=cfg),
                                    cfg.eval_batch, cfg.workers, ranks)
     found = [with_scores(p) for p in found]

@@ -40,6 +40,11 @@ class Boxes(NamedTuple):
     def total(self) -> int:
         return sum(len(scores) for _, scores in self.people.values())
 
+    def at_least(self, least: float) -> "Boxes":
+        """Those with a score of at least `least`."""
+        people = {key: (boxes[scores >= least], scores[scores >= least]) for key, (boxes, scores) in self.people.items()}
+        return self._replace(people=people)
+
     def __str__(self) -> str:
         return f"person boxes: {self.source}, {self.total()} people"
 

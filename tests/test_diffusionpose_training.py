@@ -80,6 +80,15 @@ def test_markov_loss_of_hardly_anything_is_finite_with_a_finite_gradient(labelle
         assert not length.any() and not angle.any() and not pred.grad.any()
 
 
+def test_markov_loss_of_limbs_that_share_no_joint_is_their_lengths():
+    pred, true = (10 * torch.rand(2, 4, 2)).requires_grad_(), 10 * torch.rand(2, 4, 2)
+    length, angle = dp.markov_loss(pred, true, torch.ones(2, 4), ((0, 1), (2, 3)))
+    assert (length > 0).all() and not angle.any()
+    maps = torch.rand(2, 4, 8, 6, requires_grad=True)
+    for tree, terms in (((0, 1), (2, 3)), {"heat", "markov"}), (((0, 1),), {"heat"}), ((), {"heat"}):
+        assert dp.criterion(maps, torch.rand(2, 4, 8, 6), torch.ones(2, 4), tree, 0.1).keys() == terms
+
+
 def test_gradients_of_the_losses_are_right():
     tree, visible = dp.limbs(POSETRACK), (torch.rand(2, 15) > 0.2).double()
     true, pred = 8 * torch.rand(2, 15, 2).double(), (8 * torch.rand(2, 15, 2).double()).requires_grad_()
@@ -265,7 +274,7 @@ def test_a_perfect_network_gets_nearly_everything_right_with_any_number_of_steps
     assert table["Mean"] > 95 and len(asked) > 1
 
 
-def test_weak_detections_are_left_out_of_posetrack(clips, tmp_path):
+def test_weak_detections_are_left_out_of_posetrack_and_counted(clips, tmp_path, capsys):
     data, model = open_dataset(str(clips), "val"), small().eval()
     image_id = data[3].image_id
     boxes = [dict(image_id=image_id, bbox=[5, 5, 30, 40], score=score) for score in (0.9, 0.1)]
@@ -273,6 +282,7 @@ def test_weak_detections_are_left_out_of_posetrack(clips, tmp_path):
     _, found = dp.evaluate(model, data, config(), ALONE, topdown.read_boxes(str(tmp_path / "boxes.json"), data))
     people = {p.image_id: len(p.scores) for p in found}
     assert people.pop(image_id) == 1 and not any(people.values())
+    assert "1 of 2 person boxes left out: their score is below 0.2" in capsys.readouterr().out
 
 
 def test_mirroring_the_clip_as_a_test_averages_and_keeps_sides_apart():
@@ -418,6 +428,14 @@ def test_a_run_leaves_a_checkpoint_that_eval_understands(clips, whole_run, tmp_p
     assert "Shoulder" in printed and "annotated (ground truth)" in printed and "1 could not be read" in printed
     drawn = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"all.gif", "000002.png", "000004_steps.gif", "000004_markov.png", "results.json"} <= drawn
+
+
+def test_eval_takes_the_frames_of_a_folder_in_the_order_of_their_numbers(tmp_path):
+    evaluation = importlib.import_module("eval")
+    for name in ("f10.png", "f9.png", "f1.jpg", "a.png", "2.png", "f9b1.png"):
+        (tmp_path / name).touch()
+    names = [path.name for path in evaluation.find_pictures([str(tmp_path)])]
+    assert names == ["2.png", "a.png", "f1.jpg", "f9.png", "f9b1.png", "f10.png"]
 
 
 def test_eval_gives_each_frame_those_beside_it(tmp_path, capsys):
