@@ -565,7 +565,11 @@ def recognise(state: dict[str, Tensor]) -> tuple[str, int] | None:
 
 def load_init(model: DiffusionPose, source: str) -> None:
     """Start weights by file or name: DiffusionPose (all), or a ViT of ViTPose, MAE, mmpose or transformers."""
-    path = Path(source) if Path(source).exists() else weights.fetch(source)
+    path = Path(source)
+    if not path.exists() and path.suffix:
+        raise runtime.UserError(f"there are no start weights {source}: --init takes a file of ViTPose or MAE, of which "
+                                "data/README.md says where they are, vitpose-base, or '' to start from nothing")
+    path = path if path.exists() else weights.fetch(source)
     state = convert_official(weights.load_tensors(path), model.cfg)
     whole = "stfe.norm.weight" in state
     weights.load_strict(model, state, {} if whole else {r"^(?!backbone\.)": "not in a backbone's file"})

@@ -604,6 +604,13 @@ def test_start_weights_that_do_not_fit_are_refused_in_one_line(how, words, tmp_p
     assert "\n" not in str(caught.value)
 
 
+def test_start_weights_that_are_not_there_say_where_to_get_them():
+    with pytest.raises(UserError, match="no start weights nowhere/vitpose_small.pth.*data/README.md"):
+        dp.load_init(small(), "nowhere/vitpose_small.pth")
+    with pytest.raises(UserError, match="did you mean vitpose-base"):
+        dp.load_init(small(), "vitpose-basis")
+
+
 def test_a_number_of_heads_that_the_weights_were_not_trained_with_is_refused():
     cfg = replace(dp.PRESETS["s"], vit_heads=6)
     with pytest.raises(UserError, match="12 heads"):
