@@ -7,20 +7,30 @@ Idea     A person's pose in the middle of three frames is a stack of heatmaps, o
 Flow     crops (B,3,3,H,W) → ViT, each frame → (B,3,N,D), + keypoint tokens → X (B,3,M,D)
          → SpatioTemporalBlock ×3 → C_f (B,N,D) what the clip looks like, C_p (B,J,D) where the joints probably are
          noise x_T (B,J,Hh,Wh), t, C_f, C_p → DenoisingBlock ×3 → heatmaps (B,J,Hh,Wh); ddim repeats it if asked to
-Read     ViT → MambaBlock → SpatioTemporalBlock → SpatioTemporalEncoder → MarkovOptimizationLayer (eqs. 1-3)
+Read     MambaBlock → SpatioTemporalBlock → SpatioTemporalEncoder → MarkovOptimizationLayer (eqs. 1-3)
          → DenoisingBlock → PoseDenoisingDecoder → q_sample, ddim → DiffusionPose → criterion (eq. 4)
-         → cut_clip → TrainClips → decode → evaluate → train
+         → cut_clip → TrainClips → decode → evaluate → train; the ViT, ViTPose's, is in common/vit.py
 Letters  B clips  J joints  N patches of a frame  M = N+J tokens of a frame  D channels  E = 2D channels inside Mamba
          H W crop  Hh Wh heatmap, a quarter of it  T = 1000 diffusion times t  K rounds of messages
 Units    heatmaps G, H are in [0, 1]; what is denoised is x = (2G − 1)·s, s the signal scale; frames are normalised RGB;
          boxes are x1, y1, x2, y2 in pixels of the image; "cells" are those of a heatmap
 Marks    No code was ever released and the paper leaves much open. [P] the paper says it; [A] taken from public code of
          an ancestor (ViTPose, DCPose, DiffusionDet, Mamba); [C] our choice where the paper has no words.
-Departs  from the paper's letter, where it is not defined:
+Departs  from the paper where its words are not defined:
          eqs. 1-3    potentials are in the logarithm, a product of messages is a sum, "∝" divides by the mean over
                      channels; messages run until they stop changing (MarkovOptimizationLayer)
          Sec. 3.2    one token per joint, its whole map, not patches of all maps: eq. 2 needs a state per joint
          Table 7     its row (a) has "no C_f"; a U-Net that sees no image cannot work, so ours gets C_f as channels
+
+Tables   mAP on PoseTrack17's val in the paper, and the flags of each row:
+         5 baseline            81.2   --stfe none --denoiser unet --alpha 0
+         5 (a), 7 (a)          85.7   --denoiser unet --alpha 0
+         5 (b), 6 (a)          86.1   --stfe none
+         6 (b)                 86.3   --stfe transformer
+         7 (b)                 86.0   --no-cp --no-mol --alpha 0
+         7 (c)                 86.5   --no-mol --alpha 0
+         7 (d)                 87.2   --alpha 0
+         5 (c), 6 (c), 7 (e)   87.8
 
     python diffusionpose.py                             what each preset is: parameters, GFLOPs
     python diffusionpose.py --train                     learn the embedded puppets' clips on this machine
@@ -30,9 +40,7 @@ Departs  from the paper's letter, where it is not defined:
     python eval.py runs/<run> --images frames/ --process        heatmaps along the steps, messages between the joints
 """
 import math
-import re
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,15 +57,17 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from common import draw, metrics, runtime, topdown, transforms, weights
+from common import draw, metrics, runtime, topdown, transforms, vit, weights
 from common.datasets import PoseDataset, Prediction, Sample, default_splits, open_dataset
 from common.loading import collate
-from common.skeletons import Skeleton, edges, get_skeleton, words
+from common.skeletons import Skeleton, edges, get_skeleton
+from common.unet import UNet
+from common.vit import PATCH, Attention, CrossAttention, LayerNorm, TransformerBlock, ViT, mlp
 from kernels.selective_scan import selective_scan
 
 # ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. -----------
 
-PATCH, STRIDE = 16, 4          # pixels of the crop per patch of the ViT and per cell of a heatmap
+STRIDE = 4                     # pixels of the crop per cell of a heatmap; a patch of the ViT has 16
 TIMES = 1000                   # T, diffusion times [A: DiffusionDet]
 TOP_DOWN = True                # for eval.py: it looks at one person at a time, whose box it is given
 CLIPS = True                   # and at the frames before and after
@@ -123,11 +133,12 @@ class Config:
         runtime.check_choice(self, stfe=("stb", "transformer", "none"), denoiser=("hcdb", "unet"),
                              schedule=("constant", "cosine"), amp=runtime.AMP)
         runtime.check_range(self, 1, math.inf, "height width dim depth vit_heads heads stfe_layers decoder_layers "
-                            "ensemble")
+                            "ensemble epochs batch accum processes eval_every eval_batch")
         runtime.check_range(self, 1, TIMES, "steps")
-        runtime.check_range(self, 1e-6, math.inf, "signal_scale")
-        runtime.check_range(self, 0, math.inf, "alpha rotation")
-        runtime.check_range(self, 0, 1, "eta half_body scale_jitter")
+        runtime.check_range(self, 1e-6, math.inf, "signal_scale lr clip sigma")
+        runtime.check_range(self, 0, math.inf, "alpha rotation lr_backbone weight_decay warmup ema_warmup workers seed")
+        runtime.check_range(self, 0, 1, "eta half_body scale_jitter ema")
+        runtime.numbers(self.drop_epochs)
         for name, unit in dict(dim=math.lcm(4, self.vit_heads, self.heads), height=PATCH, width=PATCH).items():
             if getattr(self, name) % unit:
                 raise runtime.UserError(f"--{name} {getattr(self, name)}: expected a multiple of {unit}, for its "
@@ -135,11 +146,6 @@ class Config:
         if not self.cf and (self.denoiser == "unet" or self.stfe == "none" or not self.cp):
             raise runtime.UserError("--no-cf: the denoiser would see nothing of the image; leave --stfe stb, "
                                     "--denoiser hcdb and --cp as they are")
-        runtime.check_range(self, 1, math.inf, "epochs batch accum processes eval_every eval_batch")
-        runtime.check_range(self, 1e-6, math.inf, "lr clip sigma")
-        runtime.check_range(self, 0, math.inf, "lr_backbone weight_decay warmup ema_warmup workers seed")
-        runtime.check_range(self, 0, 1, "ema")
-        runtime.numbers(self.drop_epochs)
         if self.batch % self.accum:
             raise runtime.UserError(f"--batch {self.batch} does not split into {self.accum} micro-batches (--accum)")
 
@@ -165,84 +171,6 @@ def _presets() -> dict[str, Config]:
 
 
 PRESETS: dict[str, Config] = _presets()
-
-# ---- Backbone: the plain ViT of ViTPose [A], under its names ------------------------------------------------
-
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)
-
-
-def mlp(dim: int, inner: int, act: type[nn.Module] = nn.GELU) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, inner), act=act(), fc2=nn.Linear(inner, dim)))
-
-
-class Attention(nn.Module):
-    """Tokens look at each other, (B, L, D) → (B, L, D). The rows of qkv are q, k, v."""
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b l (three m d) -> three b m l d", three=3, m=self.heads)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class CrossAttention(nn.Module):
-    """Tokens (B, L, D) look at a context (B, N, D). The rows of kv are k, v."""
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        q = rearrange(self.q(x), "b l (m d) -> b m l d", m=self.heads)
-        k, v = rearrange(self.kv(context), "b n (two m d) -> two b m n d", two=2, m=self.heads)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class TransformerBlock(nn.Module):
-    """x ← x + MHSA(LN(x));  x ← x + MLP(LN(x)): a layer of the ViT, and what Table 6 has in place of an STB."""
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.norm1, self.attn = LayerNorm(dim), Attention(dim, heads)
-        self.norm2, self.mlp = LayerNorm(dim), mlp(dim, 4 * dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class ViT(nn.Module):
-    """Images (B, 3, H, W) → patch tokens (B, N, D), row by row.
-
-    The picture is padded by two pixels, so that patches lie as MAE's do. The table of positions keeps MAE's slot for a
-    class token, which is added to every token; there is none. No drop path: ours are 20 epochs at a low rate [C].
-    """
-
-    def __init__(self, dim: int, depth: int, heads: int, patches: int):
-        super().__init__()
-        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, PATCH, PATCH, padding=2)))
-        self.pos_embed = nn.Parameter(torch.empty(1, patches + 1, dim))
-        self.blocks = nn.Sequential(*(TransformerBlock(dim, heads) for _ in range(depth)))
-        self.last_norm = LayerNorm(dim)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.patch_embed(images).flatten(2).transpose(1, 2)
-        x = x + (self.pos_embed[:, 1:] + self.pos_embed[:, :1])
-        return self.last_norm(self.blocks(x))
-
-
-def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """A table (1, 1 + old cells, D) for another grid, bicubic; the first slot stays as it is."""
-    if old == new:
-        return table
-    grid = rearrange(table[:, 1:], "one (h w) d -> one d h w", h=old[0])
-    grid = F.interpolate(grid, new, mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2)], 1)
-
 
 # ---- Spatio-Temporal Feature Encoder (STFE) -----------------------------------------------------------------
 
@@ -491,21 +419,6 @@ class PoseDenoisingDecoder(nn.Module):
         return self.head(self.norm(h)).view_as(x_t)
 
 
-class ResidualBlock(nn.Module):
-    """x + conv(SiLU(GN(conv(SiLU(GN(x))) + W time)))."""
-
-    def __init__(self, channels_in: int, channels: int, time_dim: int):
-        super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(32, channels_in), nn.Conv2d(channels_in, channels, 3, padding=1)
-        self.time = nn.Linear(time_dim, channels)
-        self.norm2, self.conv2 = nn.GroupNorm(32, channels), nn.Conv2d(channels, channels, 3, padding=1)
-        self.shortcut = nn.Identity() if channels_in == channels else nn.Conv2d(channels_in, channels, 1)
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x))) + self.time(F.silu(time))[..., None, None]
-        return self.shortcut(x) + self.conv2(F.silu(self.norm2(y)))
-
-
 class UNetDenoiser(nn.Module):
     """The naive U-Net of Tables 5 and 7, with the arguments of PoseDenoisingDecoder; C_p finds no use.
 
@@ -515,30 +428,15 @@ class UNetDenoiser(nn.Module):
 
     def __init__(self, cfg: Config, skeleton: Skeleton):
         super().__init__()
-        widths, joints, dim, self.grid = (64, 128, 256), skeleton.num_keypoints, cfg.dim, cfg.grid
-        self.condition, self.time_mlp = nn.Linear(dim, widths[0]), mlp(dim, dim, nn.SiLU)
-        self.stem = nn.Conv2d(joints + widths[0], widths[0], 3, padding=1)
-        self.down = nn.ModuleList(nn.ModuleList(ResidualBlock(w, w, dim) for _ in range(2)) for w in widths)
-        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(widths, widths[1:]))
-        self.up = nn.ModuleList(nn.ModuleList((ResidualBlock(a + b, a, dim), ResidualBlock(a, a, dim)))
-                                for a, b in zip(widths, widths[1:]))
-        self.norm, self.head = nn.GroupNorm(32, widths[0]), nn.Conv2d(widths[0], joints, 3, padding=1)
+        self.grid, channels, joints = cfg.grid, 64, skeleton.num_keypoints
+        self.condition, self.time_mlp = nn.Linear(cfg.dim, channels), mlp(cfg.dim, cfg.dim, nn.SiLU)
+        self.unet = UNet(joints + channels, joints, cfg.dim)
 
     def forward(self, x_t: Tensor, t: Tensor, c_f: Tensor, c_p: Tensor) -> Tensor:
         time = self.time_mlp(time_embedding(t, c_f.shape[-1]).to(c_f.dtype))
         condition = self.condition(c_f).transpose(1, 2).unflatten(2, self.grid)
         condition = F.interpolate(condition, x_t.shape[-2:], mode="bilinear", align_corners=False)
-        x, skips = self.stem(torch.cat([x_t, condition], 1)), []
-        for i, blocks in enumerate(self.down):
-            x = self.shrink[i - 1](x) if i else x
-            for block in blocks:
-                x = block(x, time)
-            skips.append(x)
-        for skip, blocks in zip(skips[-2::-1], reversed(self.up)):
-            x = torch.cat([skip, F.interpolate(x, scale_factor=2, mode="nearest")], 1)
-            for block in blocks:
-                x = block(x, time)
-        return self.head(F.silu(self.norm(x)))
+        return self.unet(torch.cat([x_t, condition], 1), time)
 
 
 # ---- Diffusion ----------------------------------------------------------------------------------------------
@@ -609,7 +507,7 @@ class DiffusionPose(nn.Module):
     def __init__(self, cfg: Config, skeleton: Skeleton):
         super().__init__()
         self.cfg, self.skeleton = cfg, skeleton
-        self.backbone = ViT(cfg.dim, cfg.depth, cfg.vit_heads, math.prod(cfg.grid))
+        self.backbone = ViT(cfg.dim, cfg.depth, cfg.vit_heads, math.prod(cfg.grid))     # without drop path [C]
         self.stfe = SpatioTemporalEncoder(cfg, skeleton.num_keypoints)
         self.pdd = (PoseDenoisingDecoder if cfg.denoiser == "hcdb" else UNetDenoiser)(cfg, skeleton)
         self.reset_parameters()
@@ -668,59 +566,11 @@ def build(preset: str, skeleton: str | Skeleton = "posetrack", **overrides) -> D
 
 # ---- Start weights: a ViT in four spellings (ViTPose's own, MAE, mmpose, transformers) ----------------------
 
-SPELLINGS = [                                          # outside of the layers, and the layers' own prefix
-    (r"^backbone\.(ln1|layernorm)\.", "backbone.last_norm."),
-    (r"^backbone\.(embeddings\.patch_embeddings|patch_embed)\.projection\.", "backbone.patch_embed.proj."),
-    (r"^backbone\.embeddings\.position_embeddings$", "backbone.pos_embed"),
-    (r"^backbone\.(layers|encoder\.layer)\.(\d+)\.", r"backbone.blocks.\2.")]
-INSIDE_BLOCK = [
-    (r"\.(ln1|layernorm_before)\.", ".norm1."), (r"\.(ln2|layernorm_after)\.", ".norm2."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."), (r"\.ffn\.layers\.1\.", ".mlp.fc2.")]
-IGNORED = {r"^(keypoint_)?head\.": "the classic head, in whose place is the denoiser",
-           r"^backbone\.(cls_token$|norm\.)": "of MAE's class token; ViTPose's last norm starts anew"}
-HEADS = {384: 12, 768: 12, 1024: 16, 1280: 16}         # of ViTPose by width: another number fits, and finds nothing
-
-
-def grid_of(cells: int) -> tuple[int, int] | None:
-    """Rows and columns of that many patches: of a person's crop, 4 : 3, or else of MAE's square images."""
-    units = [(high, wide, math.isqrt(max(cells, 0) // (high * wide))) for high, wide in ((4, 3), (1, 1))]
-    return next(((high * n, wide * n) for high, wide, n in units if n and high * wide * n ** 2 == cells), None)
-
-
 def convert_official(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """A ViT of any spelling under our names, its table of positions for our grid. Tensors of ours stay as they are.
-
-    Raises UserError for experts of ViTPose+, a number of heads that it was not trained with, a table without a grid.
-    """
+    """Tensors of ours as they are; a ViT of any spelling under our names, its table of positions for our grid."""
     if "stfe.norm.weight" in state:
         return {name: value for name, value in state.items() if name != "n_averaged"}
-    if any(".experts." in name for name in state):
-        raise runtime.UserError("these are weights of ViTPose+, whose layers end in experts that a plain ViT has not: "
-                                "take ViTPose's, for example --init vitpose-base")
-    if config.vit_heads != HEADS.get(config.dim, config.vit_heads):
-        raise runtime.UserError(f"a ViT of ViTPose with {config.dim} channels has {HEADS[config.dim]} heads: "
-                                f"--vit_heads {config.vit_heads} would read the weights, and find nothing with them")
-    if not any(name.startswith("backbone.") for name in state):                         # MAE
-        state = {f"backbone.{name}": value for name, value in state.items()} | {
-            "backbone.last_norm.weight": torch.ones(config.dim), "backbone.last_norm.bias": torch.zeros(config.dim)}
-    ignored = [name for name in state if any(re.search(pattern, name) for pattern in IGNORED)]
-    if ignored:
-        print(f"start weights: no use for {', '.join(ignored)}")
-        state = {name: value for name, value in state.items() if name not in ignored}
-    state = weights.rename(weights.rename(state, SPELLINGS), INSIDE_BLOCK)
-    for name in [name for name in state if ".attention.attention.query." in name]:      # transformers has three
-        rows = [state.pop(name.replace("query", part), torch.empty(0)) for part in ("query", "key", "value")]
-        state[name.replace("attention.attention.query", "attn.qkv")] = torch.cat(rows)
-    table = state.get("backbone.pos_embed", torch.empty(1, 0, 1))
-    old = grid_of(table.shape[1] - 1)
-    if not old:                                                                         # mmpose: no class slot
-        old, table = grid_of(table.shape[1]), F.pad(table, (0, 0, 1, 0))
-    if not old:
-        raise runtime.UserError(f"the weights have no table of positions of a known shape: {table.shape[1] - 1} rows")
-    if old != config.grid:
-        print(f"start weights: table of positions {old[0]}x{old[1]} → {config.grid[0]}x{config.grid[1]}")
-    return state | {"backbone.pos_embed": resize_positions(table, old, config.grid)}
+    return vit.convert(state, config.dim, config.vit_heads, config.grid)
 
 
 def recognise(state: dict[str, Tensor]) -> tuple[str, int] | None:
@@ -734,7 +584,11 @@ def recognise(state: dict[str, Tensor]) -> tuple[str, int] | None:
 
 def load_init(model: DiffusionPose, source: str) -> None:
     """Start weights by file or name: DiffusionPose (all), or a ViT of ViTPose, MAE, mmpose or transformers."""
-    path = Path(source) if Path(source).exists() else weights.fetch(source)
+    path = Path(source)
+    if not path.exists() and path.suffix:
+        raise runtime.UserError(f"there are no start weights {source}: --init takes a file of ViTPose or MAE, of which "
+                                "data/README.md says where they are, vitpose-base, or '' to start from nothing")
+    path = path if path.exists() else weights.fetch(source)
     state = convert_official(weights.load_tensors(path), model.cfg)
     whole = "stfe.norm.weight" in state
     weights.load_strict(model, state, {} if whole else {r"^(?!backbone\.)": "not in a backbone's file"})
@@ -773,11 +627,8 @@ def soft_argmax(heatmaps: Tensor) -> Tensor:
 
 def limb_pairs(tree: tuple[tuple[int, int], ...]) -> list[tuple[int, int, int, int, int]]:
     """(o, a, b, limb o-a, limb o-b) of all pairs of limbs that share a joint o."""
-    found = []
-    for (m, one), (n, other) in combinations(enumerate(tree), 2):
-        for o in set(one) & set(other):
-            found.append((o, sum(one) - o, sum(other) - o, m, n))
-    return found
+    return [(o, sum(one) - o, sum(other) - o, m, n)
+            for (m, one), (n, other) in combinations(enumerate(tree), 2) for o in set(one) & set(other)]
 
 
 def markov_loss(pred: Tensor, true: Tensor, visible: Tensor, tree: tuple) -> tuple[Tensor, Tensor]:
@@ -790,8 +641,8 @@ def markov_loss(pred: Tensor, true: Tensor, visible: Tensor, tree: tuple) -> tup
     would make it 0 and the gradient infinite. M < 2 and N = 0 give 0. Note what the logarithm of a mean of
     exponentials is: a soft minimum, small as soon as one limb fits, that pulls most at limbs that are nearly right.
     """
-    a, b = (torch.tensor(end, device=pred.device) for end in zip(*tree))
-    o, p, q, limb_p, limb_q = (torch.tensor(part, device=pred.device) for part in zip(*limb_pairs(tree)))
+    a, b = torch.tensor(tree, device=pred.device).T
+    o, p, q, limb_p, limb_q = torch.tensor(limb_pairs(tree), dtype=torch.long, device=pred.device).view(-1, 5).T
 
     def lengths_and_cosines(xy: Tensor) -> tuple[Tensor, Tensor]:
         length = ((xy[:, a] - xy[:, b]).square().sum(-1) + LENGTH_ETA).sqrt()                      # (B, limbs)
@@ -833,28 +684,27 @@ def box_matrix(box: np.ndarray, cfg: Config) -> np.ndarray:
     return transforms.crop_matrix(centre, size[0], (cfg.width, cfg.height))
 
 
-def cut_clip(sample: Sample, matrix: np.ndarray, cfg: Config) -> Tensor:
-    """Previous, key and next frame through one matrix: (3, 3, H, W) uint8. A still image is three times its own."""
-    before, after = sample.frames if sample.frames and cfg.neighbours else (sample.image, sample.image)
-    stack = np.concatenate([np.asarray(frame) for frame in (before, sample.image, after)], 2)      # (h, w, 9)
+def cut_clip(frames: tuple[Image.Image, ...], matrix: np.ndarray, cfg: Config) -> Tensor:
+    """Previous, key and next frame, of one size, through one matrix: (3, 3, H, W) uint8."""
+    frames = frames if cfg.neighbours else (frames[KEY],) * 3
+    stack = np.concatenate([np.asarray(frame) for frame in frames], 2)                  # (h, w, 9)
     crop = transforms.warp_affine(stack, matrix, (cfg.width, cfg.height))
     return torch.from_numpy(crop).permute(2, 0, 1).unflatten(0, (3, 3))
 
 
+def frames_of(sample: Sample) -> tuple[Image.Image, ...]:
+    """A sample's three frames; of a still image three times its own."""
+    before, after = sample.frames or (sample.image, sample.image)
+    return before, sample.image, after
+
+
 def cut_box(sample: Sample, box: np.ndarray, cfg: Config) -> Tensor:
-    return cut_clip(sample, box_matrix(box, cfg), cfg)
+    return cut_clip(frames_of(sample), box_matrix(box, cfg), cfg)
 
 
 def normalise(crops: Tensor) -> Tensor:
     """uint8 (..., 3, H, W) → each channel less ImageNet's mean and divided by its deviation."""
     return (crops.float() / 255 - MEAN.to(crops.device)) / STD.to(crops.device)
-
-
-def half_body(joints: np.ndarray, skeleton: Skeleton, rng: np.random.Generator) -> np.ndarray | None:
-    """A box around the labelled joints above or below the waist, or None if that half has fewer than three."""
-    lower = np.array([bool({"hip", "knee", "ankle"} & set(words(name))) for name in skeleton.keypoints])
-    chosen = joints[(lower == (rng.random() < 0.5)) & (joints[:, 2] > 0), :2]
-    return np.concatenate([chosen.min(0), chosen.max(0)]) if len(chosen) > 2 else None
 
 
 def augment(joints: np.ndarray, box: np.ndarray, width: int, skeleton: Skeleton, cfg: Config,
@@ -864,7 +714,8 @@ def augment(joints: np.ndarray, box: np.ndarray, width: int, skeleton: Skeleton,
     Half of the body for some people with more than 8 joints; size by 1 ± scale_jitter at most; 60 % turned by up to
     2·rotation; 50 % mirrored, where the skeleton has left and right.
     """
-    half = half_body(joints, skeleton, rng) if rng.random() < cfg.half_body and (joints[:, 2] > 0).sum() > 8 else None
+    halve = rng.random() < cfg.half_body and (joints[:, 2] > 0).sum() > 8
+    half = transforms.half_body(joints, skeleton, rng) if halve else None
     box, margin = (box, MARGIN) if half is None else (half, 1.5)
     centre, size = transforms.fit_box(box, cfg.width / cfg.height, margin)
     window = size[0] * (1 + cfg.scale_jitter * np.clip(rng.standard_normal(), -1, 1))
@@ -873,13 +724,6 @@ def augment(joints: np.ndarray, box: np.ndarray, width: int, skeleton: Skeleton,
     mirror = np.array([[-1, 0, width - 1], [0, 1, 0], [0, 0, 1]]) if mirrored else np.eye(3)
     centre = transforms.move_points(centre, mirror[:2])
     return transforms.crop_matrix(centre, window, (cfg.width, cfg.height), angle) @ mirror, mirrored
-
-
-def people_to_learn(data: PoseDataset) -> np.ndarray:
-    """(image, person) of everybody with a labelled joint, by position in `data` and in the image: (n, 2)."""
-    learn = (data.keypoints[..., 2] > 0).any(1) & ~data.iscrowd
-    return np.array([(i, p) for i, n in enumerate(data.rows)
-                     for p in np.flatnonzero(learn[data.offsets[n]:data.offsets[n + 1]])])
 
 
 class TrainClips(torch.utils.data.Dataset):
@@ -898,7 +742,8 @@ class TrainClips(torch.utils.data.Dataset):
     def __getitem__(self, n: int) -> tuple[Tensor, Tensor, int | str, list[str]]:
         cfg, skeleton, messages = self.cfg, self.data.skeleton, []
         rng = np.random.default_rng([cfg.seed, self.epoch, n])
-        for i, p in np.roll(self.people, -n, 0):
+        for k in range(len(self)):
+            i, p = self.people[(n + k) % len(self)]
             sample, message = self.data.load(int(i))
             messages += [message] if message else []
             if sample is not None:
@@ -911,7 +756,7 @@ class TrainClips(torch.utils.data.Dataset):
         v &= ((xy >= 0) & (xy < (cfg.width, cfg.height))).all(1)
         placed = torch.from_numpy(np.c_[np.where(v[:, None], xy, 0), v]).float()
         placed = placed[list(skeleton.flip)] if mirrored else placed
-        return cut_clip(sample, matrix, cfg), placed, sample.image_id, messages
+        return cut_clip(frames_of(sample), matrix, cfg), placed, sample.image_id, messages
 
 
 # ---- Prediction ---------------------------------------------------------------------------------------------
@@ -971,31 +816,25 @@ def with_scores(p: Prediction) -> Prediction:
                    keypoint_scores=p.keypoint_scores * p.scores[:, None])
 
 
-@torch.no_grad()
-def predict(model: DiffusionPose, batch: dict) -> list[Prediction]:
-    """People of {samples, image_ids, boxes: (P, 4) and scores (P,) of each image}: one Prediction per image."""
-    found = []
-    for sample, image_id, (boxes, scores) in zip(batch["samples"], batch["image_ids"], batch["boxes"]):
-        rows = []
-        for first in range(0, len(boxes), model.cfg.eval_batch):
-            some = boxes[first:first + model.cfg.eval_batch]
-            crops = torch.stack([cut_box(sample, box, model.cfg) for box in some])
-            rows += zip(*find_poses(model, crops, some))
-        people = [(image_id, *row, score, box) for row, score, box in zip(rows, scores, boxes)]
-        found += topdown.gather_people(people, [image_id], model.skeleton.num_keypoints)
-    return [with_scores(p) for p in found]
+def to_batch(pictures: list, image_ids: list, cfg: Config, boxes: list[topdown.Found] | None = None) -> dict:
+    """RGB pictures, or clips (previous, key, next) of them, and the people in each → what `predict` takes.
 
-
-def to_batch(pictures: list, image_ids: list, cfg: Config, boxes: list | None = None) -> dict:
-    """RGB pictures, or clips (previous, key, next) of them, of any size → what `predict` takes.
-
-    boxes: of each picture the people (boxes (P, 4), scores (P,)); without them a picture is one person.
+    Without boxes each picture as a whole is taken for one person.
     """
-    clips = [clip if isinstance(clip, tuple) else (clip,) * 3 for clip in pictures]
-    nobody = dict(keypoints=np.zeros((0, 0, 3)), boxes=np.zeros((0, 4)), areas=np.zeros(0), iscrowd=np.zeros(0, bool))
-    samples = [Sample(key, image_id, key.size, frames=(before, after), **nobody)
-               for (before, key, after), image_id in zip(clips, image_ids)]
-    return dict(samples=samples, image_ids=image_ids, boxes=boxes or [topdown.whole_image(s.size) for s in samples])
+    clips, people = [clip if isinstance(clip, tuple) else (clip,) * 3 for clip in pictures], []
+    boxes = boxes or [topdown.whole_image(key.size) for _, key, _ in clips]
+    for clip, image_id, found in zip(clips, image_ids, boxes):
+        people += [(image_id, cut_clip(clip, box_matrix(box, cfg), cfg), score, box) for box, score in zip(*found)]
+    return dict(people=people, image_ids=image_ids)
+
+
+def predict(model: DiffusionPose, batch: dict) -> list[Prediction]:
+    """People of a batch from `to_batch`: one Prediction per image, empty where there was no box."""
+    people, rows = batch["people"], []
+    for first in range(0, len(people), model.cfg.eval_batch):
+        ids, crops, scores, boxes = zip(*people[first:first + model.cfg.eval_batch])
+        rows += zip(ids, *find_poses(model, torch.stack(crops), np.stack(boxes)), scores, boxes)
+    return [with_scores(p) for p in topdown.gather_people(rows, batch["image_ids"], model.skeleton.num_keypoints)]
 
 
 def fuse(model: DiffusionPose) -> DiffusionPose:
@@ -1014,8 +853,9 @@ def evaluate(model: DiffusionPose, data: PoseDataset, cfg: Config, ranks: runtim
     """
     boxes = boxes or topdown.true_boxes(data)
     if data.metric == "posetrack":
-        people = {key: (box[score >= LEAST_BOX], score[score >= LEAST_BOX]) for key, (box, score) in boxes.people.items()}
-        boxes = boxes._replace(people=people)
+        everybody, boxes = boxes.total(), boxes.at_least(LEAST_BOX)
+        if boxes.total() < everybody and ranks.rank == 0:
+            print(f"{everybody - boxes.total()} of {everybody} person boxes left out: their score is below {LEAST_BOX}")
     found = topdown.predict_people(partial(find_poses, fuse(model)), data, boxes, partial(cut_box, cfg=cfg),
                                    cfg.eval_batch, cfg.workers, ranks)
     found = [with_scores(p) for p in found]
@@ -1033,41 +873,40 @@ def show_process(model: DiffusionPose, picture: Image.Image | tuple, threshold: 
     """For eval.py --process, of each box: `steps`, the noisy maps beside the heatmaps that the network sees in them,
     step by step; `markov`, the pose with and without the Markov layers, and the messages of the last by strength.
     """
-    cfg, (boxes, _) = model.cfg, found
-    if not len(boxes):
+    people, cfg = to_batch([picture], [""], model.cfg, [found])["people"], model.cfg
+    if not people:
         return {}
-    sample = to_batch([picture], [""], cfg)["samples"][0]
-    crops = torch.stack([cut_box(sample, box, cfg) for box in boxes])
-    noise = noise_for(boxes, model)[:, 0, :1].to(next(model.parameters()).device)
-    conditions, zoom = model.encode(normalise(crops.to(noise.device))), max(1, 384 // cfg.height)
+    crops = torch.stack([crop for _, crop, *_ in people]).to(next(model.parameters()).device)
+    noise, conditions = noise_for(found[0], model)[:, 0, :1].to(crops.device), model.encode(normalise(crops))
+    zoom = max(1, 384 // cfg.height)
     views = [Image.fromarray(crop[KEY].permute(1, 2, 0).numpy()).resize((zoom * cfg.width, zoom * cfg.height))
-             for crop in crops]
+             for crop in crops.cpu()]
 
     def run(steps: int) -> tuple[list[Tensor], list[Tensor]]:
         return ddim(lambda x, t: model.denoise(x, t, *conditions), noise, steps, 0.0, cfg.signal_scale)
 
     films = []
     for heatmaps, state in zip(*run(SHOWN_STEPS)):
-        tiles = [draw.draw_heat(view, maps.amax(0).float().cpu().numpy()) for view, x, now in zip(views, state, heatmaps)
-                 for maps in ((x / cfg.signal_scale + 1) / 2, now)]
+        pairs = zip(views, (state / cfg.signal_scale + 1) / 2, heatmaps)
+        tiles = [draw.draw_heat(view, maps.amax(0).cpu().numpy()) for view, *both in pairs for maps in both]
         films.append(draw.contact_sheet(tiles, 2))
     layers = [block.mol for block in getattr(model.pdd, "blocks", ()) if block.mol]
     if not layers:
         return dict(steps=films)
-    inputs = []
-    hook = layers[-1].norm.register_forward_hook(lambda layer, x, output: inputs.append(output))
-    poses = [decode(run(1)[0][-1].float().cpu())]
-    hook.remove()
-    strength = layers[-1].messages(inputs[0]).norm(dim=-1).cpu().numpy()                            # (N, 2·limbs)
-    hooks = [layer.register_forward_hook(lambda layer, x, output: x[0]) for layer in layers]
-    poses.append(decode(run(1)[0][-1].float().cpu()))
+    states = []                                                  # n of the last layer
+    hooks = [layers[-1].norm.register_forward_hook(lambda layer, x, n: states.append(n))]
+    poses = [decode(run(1)[0][-1].cpu())]
+    strength = layers[-1].messages(states[0]).norm(dim=-1).cpu().numpy()                # (N, 2·limbs)
+    hooks += [layer.register_forward_hook(lambda layer, x, out: x[0]) for layer in layers]      # as if they were not
+    poses += [decode(run(1)[0][-1].cpu())]
     for hook in hooks:
         hook.remove()
     tiles = []
     for n, view in enumerate(views):
-        tiles += [draw.draw_people(view, STRIDE * zoom * cells[None, n].numpy(), peaks[None, n].numpy(), model.skeleton)
-                  for cells, peaks in poses]
-        tiles.append(draw.draw_arrows(view, STRIDE * zoom * poses[0][0][n].numpy(), layers[-1].arrows, strength[n]))
+        places = [STRIDE * zoom * cells[n].numpy() for cells, _ in poses]
+        tiles += [draw.draw_people(view, xy[None], peaks[None, n].numpy(), model.skeleton)
+                  for xy, (_, peaks) in zip(places, poses)]
+        tiles.append(draw.draw_arrows(view, places[0], layers[-1].arrows, strength[n]))
     return dict(steps=films, markov=[draw.contact_sheet(tiles, 3)])
 
 
@@ -1147,7 +986,7 @@ def train(cfg: Config, args) -> None:
     net = runtime.distribute(model, ranks)
 
     data, micro = data.training(), cfg.batch // (cfg.accum * ranks.world)
-    people = people_to_learn(data)
+    people = topdown.people_to_learn(data)
     per_epoch = len(runtime.epoch_batches(len(people), micro, cfg.accum, cfg.seed, 0, ranks))
     steps = cfg.epochs * per_epoch // cfg.accum
 

@@ -210,12 +210,19 @@ def evaluate_dataset(module: ModuleType, model: nn.Module, args: argparse.Namesp
 
 
 def find_pictures(paths: list[str]) -> list[Path]:
-    """Files, and the pictures of folders in the order of their names. Raises UserError if there are none."""
+    """Files, and the pictures of folders in the order of their names, in which 9 comes before 10: folders are clips.
+
+    Raises UserError if there are none.
+    """
+    def by_number(path: Path) -> list:
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+
     found: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"there is no picture or folder {path}")
-        found += sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES) if path.is_dir() else [path]
+        inside = [p for p in path.iterdir() if p.suffix.lower() in PICTURES] if path.is_dir() else [path]
+        found += sorted(inside, key=by_number)
     if not found:
         raise UserError(f"no pictures in {', '.join(paths)}: looked for {', '.join(sorted(PICTURES))}")
     return list(dict.fromkeys(found))                   # a file and its folder may both be given
@@ -241,16 +248,18 @@ def frames_of(path: Path) -> list[Image.Image]:
 def clips_of(frames: list[Image.Image], path: Path, pictures: list[Path], folders: list[str]) -> list[tuple]:
     """Each frame between those before and after it: of a GIF its own, of a picture in a folder those beside it there.
 
-    The frame itself takes the place of one that is missing, damaged or of another size.
+    The frame itself takes the place of one that is missing, damaged or of another size; the latter two are named.
     """
     rim: list = [None, None]
     if len(frames) == 1 and path.parent in map(Path, folders):
         i = pictures.index(path)
         for side, j in enumerate((i - 1, i + 1)):
-            with contextlib.suppress(BadImage):
-                if 0 <= j < len(pictures) and pictures[j].parent == path.parent:
+            if 0 <= j < len(pictures) and pictures[j].parent == path.parent:
+                with contextlib.suppress(BadImage):                 # which is said when its own turn comes
                     rim[side] = load_image(pictures[j], rotate=True)
     row = [rim[0], *frames, rim[1]]
+    if any(near is not None and near.size != frames[0].size for near in row):
+        tqdm.write(f"{path}: a frame beside it has another size, so this one takes its place")
     return [tuple(near if near is not None and near.size == frame.size else frame for near in row[i:i + 3])
             for i, frame in enumerate(frames)]
 

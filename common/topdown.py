@@ -40,6 +40,11 @@ class Boxes(NamedTuple):
     def total(self) -> int:
         return sum(len(scores) for _, scores in self.people.values())
 
+    def at_least(self, least: float) -> "Boxes":
+        """Those with a score of at least `least`."""
+        people = {key: (boxes[scores >= least], scores[scores >= least]) for key, (boxes, scores) in self.people.items()}
+        return self._replace(people=people)
+
     def __str__(self) -> str:
         return f"person boxes: {self.source}, {self.total()} people"
 
@@ -65,6 +70,13 @@ def true_boxes(data: PoseDataset) -> Boxes:
         boxes = sample.boxes[seen].astype(float).clip(0, np.tile(sample.size, 2) - 1)
         people[str(sample.image_id)] = boxes, np.ones(len(boxes))
     return Boxes("annotated (ground truth)", people)
+
+
+def people_to_learn(data: PoseDataset) -> np.ndarray:
+    """(image, person) of everybody with a labelled joint, by position in `data` and in the image: (n, 2)."""
+    learn = (data.keypoints[..., 2] > 0).any(1) & ~data.iscrowd
+    return np.array([(i, p) for i, n in enumerate(data.rows)
+                     for p in np.flatnonzero(learn[data.offsets[n]:data.offsets[n + 1]])])
 
 
 def read_results(path: str) -> dict[str, Found]:

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from common.datasets import Sample
 from common.runtime import UserError
+from common.skeletons import Skeleton, words
 
 
 # ---------------------------------------------------------------- geometry: image, boxes and keypoints
@@ -148,6 +149,13 @@ def fit_box(box: np.ndarray, aspect: float, margin: float) -> tuple[np.ndarray, 
     then both sides by the factor `margin`. The window may reach beyond the image."""
     w, h = np.maximum(box[2:] - box[:2], 1)
     return (box[:2] + box[2:]) / 2, margin * np.array([max(w, aspect * h), max(h, w / aspect)])
+
+
+def half_body(joints: np.ndarray, skeleton: Skeleton, rng: np.random.Generator) -> np.ndarray | None:
+    """A box around the labelled joints above or below the waist, or None if that half has fewer than three."""
+    lower = np.array([bool({"hip", "knee", "ankle"} & set(words(name))) for name in skeleton.keypoints])
+    chosen = joints[(lower == (rng.random() < 0.5)) & (joints[:, 2] > 0), :2]
+    return np.concatenate([chosen.min(0), chosen.max(0)]) if len(chosen) > 2 else None
 
 
 def crop_matrix(centre: np.ndarray, width: float, size: tuple[int, int], rotation: float = 0.0) -> np.ndarray:

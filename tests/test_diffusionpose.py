@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import diffusionpose as dp
-from common import weights
+from common import vit, weights
 from common.runtime import UserError
 from common.skeletons import SKELETONS, Skeleton, get_skeleton
 from tests.conftest import REFERENCE
@@ -112,14 +112,14 @@ def test_vit_of_vitpose_with_its_classic_head(file):
     cfg = replace(dp.PRESETS["tiny"], height=height, width=width, dim=meta["embed_dim"], depth=meta["depth"],
                   vit_heads=meta["heads"], heads=2)
     official = filled(file.stem.removeprefix("golden_"), meta["seed"])
-    vit, head = dp.ViT(cfg.dim, cfg.depth, cfg.vit_heads, math.prod(grid)), classic_head(cfg.dim, 17).eval()
+    net, head = dp.ViT(cfg.dim, cfg.depth, cfg.vit_heads, math.prod(grid)), classic_head(cfg.dim, 17).eval()
     ours = dp.convert_official(official, cfg)
-    weights.load_strict(vit, {name.removeprefix("backbone."): value for name, value in ours.items()}, {})
+    weights.load_strict(net, {name.removeprefix("backbone."): value for name, value in ours.items()}, {})
     weights.load_strict(head, {name.removeprefix("keypoint_head."): value for name, value in official.items()
                                if name.startswith("keypoint_head.")}, {})
     image, stride = normal("input", (meta["batch"], 3, height, width), meta["seed"]), meta["feature_channel_stride"]
-    with watch(patches=vit.patch_embed, blocks=vit.blocks, first=vit.blocks[0]) as seen:
-        features = vit(image)
+    with watch(patches=net.patch_embed, blocks=net.blocks, first=net.blocks[0]) as seen:
+        features = net(image)
     probes = dict(patch_tokens=seen["patches"][0][1].flatten(2).mT, block0=seen["first"][0][1],
                   last_block=seen["blocks"][0][1])
     for name, probe in probes.items():
@@ -135,9 +135,9 @@ def test_position_table_is_resized(file):
     for kind in sorted({name.split("_")[0] for name in want}):
         old, new = (tuple(want[f"{kind}_{end}_hw"].tolist()) for end in ("src", "dst"))
         table = want[f"{kind}_table"]
-        resized = dp.resize_positions(table, old, new)
+        resized = vit.resize_positions(table, old, new)
         close(resized, want[f"{kind}_resized"], 2e-6, kind)
-        assert torch.equal(resized[:, 0], table[:, 0]) and dp.resize_positions(table, old, old) is table
+        assert torch.equal(resized[:, 0], table[:, 0]) and vit.resize_positions(table, old, old) is table
 
 
 # ------------------------------------------------------------------------------------------ diffusion
@@ -560,14 +560,14 @@ def test_start_weights_in_four_spellings(how, tmp_path, capsys):
 @pytest.mark.parametrize("cells, grid", [(192, (16, 12)), (432, (24, 18)), (196, (14, 14)), (12, (4, 3)),
                                          (256, (16, 16)), (0, None), (-1, None), (191, None)])
 def test_grid_of_a_table_by_its_length(cells, grid):
-    assert dp.grid_of(cells) == grid
+    assert vit.grid_of(cells) == grid
 
 
 def test_start_weights_fit_another_crop(tmp_path, capsys):
     source, model = small(), small(height=96, width=80)
     torch.save({f"backbone.{name}": value for name, value in source.backbone.state_dict().items()}, tmp_path / "w.pth")
     dp.load_init(model, str(tmp_path / "w.pth"))
-    want = dp.resize_positions(source.backbone.pos_embed, (4, 3), (6, 5))
+    want = vit.resize_positions(source.backbone.pos_embed, (4, 3), (6, 5))
     assert torch.equal(model.backbone.pos_embed, want) and "4x3 → 6x5" in capsys.readouterr().out
 
 
@@ -602,6 +602,13 @@ def test_start_weights_that_do_not_fit_are_refused_in_one_line(how, words, tmp_p
     with pytest.raises(UserError, match=re.escape(words)) as caught:
         dp.load_init(model, str(tmp_path / "w.pth"))
     assert "\n" not in str(caught.value)
+
+
+def test_start_weights_that_are_not_there_say_where_to_get_them():
+    with pytest.raises(UserError, match="no start weights nowhere/vitpose_small.pth.*data/README.md"):
+        dp.load_init(small(), "nowhere/vitpose_small.pth")
+    with pytest.raises(UserError, match="did you mean vitpose-base"):
+        dp.load_init(small(), "vitpose-basis")
 
 
 def test_a_number_of_heads_that_the_weights_were_not_trained_with_is_refused():

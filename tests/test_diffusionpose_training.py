@@ -1,6 +1,7 @@
 """DiffusionPose's clips, losses, decoding, training and evaluation. Reference cases by file pattern."""
 import importlib
 import json
+import re
 import shutil
 import signal
 import sys
@@ -79,6 +80,15 @@ def test_markov_loss_of_hardly_anything_is_finite_with_a_finite_gradient(labelle
         assert not length.any() and not angle.any() and not pred.grad.any()
 
 
+def test_markov_loss_of_limbs_that_share_no_joint_is_their_lengths():
+    pred, true = (10 * torch.rand(2, 4, 2)).requires_grad_(), 10 * torch.rand(2, 4, 2)
+    length, angle = dp.markov_loss(pred, true, torch.ones(2, 4), ((0, 1), (2, 3)))
+    assert (length > 0).all() and not angle.any()
+    maps = torch.rand(2, 4, 8, 6, requires_grad=True)
+    for tree, terms in (((0, 1), (2, 3)), {"heat", "markov"}), (((0, 1),), {"heat"}), ((), {"heat"}):
+        assert dp.criterion(maps, torch.rand(2, 4, 8, 6), torch.ones(2, 4), tree, 0.1).keys() == terms
+
+
 def test_gradients_of_the_losses_are_right():
     tree, visible = dp.limbs(POSETRACK), (torch.rand(2, 15) > 0.2).double()
     true, pred = 8 * torch.rand(2, 15, 2).double(), (8 * torch.rand(2, 15, 2).double()).requires_grad_()
@@ -152,7 +162,7 @@ def test_augmented_joints_lie_where_the_picture_shows_them_in_all_three_frames(e
     sample = Sample(frames[1], 1, size, joints[None].astype(np.float32), np.float32([[20, 20, 70, 70]]), np.ones(1),
                     np.zeros(1, bool), frames=(frames[0], frames[2]))
     matrix, mirrored = dp.augment(joints, sample.boxes[0], size[0], POSETRACK, config(), rng)
-    clip = dp.cut_clip(sample, matrix, config())
+    clip = dp.cut_clip(dp.frames_of(sample), matrix, config())
     for frame, shift in zip(clip, (-6, 0, 6)):
         xy = transforms.move_points(joints[4, :2] + [shift, 0], matrix)
         if (xy > 4).all() and (xy < (44, 60)).all():
@@ -202,8 +212,8 @@ def test_without_neighbours_and_for_stills_the_key_frame_stands_three_times():
     clip = Sample(colours[1], 1, (40, 40), *[np.zeros(0)] * 4, frames=(colours[0], colours[2]))
     still = Sample(colours[1], 1, (40, 40), *[np.zeros(0)] * 4)
     matrix = dp.box_matrix([5, 5, 35, 35], config())
-    middle = [x[:, 0, 32, 24].tolist() for x in (dp.cut_clip(clip, matrix, config()), dp.cut_clip(still, matrix, config()),
-                                                dp.cut_clip(clip, matrix, config(neighbours=False)))]
+    cuts = (clip, config()), (still, config()), (clip, config(neighbours=False))
+    middle = [dp.cut_clip(dp.frames_of(sample), matrix, cfg)[:, 0, 32, 24].tolist() for sample, cfg in cuts]
     assert middle == [[50, 100, 150], [100] * 3, [100] * 3]
 
 
@@ -216,10 +226,10 @@ def test_a_box_beyond_the_image_or_without_size_still_gives_a_crop():
 
 def test_halves_of_a_body_lie_above_or_below_the_waist():
     joints = np.c_[np.arange(15.0), np.arange(15.0), np.full(15, 2)]
-    boxes = {tuple(dp.half_body(joints, POSETRACK, np.random.default_rng(seed))) for seed in range(20)}
+    boxes = {tuple(transforms.half_body(joints, POSETRACK, np.random.default_rng(seed))) for seed in range(20)}
     assert boxes == {(0, 0, 8, 8), (9, 9, 14, 14)}
     joints[2:, 2] = 0
-    assert all(dp.half_body(joints, POSETRACK, np.random.default_rng(seed)) is None for seed in range(5))
+    assert all(transforms.half_body(joints, POSETRACK, np.random.default_rng(seed)) is None for seed in range(5))
 
 
 # ---------------------------------------------------------------- prediction
@@ -264,7 +274,7 @@ def test_a_perfect_network_gets_nearly_everything_right_with_any_number_of_steps
     assert table["Mean"] > 95 and len(asked) > 1
 
 
-def test_weak_detections_are_left_out_of_posetrack(clips, tmp_path):
+def test_weak_detections_are_left_out_of_posetrack_and_counted(clips, tmp_path, capsys):
     data, model = open_dataset(str(clips), "val"), small().eval()
     image_id = data[3].image_id
     boxes = [dict(image_id=image_id, bbox=[5, 5, 30, 40], score=score) for score in (0.9, 0.1)]
@@ -272,6 +282,7 @@ def test_weak_detections_are_left_out_of_posetrack(clips, tmp_path):
     _, found = dp.evaluate(model, data, config(), ALONE, topdown.read_boxes(str(tmp_path / "boxes.json"), data))
     people = {p.image_id: len(p.scores) for p in found}
     assert people.pop(image_id) == 1 and not any(people.values())
+    assert "1 of 2 person boxes left out: their score is below 0.2" in capsys.readouterr().out
 
 
 def test_mirroring_the_clip_as_a_test_averages_and_keeps_sides_apart():
@@ -292,6 +303,30 @@ def test_the_ablation_of_a_frame_and_every_flag_are_settings():
     for flags in (dict(batch=5, accum=2), dict(sigma=0.0), dict(schedule="linear"), dict(amp="fp8"), dict(lr=-1.0)):
         with pytest.raises(UserError):
             config(**flags)
+
+
+ROWS = dict(re.findall(r"^ +([567] \S.*?) +[\d.]+ *(--.*)?$", dp.__doc__, re.MULTILINE))
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_of_the_tables_is_a_command_that_trains_a_step(row):
+    """The flags as the docstring has them, through the parser; only a row with the Markov loss has its term."""
+    size = [word for name, value in SMALL.items() for word in (f"--{name}", str(value)) if value != ""]
+    cfg, _ = runtime.parse(dp.Config, dp.PRESETS, "", ["--train", *size, *ROWS[row].split()])
+    model, joints = dp.DiffusionPose(cfg, POSETRACK), torch.rand(2, 15, 3) * 40
+    optimizer, before = dp.build_optimizer(model, cfg), {name: p.clone() for name, p in model.named_parameters()}
+    losses = dp.batch_losses(model, model, torch.randint(0, 256, (2, 3, 3, 64, 48), dtype=torch.uint8),
+                             torch.cat([joints[..., :2], torch.ones(2, 15, 1)], -1), cfg.alpha, ALONE)
+    sum(losses.values()).backward()
+    optimizer.step()
+    assert ("markov" in losses) == ("--alpha 0" not in ROWS[row])
+    assert not torch.equal(before["backbone.patch_embed.proj.weight"], model.backbone.patch_embed.proj.weight)
+
+
+def test_the_docstring_lists_all_rows_of_the_ablations():
+    assert len(ROWS) == 8 and ROWS["5 (c), 6 (c), 7 (e)"] == "" and len(set(ROWS.values())) == 8
+    numbers = [int(n) for row in ROWS for n in re.findall(r"([567]) ", row)]
+    assert [numbers.count(n) for n in (5, 6, 7)] == [4, 3, 5]
 
 
 def test_every_parameter_is_in_one_group_and_only_matrices_decay():
@@ -317,7 +352,7 @@ def test_the_learning_rate_warms_up_and_drops():
 
 def test_a_tiny_model_learns_two_clips_and_finds_them_in_pure_noise(clips):
     data = open_dataset(str(clips), "train").training()
-    model, people = dp.build("tiny", "posetrack", **SMALL | dict(sigma=2.0)), dp.people_to_learn(data)[::11][:2]
+    model, people = dp.build("tiny", "posetrack", **SMALL | dict(sigma=2.0)), topdown.people_to_learn(data)[::11][:2]
     boxes, known = np.stack([data[i].boxes[p] for i, p in people]), [data[i].keypoints[p] for i, p in people]
     clip = torch.stack([dp.cut_box(data.load(i)[0], box, model.cfg) for (i, _), box in zip(people, boxes)])
     joints = torch.tensor(np.stack([np.c_[transforms.move_points(k[:, :2], dp.box_matrix(box, model.cfg)), k[:, 2] > 0]
@@ -337,7 +372,7 @@ def train(data: Path, out: Path, *flags) -> dict:
     """Two short epochs; the checkpoint at the end."""
     words = flags if "--resume" in flags else (
         "--train", *[word for name, value in (SMALL | TRAIN).items() for word in (f"--{name}", str(value)) if value != ""],
-        "--epochs", "2", "--accum", "2", "--device", "cpu", "--data", str(data), "--out", str(out), *flags)
+        "--epochs", "2", "--batch", "2", "--accum", "2", "--device", "cpu", "--data", str(data), "--out", str(out), *flags)
     dp.train(*runtime.parse(dp.Config, dp.PRESETS, "", list(words)))
     return torch.load(out / "last.pt", weights_only=True)
 
@@ -358,7 +393,7 @@ def test_a_run_that_is_cut_and_resumed_ends_with_the_same_bits(clips, whole_run,
 
     def cut(*args):
         calls.append(0)
-        if len(calls) == 5:
+        if len(calls) == 3:                                          # a micro-batch of the second of three steps
             signal.raise_signal(signal.SIGTERM)
         return losses(*args)
 
@@ -368,7 +403,8 @@ def test_a_run_that_is_cut_and_resumed_ends_with_the_same_bits(clips, whole_run,
         train(clips, tmp_path / "run")
     monkeypatch.setattr(dp, "batch_losses", losses)
     expected = torch.load(whole_run / "last.pt", weights_only=True)
-    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] < expected["step"]
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert (saved["step"], saved["done"], saved["epoch"], expected["step"]) == (2, 2, 0, 6)
     after = train(clips, tmp_path / "run", "--resume", str(tmp_path / "run"))
     assert after["step"] == expected["step"]
     for part in ("model", "ema"):
@@ -394,7 +430,15 @@ def test_a_run_leaves_a_checkpoint_that_eval_understands(clips, whole_run, tmp_p
     assert {"all.gif", "000002.png", "000004_steps.gif", "000004_markov.png", "results.json"} <= drawn
 
 
-def test_eval_gives_each_frame_those_beside_it(tmp_path):
+def test_eval_takes_the_frames_of_a_folder_in_the_order_of_their_numbers(tmp_path):
+    evaluation = importlib.import_module("eval")
+    for name in ("f10.png", "f9.png", "f1.jpg", "a.png", "2.png", "f9b1.png"):
+        (tmp_path / name).touch()
+    names = [path.name for path in evaluation.find_pictures([str(tmp_path)])]
+    assert names == ["2.png", "a.png", "f1.jpg", "f9.png", "f9b1.png", "f10.png"]
+
+
+def test_eval_gives_each_frame_those_beside_it(tmp_path, capsys):
     evaluation = importlib.import_module("eval")
     for n in range(4):
         Image.new("RGB", (10, 10) if n < 3 else (11, 10), (50 * n,) * 3).save(tmp_path / f"{n}.png")
@@ -402,6 +446,7 @@ def test_eval_gives_each_frame_those_beside_it(tmp_path):
     values = [[x.getpixel((0, 0))[0] for x in evaluation.clips_of(evaluation.frames_of(path), path, files, folders)[0]]
               for path, folders in ((files[0], [tmp_path]), (files[1], [tmp_path]), (files[2], [tmp_path]), (files[1], []))]
     assert values == [[0, 0, 50], [0, 50, 100], [50, 100, 100], [50, 50, 50]]
+    assert capsys.readouterr().out.count(f"{files[2]}: a frame beside it has another size") == 1
     gif = [Image.new("RGB", (10, 10), (value,) * 3) for value in (10, 20, 30)]
     values = [[x.getpixel((0, 0))[0] for x in clip] for clip in evaluation.clips_of(gif, Path("a.gif"), [Path("a.gif")], [])]
     assert values == [[10, 10, 20], [10, 20, 30], [20, 30, 30]]
@@ -411,7 +456,7 @@ def test_stills_of_coco_are_clips_that_stand_still(puppets_folder):
     data = open_dataset(str(puppets_folder), "val")
     table, found = dp.evaluate(small("coco").eval(), data, config(), ALONE)
     assert {"AP", "AR"} <= table.keys() and len(found) == len(data) and data.skeleton == COCO
-    clip, joints, *_ = dp.TrainClips(data.training(), dp.people_to_learn(data.training()), config(), 0)[0]
+    clip, joints, *_ = dp.TrainClips(data.training(), topdown.people_to_learn(data.training()), config(), 0)[0]
     assert torch.equal(clip[0], clip[1]) and torch.equal(clip[1], clip[2]) and joints.shape == (17, 3)
 
 
