@@ -67,6 +67,15 @@ def true_boxes(data: PoseDataset) -> Boxes:
     return Boxes("annotated (ground truth)", people)
 
 
+def people_to_learn(data: PoseDataset, most: int, seed: int) -> np.ndarray:
+    """(N, 2): image and person in it of everybody with a labelled keypoint, or of `most` of them, drawn once."""
+    people = np.array([(i, p) for i in range(len(data)) for p in
+                       np.flatnonzero((data[i].keypoints[..., 2] > 0).any(1) & ~data[i].iscrowd)])
+    if most and most < len(people):
+        people = people[np.sort(np.random.default_rng(seed).choice(len(people), most, replace=False))]
+    return people
+
+
 def read_results(path: str) -> dict[str, Found]:
     """COCO results → people by image id as text. Without `score` it is 1; other categories than 1 are left out.
 
