@@ -99,9 +99,11 @@ def from_release(path: Path, method: str, preset: str) -> tuple[ModuleType, nn.M
         raise UserError(f"{path} has {keypoints} keypoints; released weights have {sorted(SKELETON_OF)}")
     if preset and preset not in module.PRESETS:
         raise UserError(f"there is no preset {preset}: choose from {', '.join(module.PRESETS)}")
-    model = module.build(preset or own_preset, SKELETON_OF[keypoints])
-    weights.load_strict(model, module.convert_official(state, model.cfg), {})
-    print(f"{path}: {name}, preset {preset or own_preset}, {keypoints} keypoints")
+    preset = preset or own_preset
+    state = module.convert_official(state, module.PRESETS[preset])      # or UserError, before a large model is made
+    model = module.build(preset, SKELETON_OF[keypoints])
+    weights.load_strict(model, state, {})
+    print(f"{path}: {name}, preset {preset}, {keypoints} keypoints")
     return module, model, ""
 
 

@@ -59,7 +59,7 @@ from tqdm import tqdm
 from common import draw, metrics, runtime, stable_diffusion, topdown, transforms, weights
 from common.datasets import PoseDataset, Prediction, Sample, default_splits, open_dataset
 from common.loading import collate
-from common.skeletons import Skeleton, get_skeleton, words
+from common.skeletons import Skeleton, get_skeleton, halves
 from common.topdown import people_to_learn
 
 # ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. -----------
@@ -652,9 +652,6 @@ def normalise(crops: Tensor) -> Tensor:
 # ---- Augmentation, in the order of the release (A.3) ---------------------------------------------------------
 # Keypoints of one person are (K, 3), pixels and v; colour steps take and return uint8 (H, W, 3).
 
-UPPER = {"nose", "eye", "ear", "head", "neck", "shoulder", "elbow", "wrist"}
-LOWER = {"hip", "knee", "ankle", "toe", "heel"}
-
 
 def mirror(image: np.ndarray, keypoints: np.ndarray, center: np.ndarray, flip: Sequence[int]) -> tuple:
     """Image, keypoints and centre of a region, left and right exchanged."""
@@ -662,11 +659,6 @@ def mirror(image: np.ndarray, keypoints: np.ndarray, center: np.ndarray, flip: S
     keypoints = keypoints[list(flip)]
     keypoints[:, 0] = last - keypoints[:, 0]
     return image[:, ::-1], keypoints, np.array([last - center[0], center[1]])
-
-
-def halves(skeleton: Skeleton) -> list[list[int]]:
-    """The keypoints of the upper and the lower half, by their names; face, hands and what is unknown are in none."""
-    return [[k for k, name in enumerate(skeleton.keypoints) if part & set(words(name))] for part in (UPPER, LOWER)]
 
 
 def half_body(keypoints: np.ndarray, skeleton: Skeleton, rng: np.random.Generator) -> tuple | None:

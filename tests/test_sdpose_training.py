@@ -476,6 +476,7 @@ def test_a_taught_vae_reconstructs_better_and_has_latents_of_deviation_one(data)
     assert 0.7 < z.std() < 1.4 and not any(p.requires_grad for p in model.vae.parameters())
 
 
+@pytest.mark.slow
 def test_both_branches_learn_in_a_few_steps(data):
     torch.manual_seed(0)
     model = sd.build("tiny", **TINIER, lr=5e-3, sigma=2.0)
