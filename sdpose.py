@@ -28,7 +28,7 @@ Departs  from the release:
 Tiny     has no Stable Diffusion to start from: its VAE first learns for a minute to reconstruct crops (warm_vae), then
          encodes a fixed number of views of each person once, because it costs more than the U-Net (make_cache)
 Memory   of tensors alone, computed by tests/test_sdpose.py for crops of 1024x768 and float32 weights: `body`
-         predicts one crop and its mirror image in 5.0 GB and trains a batch of one in 15.7 GB
+         predicts one crop and its mirror image in 5.0 GB, in bf16 4.4, and trains a batch of one in 15.7 GB
 
     python sdpose.py                                    what each preset is: parameters, GFLOPs
     python sdpose.py --train                            learn the embedded puppets on this machine
