@@ -33,7 +33,7 @@ from PIL import Image, ImageSequence
 from torch import nn
 from tqdm import tqdm
 
-from common import draw, metrics, runtime, topdown, weights
+from common import draw, metrics, runtime, stable_diffusion, topdown, weights
 from common.datasets import BadImage, PoseDataset, Prediction, default_splits, load_image, open_dataset
 from common.runtime import UserError
 
@@ -53,16 +53,17 @@ def load_model(source: str, method: str, preset: str) -> tuple[ModuleType, nn.Mo
     Raises UserError when there is no such file or name, when it cannot be read, or when no method has such tensors.
     """
     path = Path(source)
-    if path.is_dir() and not (path / "unet").is_dir():
+    release = any((path / part).is_dir() for part in ("unet", "vae", "decoder"))
+    if path.is_dir() and not release:
         path = next((path / name for name in ("best.pt", "last.pt") if (path / name).exists()), path / "best.pt")
     if not path.exists():
         if path.suffix:
             raise UserError(f"there is no checkpoint {path}")
-        release = weights.RELEASES.get(source)
-        if release and not release.method:
+        known = weights.RELEASES.get(source)
+        if known and not known.method:
             raise UserError(f"{source} are weights to start from, for --init; they find no poses by themselves")
-        if release and release.method not in METHODS:
-            raise UserError(f"{source} is of method {release.method}; known are {', '.join(METHODS)}")
+        if known and known.method not in METHODS:
+            raise UserError(f"{source} is of method {known.method}; known are {', '.join(METHODS)}")
         path = weights.fetch(source)                    # or UserError: did you mean ...
     saved = runtime.read_own(path)
     return from_run(saved, method, preset, path) if saved else from_release(path, method, preset)
@@ -83,7 +84,7 @@ def from_run(saved: dict, method: str, preset: str, path: Path) -> tuple[ModuleT
 
 
 def from_release(path: Path, method: str, preset: str) -> tuple[ModuleType, nn.Module, str]:
-    state = importlib.import_module("sdpose").load_release(path) if path.is_dir() else weights.load_tensors(path)
+    state = stable_diffusion.load_release(path) if path.is_dir() else weights.load_tensors(path)
     if method and method not in METHODS:
         raise UserError(f"there is no method {method}: choose from {', '.join(METHODS)}")
     for name in [method] if method else METHODS:
@@ -98,9 +99,11 @@ def from_release(path: Path, method: str, preset: str) -> tuple[ModuleType, nn.M
         raise UserError(f"{path} has {keypoints} keypoints; released weights have {sorted(SKELETON_OF)}")
     if preset and preset not in module.PRESETS:
         raise UserError(f"there is no preset {preset}: choose from {', '.join(module.PRESETS)}")
-    model = module.build(preset or own_preset, SKELETON_OF[keypoints])
-    weights.load_strict(model, module.convert_official(state, model.cfg), {})
-    print(f"{path}: {name}, preset {preset or own_preset}, {keypoints} keypoints")
+    preset = preset or own_preset
+    state = module.convert_official(state, module.PRESETS[preset])      # or UserError, before a large model is made
+    model = module.build(preset, SKELETON_OF[keypoints])
+    weights.load_strict(model, state, {})
+    print(f"{path}: {name}, preset {preset}, {keypoints} keypoints")
     return module, model, ""
 
 
@@ -143,7 +146,9 @@ def boxes_in_data(data: PoseDataset, args: argparse.Namespace, ranks: runtime.Ra
     if args.boxes:
         return topdown.read_boxes(args.boxes, data)
     if args.detector:
-        return topdown.detect(load_detector(args.detector, ranks.device), data, ranks, args.detector)
+        with runtime.rank_zero_first(ranks):            # it fetches
+            find = load_detector(args.detector, ranks.device)
+        return topdown.detect(find, data, ranks, args.detector)
     return topdown.true_boxes(data)
 
 

@@ -24,11 +24,11 @@ Departs  from the release:
                      change from run to run (SDPose.latents)
          text        the embedding of the empty text is stored with the weights, the text encoder is read once
          training    the release has none: ours follows the paper, and Lotus where it is silent (batch_losses); its
-                     augmentations are those of the release (augment)
+                     augmentations are those of the release (augment), but hue is a circle (transforms.photometric)
 Tiny     has no Stable Diffusion to start from, and the 4 numbers per 8 × 8 pixels of a random VAE say too little: its
          encoder learns along with the pose branch (`vae_along`), from latents of deviation 1 (unit_latents)
 Memory   of tensors alone, computed by tests/test_sdpose.py for crops of 1024x768 and float32 weights: `body`
-         predicts one crop and its mirror image in 5.0 GB and trains a batch of one in 15.7 GB
+         predicts one crop and its mirror image in 5.0 GB, in bf16 4.4, and trains a batch of one in 15.7 GB
 
     python sdpose.py                                    what each preset is: parameters, GFLOPs
     python sdpose.py --train                            learn the embedded puppets on this machine
@@ -52,14 +52,15 @@ from PIL import Image, ImageFilter
 from scipy.special import ndtr, ndtri
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from common import draw, metrics, runtime, topdown, transforms, weights
+from common import draw, metrics, runtime, stable_diffusion, topdown, transforms, weights
 from common.datasets import PoseDataset, Prediction, Sample, default_splits, open_dataset
 from common.loading import collate
-from common.skeletons import Skeleton, get_skeleton, words
+from common.skeletons import Skeleton, get_skeleton, halves
+from common.topdown import people_to_learn
 
 # ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. -----------
 
@@ -116,28 +117,23 @@ class Config:
     def __post_init__(self):
         """Raises UserError for values that no run could use."""
         runtime.check_choice(self, target=("clean", "input"), schedule=("constant", "cosine"), amp=runtime.AMP)
-        runtime.check_range(self, 1, math.inf, "epochs batch accum processes eval_every eval_batch")
+        runtime.check_range(self, 1, math.inf, "epochs batch accum processes eval_every eval_batch "
+                            "channels head_dim groups text_dim vae_channels height width")
         runtime.check_range(self, 1e-9, math.inf, "pose_weight sigma lr clip")
         runtime.check_range(self, 0, math.inf, "rgb_weight cache_views people weight_decay warmup "
                             "workers seed")
-        runtime.check_range(self, 0, 1, "half_body rectangle")
-        runtime.check_range(self, 0, 0.9, "scaling")
-        runtime.check_range(self, 0, 180, "rotation")
+        for names, low, high in (("half_body rectangle", 0, 1), ("scaling", 0, 0.9), ("rotation", 0, 180), ("tap", 2, 3)):
+            runtime.check_range(self, low, high, names)
         if self.batch % self.accum:
             raise runtime.UserError(f"--batch {self.batch} does not split into {self.accum} micro-batches (--accum)")
         if self.vae_along and (self.init or self.cache_views):
             raise runtime.UserError("--vae_along is for a random VAE, whose latents change as it learns: leave out --init "
                                     "and --cache_views")
-        runtime.check_range(self, 1, math.inf, "channels head_dim groups text_dim vae_channels height width")
-        runtime.check_range(self, 2, 3, "tap")
-        for name, of in dict(channels="head_dim", vae_channels="groups").items():
-            if getattr(self, name) % math.lcm(getattr(self, of), self.groups):
+        for name, parts in dict(channels=math.lcm(self.head_dim, self.groups), vae_channels=self.groups,
+                                height=8, width=8).items():          # a latent cell is 8 pixels wide
+            if getattr(self, name) % parts:
                 raise runtime.UserError(f"--{name} {getattr(self, name)} does not split: choose a multiple of "
-                                        f"{math.lcm(getattr(self, of), self.groups)}")
-        for name in ("height", "width"):
-            if getattr(self, name) % 8:
-                raise runtime.UserError(f"--{name} {getattr(self, name)}: a latent cell is 8 pixels wide, choose a "
-                                        "multiple of 8")
+                                        f"{parts}")
 
 
 PRESETS: dict[str, Config] = {
@@ -187,7 +183,8 @@ class ResNet(nn.Module):
 class Attention(nn.Module):
     """softmax(q·k / √d) v over M heads: tokens (B, N, C) look at themselves, or at a context (1 or B, N', C').
 
-    The scores (B, M, N, N') are never stored: at 1024x768 the finest level has N = 12288 tokens, 3 GB of scores.
+    The scores (B, M, N, N') are never stored: at 1024x768 the finest level has N = 12288 tokens, 3 GB of scores. On a
+    GPU, flash kernels end at d = 256: the VAE's one head of d = 512 takes PyTorch's memory-efficient kernel.
     """
 
     def __init__(self, dim: int, heads: int, context_dim: int, bias: bool = False):
@@ -563,80 +560,6 @@ def build(preset: str, skeleton: str | Skeleton = "coco", **overrides) -> SDPose
 
 RENAME = [(rf"^(vae\..*\.attentions\.0\.){theirs}\.", rf"\1{ours}.") for theirs, ours in      # files of before 2023
           dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0").items()]
-STEMS = ("diffusion_pytorch_model", "decoder", "model", "pytorch_model")
-EMPTY_TEXT = "empty_text.pt"       # beside the folders: 8 KB in place of a text encoder of 1.4 GB
-
-
-def release_file(folder: Path, part: str) -> Path | None:
-    """The file with the weights of a part: .safetensors before .bin, full precision before half; None without one."""
-    endings = [variant + suffix for suffix in (".safetensors", ".bin") for variant in ("", ".fp16")]
-    files = (folder / part / f"{stem}{ending}" for ending in endings for stem in STEMS)
-    return next((file for file in files if file.is_file()), None)
-
-
-def encode_text(state: dict[str, Tensor], ids: Tensor, heads: int) -> Tensor:
-    """CLIP's text encoder by the tensors of its file: word ids (B, n) → last hidden state (B, n, C), normalised.
-
-    Layers of causal attention and an MLP with exact GELU, norms first. Raises KeyError if a tensor is missing.
-    """
-    def norm(x: Tensor, name: str) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
-
-    def linear(x: Tensor, name: str) -> Tensor:
-        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
-
-    words, places = (state[f"text_model.embeddings.{kind}_embedding.weight"] for kind in ("token", "position"))
-    x = words[ids] + places[:ids.shape[1]]
-    for n in range(len({name.split(".")[3] for name in state if name.startswith("text_model.encoder.layers.")})):
-        layer = f"text_model.encoder.layers.{n}"
-        h = norm(x, f"{layer}.layer_norm1")
-        q, k, v = (rearrange(linear(h, f"{layer}.self_attn.{name}_proj"), "b n (m d) -> b m n d", m=heads)
-                   for name in "qkv")
-        h = rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=True), "b m n d -> b n (m d)")
-        x = x + linear(h, f"{layer}.self_attn.out_proj")
-        x = x + linear(F.gelu(linear(norm(x, f"{layer}.layer_norm2"), f"{layer}.mlp.fc1")), f"{layer}.mlp.fc2")
-    return norm(x, "text_model.final_layer_norm")
-
-
-def empty_text(folder: Path) -> Tensor:
-    """The embedding (1, 2, C) of "", which is a start and an end and no padding; computed once for each folder.
-
-    Raises UserError where neither the embedding nor a text encoder is there.
-    """
-    kept = folder / EMPTY_TEXT
-    if kept.is_file():
-        return weights.load_tensors(kept)["text"]
-    file = release_file(folder, "text_encoder")
-    if file is None:
-        raise runtime.UserError(f"{folder} has no text_encoder/model.safetensors and no {EMPTY_TEXT} that was made of "
-                                "it: put either there; it is needed once, for the embedding of the empty text")
-    state = {name: value.float() for name, value in weights.load_tensors(file).items() if value.is_floating_point()}
-    try:
-        vocabulary, width = state["text_model.embeddings.token_embedding.weight"].shape
-        text = encode_text(state, torch.tensor([[vocabulary - 2, vocabulary - 1]]), max(1, width // 64))
-    except KeyError as missing:
-        raise runtime.UserError(f"{file} is no CLIP text encoder: it has no {missing}") from None
-    with runtime.goes_on(kept):
-        runtime.save_checkpoint(kept, dict(text=text))
-    return text
-
-
-def load_release(folder: str | Path, head: bool = True) -> dict[str, Tensor]:
-    """The tensors of a release's folder as unet.*, vae.*, decoder.* (the heatmap head) and text.
-
-    head: whether decoder/ must be there; a folder of Stable Diffusion has none.
-    Raises UserError for a file that is missing or cut short.
-    """
-    folder, state = Path(folder), {}
-    for part in ("unet", "vae", "decoder"):
-        file = release_file(folder, part)
-        if file is not None:
-            state |= {f"{part}.{name}": value for name, value in weights.load_tensors(file).items()}
-        elif head or part != "decoder":
-            wanted = f"{part}/{STEMS[part == 'decoder']}.safetensors"
-            raise runtime.UserError(f"{folder} has no {wanted}: a release has the folders unet, vae, text_encoder and "
-                                    "decoder; fetch that file again")
-    return state | dict(text=empty_text(folder))
 
 
 def recognise(state: dict[str, Tensor]) -> tuple[str, int] | None:
@@ -649,7 +572,7 @@ def recognise(state: dict[str, Tensor]) -> tuple[str, int] | None:
 
 
 def convert_official(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """Tensors of `load_release` under this file's names. Raises UserError for a head of another feature tap."""
+    """Tensors of a release's folder under this file's names. Raises UserError for a head of another feature tap."""
     found = recognise(state)
     if found and PRESETS[found[0]].tap != config.tap:
         raise runtime.UserError(f"these weights have a head for {found[1]} keypoints that reads up block "
@@ -663,11 +586,13 @@ def load_init(model: SDPose, source: str) -> None:
 
     Stable Diffusion has neither task embedding nor head, a release for other keypoints has no head: these stay random.
     """
-    if not Path(source).is_dir() and source not in weights.RELEASES:
+    release = weights.RELEASES.get(source)
+    if not Path(source).is_dir() and (release is None or release.method != "sdpose"):
         raise runtime.UserError(f"--init: there is no folder {source}: put Stable Diffusion 2 there (unet/, vae/, "
                                 "text_encoder/), or name sdpose-body; --init '' starts from nothing")
     folder = Path(source) if Path(source).is_dir() else weights.fetch(source)
-    state, own, last = load_release(folder, head=False), model.state_dict(), "decoder.final_layer.weight"
+    state, own = stable_diffusion.load_release(folder, head=False), model.state_dict()
+    last = "decoder.final_layer.weight"
     if last in state and state[last].shape != own[last].shape:
         state = {name: value for name, value in state.items() if not name.startswith("decoder.")}
     random = [part for part in ("unet.class_embedding.", "decoder.")
@@ -728,9 +653,6 @@ def normalise(crops: Tensor) -> Tensor:
 # ---- Augmentation, in the order of the release (A.3) ---------------------------------------------------------
 # Keypoints of one person are (K, 3), pixels and v; colour steps take and return uint8 (H, W, 3).
 
-UPPER = {"nose", "eye", "ear", "head", "neck", "shoulder", "elbow", "wrist"}
-LOWER = {"hip", "knee", "ankle", "toe", "heel"}
-
 
 def mirror(image: np.ndarray, keypoints: np.ndarray, center: np.ndarray, flip: Sequence[int]) -> tuple:
     """Image, keypoints and centre of a region, left and right exchanged."""
@@ -738,11 +660,6 @@ def mirror(image: np.ndarray, keypoints: np.ndarray, center: np.ndarray, flip: S
     keypoints = keypoints[list(flip)]
     keypoints[:, 0] = last - keypoints[:, 0]
     return image[:, ::-1], keypoints, np.array([last - center[0], center[1]])
-
-
-def halves(skeleton: Skeleton) -> list[list[int]]:
-    """The keypoints of the upper and the lower half, by their names; face, hands and what is unknown are in none."""
-    return [[k for k, name in enumerate(skeleton.keypoints) if part & set(words(name))] for part in (UPPER, LOWER)]
 
 
 def half_body(keypoints: np.ndarray, skeleton: Skeleton, rng: np.random.Generator) -> tuple | None:
@@ -762,32 +679,6 @@ def jitter_region(center: np.ndarray, size: np.ndarray, cfg: Config, rng: np.ran
     if rng.random() < 0.3:
         center = center + 0.16 * size * (shift_x, shift_y)
     return center, size * (1 + cfg.scaling * grow), cfg.rotation * turn * (rng.random() < 0.6)
-
-
-def photometric(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Brightness, contrast, saturation, hue, order of the channels, each at times.
-
-    Contrast changes rarely, but then twice, before and after the colours: as in the release.
-    Departs  hue is a circle; the release lets it run over the end of its scale
-    """
-    def scale(pixels: np.ndarray, factor: float, offset: float = 0.0) -> np.ndarray:
-        return (pixels * factor + offset).clip(0, 255).astype(np.uint8)
-
-    if rng.random() < 0.5:
-        crop = scale(crop, 1, rng.uniform(-32, 32))
-    contrast, colours = rng.random() < 0.25, rng.integers(4)            # nothing, saturation, hue, both
-    if contrast:
-        crop = scale(crop, rng.uniform(0.5, 1.5))
-    if colours:
-        h, s, v = np.array(Image.fromarray(crop).convert("HSV")).transpose(2, 0, 1)
-        if colours != 2:
-            s = scale(s, rng.uniform(0.5, 1.5))
-        if colours != 1:
-            h = (h + rng.uniform(-18, 18) * 256 / 180).astype(np.int64).astype(np.uint8)        # modulo 256
-        crop = np.array(Image.merge("HSV", [Image.fromarray(x) for x in (h, s, v)]).convert("RGB"))
-    if contrast:
-        crop = scale(crop, rng.uniform(0.5, 1.5))
-    return crop[..., rng.permutation(3)] if rng.random() < 0.5 else crop
 
 
 def disturb(crop: np.ndarray, cfg: Config, rng: np.random.Generator) -> np.ndarray:
@@ -822,7 +713,7 @@ def augment(image: np.ndarray, box: np.ndarray, keypoints: np.ndarray, skeleton:
         center, size = half_body(keypoints, skeleton, rng) or (center, size)
     center, size, degrees = jitter_region(center, size, cfg, rng)
     matrix = udp_matrix(center, fix_aspect(size, cfg), cfg, degrees)
-    clean = photometric(transforms.warp_affine(image, matrix, (cfg.width, cfg.height)), rng)
+    clean = transforms.photometric(transforms.warp_affine(image, matrix, (cfg.width, cfg.height)), rng)
     xy = keypoints[:, :2] @ matrix[:, :2].T + matrix[:, 2]
     return disturb(clean, cfg, rng), clean, np.c_[xy, keypoints[:, 2]].astype(np.float32)
 
@@ -926,7 +817,7 @@ def average_heatmaps(model: SDPose, crops: Tensor) -> Tensor:
     both = cfg.flip_test and flip is not None
     views = torch.cat([crops, crops.flip(3)]) if both else crops
     noise = torch.randn(len(views), LATENT, cfg.height // 8, cfg.width // 8).to(crops) if cfg.sample else None
-    with runtime.autocast(crops.device, cfg.amp):
+    with runtime.autocast(crops.device, cfg.amp, keep_casts=False):      # each weight is used once: 1.7 GB less
         maps = model.heatmaps(model.latents(views, noise)).float()
     if not both:
         return maps
@@ -937,7 +828,8 @@ def average_heatmaps(model: SDPose, crops: Tensor) -> Tensor:
 @torch.no_grad()
 def poses(model: SDPose, crops: Tensor, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Crops (N, 3, H, W) uint8 of boxes (N, 4) → keypoints (N, K, 2) in pixels of the image, and scores (N, K)."""
-    maps = average_heatmaps(model, normalise(crops.to(model.text.device)))
+    crops = normalise(crops.to(model.text.device)).contiguous()     # channels-last group norms of CPUs are less exact
+    maps = average_heatmaps(model, crops)
     places, scores = (x.cpu().numpy() for x in udp_decode(maps))
     center, size = box_region(boxes)
     size = fix_aspect(size, model.cfg)
@@ -995,15 +887,6 @@ def evaluate(model: SDPose, data: PoseDataset, cfg: Config, ranks: runtime.Ranks
 
 
 # ---- Training data ------------------------------------------------------------------------------------------
-
-
-def people_to_learn(data: PoseDataset, most: int, seed: int) -> np.ndarray:
-    """(N, 2): image and person in it of everybody with a labelled keypoint, or of `most` of them, drawn once."""
-    people = np.array([(i, p) for i in range(len(data)) for p in
-                       np.flatnonzero((data[i].keypoints[..., 2] > 0).any(1) & ~data[i].iscrowd)])
-    if most and most < len(people):
-        people = people[np.sort(np.random.default_rng(seed).choice(len(people), most, replace=False))]
-    return people
 
 
 class TrainCrops(Dataset):
@@ -1256,6 +1139,9 @@ def train(cfg: Config, args) -> None:
                     unseen = open_dataset("puppets", "ood", data.skeleton)
                 tables = {"val": table, "ood": evaluate(model, unseen, cfg, ranks)[0]}
                 run.say(f"puppets, and the same in styles never seen\n{metrics.format_table(tables)}")
+                if ranks.rank == 0 and data.skeleton.name == "coco":        # others have no pictures in two styles
+                    with runtime.goes_on(run.folder / "styles.png"):
+                        show_styles(model, held_out).save(run.folder / "styles.png")
         run.bad_files(runtime.gather_lists([*run.bad, *held_out.bad]))
         at.update(epoch=epoch + 1, done=0)
         save_last(run.save if last else run.try_save)            # at the very end a full disk is an error
@@ -1264,24 +1150,37 @@ def train(cfg: Config, args) -> None:
 # ---- Pictures: what the two branches see ---------------------------------------------------------------------
 
 
+def to_picture(image: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] → a picture."""
+    return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).cpu().numpy())
+
+
 @torch.no_grad()
 def show_process(model: SDPose, image: Image.Image, threshold: float,
                  boxes: topdown.Found | None = None) -> dict[str, list[Image.Image]]:
     """For eval.py --process, a row per person: `heatmaps`, the crop and the heatmaps of all keypoints over it; `rgb`,
     the crop, what the RGB branch makes of it, and what the VAE alone would."""
-    people, shown = to_batch([image], ["picture"], model.cfg, [boxes] if boxes else None)["people"], {}
-    heat = Image.new("RGB", (model.cfg.width, model.cfg.height), draw.RIGHT[0])
-    for _, crop, _, _ in people:
+    heatmaps, rgb = [], []
+    for _, crop, _, _ in to_batch([image], [""], model.cfg, boxes and [boxes])["people"]:
         crops = normalise(crop[None].to(model.text.device))
         z = model.latents(crops)
-        maps = average_heatmaps(model, crops)[0].amax(0).clamp(0, 1).cpu().numpy()
-        mask = Image.fromarray((255 * maps).astype(np.uint8)).resize(heat.size, Image.Resampling.BILINEAR)
-        picture, *drawn = (Image.fromarray(((x[0].clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).cpu().numpy())
-                           for x in (crops, model.images(model.reconstruct(z)), model.images(z)))
-        over = Image.composite(heat, picture.point(lambda value: value // 2), mask)
-        shown.setdefault("heatmaps", []).extend([picture, over])
-        shown.setdefault("rgb", []).extend([picture, *drawn])
-    return {name: [draw.contact_sheet(tiles, {"heatmaps": 2, "rgb": 3}[name])] for name, tiles in shown.items()}
+        views = [to_picture(x[0]) for x in (crops, model.images(model.reconstruct(z)), model.images(z))]
+        heatmaps += [views[0], draw.draw_heat(views[0], average_heatmaps(model, crops)[0].amax(0).cpu().numpy())]
+        rgb += views
+    return {name: [draw.contact_sheet(tiles, columns)] for name, tiles, columns in
+            (("heatmaps", heatmaps, 2), ("rgb", rgb, 3)) if tiles}
+
+
+def show_styles(model: SDPose, val: PoseDataset, rows: int = 6) -> Image.Image:
+    """The same puppets in the style of the training set and in four that were never seen, with the poses found."""
+    from data import puppets                # here, because real data does not need it
+    tiles, boxes = [], topdown.true_boxes(val)
+    for i in [i for i in range(len(val)) if len(boxes.of(val[i].image_id)[1])][:rows]:
+        sample, people = val.load(i)[0], boxes.of(val[i].image_id)
+        for picture in [sample.image, *puppets.restyle(i)] if sample else []:
+            found = predict(model, to_batch([picture], [i], model.cfg, [people]))[0]
+            tiles.append(draw.draw_people(picture, found.keypoints, found.keypoint_scores, model.skeleton))
+    return draw.contact_sheet(tiles, 5)
 
 
 # ---- Cost, summary, main ------------------------------------------------------------------------------------
@@ -1301,17 +1200,12 @@ def flops(cfg: Config, skeleton: Skeleton) -> dict[str, float]:
 
 
 def say_cost(model: SDPose, what: str, crops: float, passes: int) -> None:
-    """Before long work on so many crops: its FLOPs and about how long it takes; short work is not worth a word.
-
-    passes: of the U-Net, backward counts twice; 1 is prediction, which has no RGB branch.
-    """
+    """Before long work on so many crops: what it costs. passes: of the U-Net, backward counts twice; 1 is prediction."""
     cfg, cost = model.cfg, flops(model.cfg, model.skeleton)
-    encoded = 0 if passes > 1 and cfg.cache_views else 1 if passes == 1 else 1 + (cfg.target == "clean")
-    rgb = cost["rgb"] * (passes > 1 and cfg.rgb_weight > 0)
-    total = crops * (encoded * cost["encode"] + passes * (cost["pose"] + rgb))
-    seconds = total / runtime.measured_speed(model.text.device, cfg.amp)
-    if seconds > 120:
-        print(f"{what}: {total / 1e12:,.0f} TFLOP, about {seconds / 3600:.1f} hours at the speed of this machine")
+    rgb = passes > 1 and cfg.rgb_weight > 0
+    encoded = 1 if passes == 1 else 0 if cfg.cache_views else 1 + (rgb and cfg.target == "clean")
+    flop = crops * (encoded * cost["encode"] + passes * (cost["pose"] + rgb * cost["rgb"]))
+    runtime.say_hours(what, flop, model.text.device, cfg.amp)
 
 
 def summary() -> str:

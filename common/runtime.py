@@ -295,9 +295,13 @@ def share_buffers(module: nn.Module) -> None:
         dist.broadcast(buffer, 0)
 
 
-def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """Mixed precision on a GPU (amp: no, bf16 or fp16); a CPU always computes in float32."""
-    return torch.autocast(device.type, AMP[amp], enabled=amp != "no" and device.type == "cuda")
+def autocast(device: torch.device, amp: str, keep_casts: bool = True) -> torch.autocast:
+    """Mixed precision on a GPU (amp: no, bf16 or fp16); a CPU always computes in float32.
+
+    keep_casts: whether the half-precision copies of weights stay in memory up to the end, to be used again.
+    """
+    return torch.autocast(device.type, AMP[amp], enabled=amp != "no" and device.type == "cuda",
+                          cache_enabled=keep_casts)
 
 
 def measured_speed(device: torch.device, amp: str) -> float:
@@ -309,6 +313,13 @@ def measured_speed(device: torch.device, amp: str) -> float:
             conv(x).sum().item()
         seconds = time.perf_counter() - start
     return 2 * 9 * 256 ** 2 * 64 ** 2 / seconds
+
+
+def say_hours(what: str, flop: float, device: torch.device, amp: str) -> None:
+    """Before long work: its FLOPs and about how long it takes; short work is not worth a word."""
+    seconds = flop / measured_speed(device, amp)
+    if seconds > 120:
+        print(f"{what}: {flop / 1e12:,.0f} TFLOP, about {seconds / 3600:.1f} hours at the speed of this machine")
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

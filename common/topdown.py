@@ -72,11 +72,14 @@ def true_boxes(data: PoseDataset) -> Boxes:
     return Boxes("annotated (ground truth)", people)
 
 
-def people_to_learn(data: PoseDataset) -> np.ndarray:
-    """(image, person) of everybody with a labelled joint, by position in `data` and in the image: (n, 2)."""
+def people_to_learn(data: PoseDataset, most: int = 0, seed: int = 0) -> np.ndarray:
+    """(N, 2): image and person in it of everybody with a labelled keypoint, or of `most` of them, drawn once."""
     learn = (data.keypoints[..., 2] > 0).any(1) & ~data.iscrowd
-    return np.array([(i, p) for i, n in enumerate(data.rows)
-                     for p in np.flatnonzero(learn[data.offsets[n]:data.offsets[n + 1]])])
+    people = np.array([(i, p) for i, n in enumerate(data.rows)
+                       for p in np.flatnonzero(learn[data.offsets[n]:data.offsets[n + 1]])])
+    if most and most < len(people):
+        people = people[np.sort(np.random.default_rng(seed).choice(len(people), most, replace=False))]
+    return people
 
 
 def read_results(path: str) -> dict[str, Found]:

@@ -44,6 +44,13 @@ class Release:
     licence: str
     files: dict[str, str]      # place below the cache folder -> address
     by_hand: bool = False      # a person has to click there (Google Drive)
+    made_of: tuple[str, str] = ("", "")    # (a file that is read once, the small one made of it and kept in its place)
+
+    def missing(self, folder: Path) -> list[str]:
+        """Which files are still to be had; one is not wanted any more once there is what was made of it."""
+        source, made = self.made_of
+        return [file for file in self.files if not (folder / file).is_file()
+                and not (file == source and (folder / made).is_file())]
 
 
 def one(method: str, preset: str, skeleton: str, licence: str, folder: str, file: str) -> Release:
@@ -78,7 +85,8 @@ for net in "hrnet_w32", "hrnet_w48":
 for part, skeleton in ("Body", "coco"), ("Wholebody", "wholebody"):
     name, folder = f"sdpose-{part.lower()}", HUGGING_FACE.format(f"teemosliang/SDPose-{part}")
     files = {f"{name}/{file}": folder + file for file in SDPOSE_FILES}
-    RELEASES[name] = Release("sdpose", part.lower(), skeleton, SDPOSE_TERMS, files)
+    RELEASES[name] = Release("sdpose", part.lower(), skeleton, SDPOSE_TERMS, files,
+                             made_of=(f"{name}/text_encoder/model.safetensors", f"{name}/empty_text.pt"))
 
 # Weights to start from. DETRPose's backbones are B0 (n, s), B2 (m), B4 (l), B5 (x).
 for net in "B0", "B2", "B4", "B5":
@@ -138,7 +146,7 @@ def fetch(name: str, cache: Path | None = None, timeout: float = 30.0) -> Path:
     folder, spare = Path(cache or cache_folder()), Path("weights")
     local = next(iter(release.files)) if len(release.files) == 1 else name
     for place in (folder, spare):              # a cache that we may read but not write is a cache
-        if all((place / file).is_file() for file in release.files):
+        if not release.missing(place):
             return place / local
     if not writable(folder):
         if not writable(spare):
@@ -149,8 +157,8 @@ def fetch(name: str, cache: Path | None = None, timeout: float = 30.0) -> Path:
         file, page = next(iter(release.files.items()))
         raise UserError(f"{name} has to be fetched with a browser: save {page} as {(folder / file).resolve()}")
     print(f"{name}: {len(release.files)} file{'s' * (len(release.files) > 1)}, licence: {release.licence}")
-    missing = {f"{mirror.rstrip('/')}/{file}" if mirror else address: folder / file
-               for file, address in release.files.items() if not (folder / file).is_file()}
+    missing = {f"{mirror.rstrip('/')}/{file}" if mirror else release.files[file]: folder / file
+               for file in release.missing(folder)}
     if len(missing) > 1:
         announce_total(name, list(missing), folder, timeout)
     for address, target in missing.items():

@@ -820,6 +820,12 @@ def heat(canvas: Canvas) -> Image.Image:
 STYLES = (pencil, flat, halftone, inverted, oil, woodcut, heat)
 
 
+def restyle(index: int, split: str = "val", seed: int = 0) -> list[Image.Image]:
+    """Picture `index` of a split in the first four of the styles: the same people in the same places."""
+    canvas, _ = split_scene(SIZE, seed, split, index)
+    return [style(canvas).reduce(2) for style in STYLES[:4]]
+
+
 # --------------------------------------------------------------------------------------------- writing
 # Each maker draws one image or clip, saves it under `folder`, and returns what the annotation files need of it.
 

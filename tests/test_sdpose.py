@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sdpose as sd
-from common import weights
+from common import stable_diffusion, weights
 from common.runtime import UserError
 from tests.conftest import REFERENCE
 
@@ -261,7 +261,7 @@ def test_text_encoder_equals_the_release(file):
     for key, shape in manifest["keys"].items():
         state[key.removeprefix("text_encoder.")] = fill(key, tuple(shape), meta["seed"])
     heads = manifest["config"]["num_attention_heads"]
-    close(sd.encode_text(state, torch.from_numpy(case["ids"]), heads), case["last_hidden_state"], 1e-5)
+    close(stable_diffusion.encode_text(state, torch.from_numpy(case["ids"]), heads), case["last_hidden_state"], 1e-5)
 
 
 @golden("pipeline_*")
@@ -418,10 +418,14 @@ def full_size_crops(model: sd.SDPose, batch: int) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_prediction_of_a_full_size_crop_and_its_mirror_image_needs_less_than_6_gb():
+@pytest.mark.parametrize("amp", ["no", "bf16"])
+def test_prediction_of_a_full_size_crop_and_its_mirror_image_needs_less_than_6_gb(amp, monkeypatch):
+    def autocast(device, amp, keep_casts):                              # as on a GPU
+        return torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16", cache_enabled=keep_casts)
+    monkeypatch.setattr(sd.runtime, "autocast", autocast)
     with FakeTensorMode(), LiveBytes() as live, torch.no_grad():
-        model = sd.build("body").eval()
-        model.heatmaps(model.latents(full_size_crops(model, 2)))
+        model = sd.build("body", amp=amp).eval()
+        sd.average_heatmaps(model, full_size_crops(model, 1))
     print(f"peak {live.peak / 1e9:.2f} GB, largest tensor {live.largest / 1e9:.2f} GB")
     assert live.peak < 5.5e9                                            # the rest is for convolutions' workspaces
     assert live.largest < 0.41e9                                        # scores of 12288 tokens would take 0.6
@@ -483,7 +487,7 @@ def write_release(folder, state: dict, suffix: str = ".safetensors", head: bool 
 
 def load(folder, **overrides) -> sd.SDPose:
     model = small(**overrides)
-    weights.load_strict(model, sd.convert_official(sd.load_release(folder), model.cfg), {})
+    weights.load_strict(model, sd.convert_official(stable_diffusion.load_release(folder), model.cfg), {})
     return model
 
 
@@ -501,32 +505,44 @@ def test_a_release_of_any_precision_fills_a_float32_model(tmp_path, tiny_state, 
 
 def test_the_text_encoder_is_read_once(tmp_path, tiny_state):
     folder = write_release(tmp_path / "release", tiny_state)
-    first = sd.load_release(folder)["text"]
+    first = stable_diffusion.load_release(folder)["text"]
     (folder / "text_encoder" / "model.safetensors").unlink()
-    assert torch.equal(sd.load_release(folder)["text"], first) and first.shape == (1, 2, 64)
-    assert (folder / sd.EMPTY_TEXT).stat().st_size < 16_000
-    (folder / sd.EMPTY_TEXT).unlink()
+    assert torch.equal(stable_diffusion.load_release(folder)["text"], first) and first.shape == (1, 2, 64)
+    assert (folder / stable_diffusion.EMPTY_TEXT).stat().st_size < 16_000
+    (folder / stable_diffusion.EMPTY_TEXT).unlink()
     with pytest.raises(UserError, match="text_encoder/model.safetensors"):
-        sd.load_release(folder)
+        stable_diffusion.load_release(folder)
+
+
+def test_fetching_wants_no_text_encoder_once_its_embedding_is_there(tmp_path, monkeypatch):
+    release = weights.RELEASES["sdpose-body"]
+    encoder, kept = release.made_of
+    assert encoder in release.files and kept == f"sdpose-body/{stable_diffusion.EMPTY_TEXT}"
+    for file in {*release.files, kept} - {encoder}:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    assert weights.fetch("sdpose-body", tmp_path) == tmp_path / "sdpose-body"
+    (tmp_path / kept).unlink()
+    assert release.missing(tmp_path) == [encoder]
 
 
 def test_a_text_encoder_of_another_kind_is_named(tmp_path, tiny_state):
     folder = write_release(tmp_path / "release", tiny_state)
     save_file({"embeddings.weight": torch.zeros(3, 3)}, folder / "text_encoder" / "model.safetensors")
     with pytest.raises(UserError, match="no CLIP text encoder"):
-        sd.load_release(folder)
+        stable_diffusion.load_release(folder)
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "decoder"])
 def test_a_missing_or_truncated_file_of_a_release_is_named(tmp_path, tiny_state, part):
     folder = write_release(tmp_path / "release", tiny_state)
-    file = sd.release_file(folder, part)
+    file = stable_diffusion.release_file(folder, part)
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match=f"{part}.*cut short"):
-        sd.load_release(folder)
+        stable_diffusion.load_release(folder)
     file.unlink()
     with pytest.raises(UserError, match=f"has no {part}/{file.name}"):
-        sd.load_release(folder)
+        stable_diffusion.load_release(folder)
 
 
 def test_loading_is_strict_both_ways(tmp_path, tiny_state):
@@ -567,7 +583,7 @@ def test_stable_diffusion_starts_all_but_the_task_embedding_and_the_head(tmp_pat
         assert torch.equal(value, before[name] if new else state.get(name, value))
     assert "random: unet.class_embedding.* and decoder.*" in capsys.readouterr().out
     with pytest.raises(UserError, match="no decoder/decoder.safetensors"):
-        sd.load_release(folder)
+        stable_diffusion.load_release(folder)
 
 
 def test_a_release_starts_a_model_of_other_keypoints_but_for_the_head(tmp_path, tiny_state):

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import sdpose as sd
-from common import metrics, runtime, topdown
+from common import metrics, runtime, stable_diffusion, topdown
 from common.datasets import Prediction, Sample, open_dataset
 from common.runtime import UserError
 from common.skeletons import get_skeleton
 from data import puppets
 from tests.test_runtime import assert_equal
-from tests.test_sdpose import close, golden, normal, read_case, reference_model
+from tests.test_sdpose import close, golden, normal, read_case, reference_model, write_release
 
 COCO = get_skeleton("coco")
 ALONE = runtime.Ranks(0, 1, torch.device("cpu"))
@@ -240,13 +241,11 @@ def test_predictions_equal_the_release(file):
         for name, flip_test in ("_noflip", False), ("", True):
             model.cfg = replace(before, flip_test=flip_test)
             xy, scores = sd.poses(model, crops, boxes)
-            close(scores, case[f"keypoint_scores{name}"], 1e-4)
+            close(scores, case[f"keypoint_scores{name}"], 2e-5)
             stable = case[f"stable{name}"]
-            # stable: under noise of 1e-5 in the heatmaps, which ours exceed a little
-            error = abs(xy - case[f"keypoints{name}"]).max(-1)[stable]
-            assert np.quantile(error, 0.98) < 0.03 and error.max() < 0.2
-        maps = sd.average_heatmaps(model, sd.normalise(crops))
-        close(maps[:len(case["heatmaps_avg"])], case["heatmaps_avg"], 1e-4)
+            close(xy[stable], case[f"keypoints{name}"][stable], 0.05)
+        maps = sd.average_heatmaps(model, sd.normalise(crops).contiguous())
+        close(maps[:len(case["heatmaps_avg"])], case["heatmaps_avg"], 2e-5)
     finally:
         model.cfg = before
 
@@ -484,6 +483,7 @@ def test_a_random_vae_gets_latents_of_deviation_one_and_learns_along_with_the_po
     assert gradients[0].abs().sum() > 0 and model.vae.decoder.conv_in.weight.grad is None
 
 
+@pytest.mark.slow
 def test_both_branches_learn_in_a_few_steps(data):
     torch.manual_seed(0)
     model = sd.build("tiny", **TINIER, lr=5e-3, sigma=2.0)
@@ -581,7 +581,58 @@ def test_a_detector_says_where_people_are(data):
     assert boxes.total() == len(data) and "found by detrpose-l" in str(boxes)
 
 
-def test_a_release_folder_is_a_checkpoint_and_says_what_it_lacks(call, tmp_path):
-    (tmp_path / "release" / "unet").mkdir(parents=True)
-    code, text, _ = call(tmp_path / "release", "--data", "puppets")
-    assert code == 2 and "has no unet/" in text
+def one_line(answer: tuple, says: str) -> None:
+    """Exit code 2 and an error of one line that says so."""
+    code, text, _ = answer
+    assert code == 2 and [line.startswith("error: ") for line in text.splitlines()].count(True) == 1, text
+    assert "Traceback" not in text and says in text.splitlines()[-1], text
+
+
+@pytest.fixture
+def release(tmp_path):
+    """The tiny preset as a release's folder, half precision."""
+    torch.manual_seed(0)
+    state = {name: value.half() for name, value in sd.build("tiny").state_dict().items() if name != "text"}
+    return write_release(tmp_path / "release", state)
+
+
+def test_a_release_of_half_precision_draws_people_on_a_cpu(release, call, data):
+    code, text, results = call(release, "--images", data[0].image, "--device", "cpu")
+    assert code == 0 and "preset tiny, 17 keypoints" in text and len(results) == 1
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "decoder"])
+def test_a_missing_or_truncated_file_of_a_release_ends_eval_in_one_line(release, call, part):
+    file = stable_diffusion.release_file(release, part)
+    file.write_bytes(file.read_bytes()[:-10])
+    one_line(call(release, "--data", "puppets"), "cut short")
+    file.unlink()
+    one_line(call(release, "--data", "puppets"), f"has no {part}/{file.name}")
+    file.parent.rmdir()
+    one_line(call(release, "--data", "puppets"), f"has no {part}/{file.name}")
+
+
+def test_a_wholebody_head_with_a_body_preset_ends_eval_in_one_line(release, call):
+    wide = dict(conv_in=torch.zeros(320, 4, 3, 3)), {"final_layer.weight": torch.zeros(133, 640, 1, 1)}
+    save_file({"conv_in.weight": wide[0]["conv_in"]}, stable_diffusion.release_file(release, "unet"))
+    save_file(wide[1], stable_diffusion.release_file(release, "decoder"))
+    one_line(call(release, "--preset", "body", "--data", "puppets"), "--preset wholebody")
+
+
+@pytest.mark.parametrize("rows, says", [
+    ([], "holds no person boxes"), ([dict(image_id=424242, bbox=[1, 2, 3, 4], score=1)], "none of them is in")])
+def test_box_files_of_nobody_or_of_other_images_end_eval_in_one_line(run_folder, call, tmp_path, rows, says):
+    one_line(call(run_folder, "--boxes", write(tmp_path / "b.json", rows)), says)
+
+
+def test_boxes_outside_of_the_image_leave_nobody(run_folder, call, data, tmp_path):
+    row = dict(image_id=data[0].image_id, bbox=[500, 500, 30, 50], score=0.9)
+    code, text, results = call(run_folder, "--boxes", write(tmp_path / "b.json", [row]))
+    assert code == 0 and results == [] and "1 outside of their image" in text
+
+
+def test_styles_show_the_same_people(run_folder, data):
+    pictures = puppets.restyle(0)
+    assert len(pictures) == 4 and {picture.size for picture in pictures} == {(puppets.SIZE,) * 2}
+    sheet = sd.show_styles(sd.build("tiny", **TINIER).eval(), data, rows=2)
+    assert sheet.width > 5 * puppets.SIZE and sheet.height > 2 * puppets.SIZE
