@@ -1151,8 +1151,10 @@ def train(cfg: Config, args) -> None:
 
 
 def to_picture(image: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] → a picture."""
-    return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).cpu().numpy())
+    """(3, H, W) in [-1, 1] → a picture, small ones enlarged."""
+    picture = Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).cpu().numpy())
+    zoom = max(1, 384 // picture.height)
+    return picture.resize((zoom * picture.width, zoom * picture.height))
 
 
 @torch.no_grad()
