@@ -164,9 +164,9 @@ def _presets() -> dict[str, Config]:
     l = replace(b, dim=1024, depth=24, vit_heads=16, heads=16, init="vitpose_large.pth")
     h = replace(b, dim=1280, depth=32, vit_heads=16, heads=20, init="vitpose_huge.pth")
     tiny = replace(b, height=128, width=96, dim=96, depth=4, vit_heads=4, heads=4, stfe_layers=1, decoder_layers=2,
-                   init="", half_body=0.0, scale_jitter=0.1, rotation=10.0, sigma=2.0, batch=16, lr=2e-3, lr_backbone=2e-3,
-                   weight_decay=0.05, schedule="cosine", warmup=50,
-                   drop_epochs="", epochs=15, ema=0.995, ema_warmup=100, processes=2, workers=0, eval_every=15, eval_batch=64)
+                   init="", signal_scale=0.1, half_body=0.0, scale_jitter=0.1, rotation=10.0, sigma=2.0, epochs=15,
+                   batch=16, lr=2e-3, lr_backbone=2e-3, weight_decay=0.05, schedule="cosine", warmup=50,
+                   drop_epochs="", ema=0.995, ema_warmup=100, processes=2, workers=0, eval_every=15, eval_batch=64)
     return {"tiny": tiny, "s": s, "b": b, "l": l, "h": h}
 
 
@@ -501,6 +501,16 @@ def grid_sines(grid: tuple[int, int], dim: int) -> Tensor:
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], 1)
 
 
+def cosine_basis(size: tuple[int, int], count: int) -> Tensor:
+    """The `count` smoothest patterns cos(πi(y+½)/h) cos(πj(x+½)/w) of an h × w map, orthonormal: (count, h·w)."""
+    waves = [np.cos(np.pi * np.arange(n)[:, None] * (np.arange(n) + 0.5) / n) for n in size]
+    down, across = (wave / np.linalg.norm(wave, axis=1, keepdims=True) for wave in waves)
+    speed = np.add.outer(*((np.arange(n) / n) ** 2 for n in size))
+    i, j = np.unravel_index(np.argsort(speed, axis=None)[:count], size)
+    basis = (down[i, :, None] * across[j, None, :]).reshape(len(i), -1)
+    return torch.from_numpy(np.pad(basis, [(0, count - len(basis)), (0, 0)])).float()
+
+
 class DiffusionPose(nn.Module):
     """Clips to heatmaps. `forward` is training's one call, `sample` predicts; both are `encode`, then `denoise`."""
 
@@ -516,8 +526,9 @@ class DiffusionPose(nn.Module):
     def reset_parameters(self) -> None:
         """Start values [C]; Mamba and convolutions have set theirs.
 
-        Who is who, and where, is said aloud: tables of deviation 1, sines for patches [A: MAE], a whisper of the noisy
-        maps. With 0.02 for all of them a joint's token starts as the noise it is made of.
+        Who is who, and where, is said aloud: tables of deviation 1, sines for patches [A: MAE]. With 0.02, as in a ViT,
+        a joint's token would start as the noise it is made of. Maps are read, and written, as smooth patterns: a peak
+        is made of these, and of a random pattern most is noise.
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and "mamba" not in name:
@@ -529,7 +540,9 @@ class DiffusionPose(nn.Module):
             if name.endswith(("pdd.pos_embed", "keypoint_tokens", "frame_embed")):
                 nn.init.normal_(table)
         if isinstance(self.pdd, PoseDenoisingDecoder):
-            nn.init.normal_(self.pdd.embed.weight, std=0.002)
+            smooth = 0.1 * cosine_basis(self.cfg.heatmap, self.cfg.dim)
+            self.pdd.embed.weight.copy_(smooth)
+            self.pdd.head.weight.copy_(smooth.T)
         self.backbone.pos_embed.zero_()[0, 1:] = grid_sines(self.cfg.grid, self.cfg.dim)
 
     @property
