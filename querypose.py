@@ -95,7 +95,7 @@ class Config:
     part_dim: int = 128            # D, channels of a part query (Table 2c)
     scheme: str = "c"              # parts (Fig. 4, Table 2d): a keypoints, b head in one, c seven, d five
     # what gets poses
-    prune: bool = True             # prediction computes poses of the best 30 queries alone
+    prune: bool = True             # prediction computes poses of the best 25 queries alone
     matched: bool = False          # training computes poses of matched queries alone; not with --full --iterate
     init: str = "resnet50"         # start weights: file or name; QueryPose, or a ResNet, HRNet or Swin to start from
     # optimisation (Sec. 4.1)
@@ -646,7 +646,7 @@ class RealNVP(nn.Module):
 # ---- The model -----------------------------------------------------------------------------------------------
 
 TENSORS = ("keypoints", "visible", "boxes", "sizes")
-KEPT = 30          # queries with poses under `prune`: COCO's evaluation counts the best 20 people of an image
+KEPT = 25          # queries with poses under `prune`: COCO's evaluation counts the best 20 people of an image
 
 
 @dataclass
