@@ -487,7 +487,7 @@ def test_a_random_vae_gets_latents_of_deviation_one_and_learns_along_with_the_po
 @pytest.mark.slow
 def test_both_branches_learn_in_a_few_steps(data):
     torch.manual_seed(0)
-    model = sd.build("tiny", **TINIER, lr=5e-3, sigma=2.0)
+    model = sd.build("tiny", **TINIER, lr=5e-3, rgb_weight=1.0)
     view = sd.TrainCrops(data, sd.people_to_learn(data, 0, 0), model.cfg, 0)
     crops, keypoints, *_ = zip(*(view[n] for n in range(4)))
     batch = sd.posterior(model, torch.stack(crops)), torch.stack(keypoints)
