@@ -54,6 +54,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from common import draw, metrics, runtime, transforms, weights
+from common.backbones import ConvNorm, ResNet
 from common.datasets import PoseDataset, Prediction, Sample, default_splits, open_dataset
 from common.loading import collate, predict_all
 from common.skeletons import Skeleton, get_skeleton, words
@@ -163,83 +164,6 @@ PRESETS: dict[str, Config] = {
     "r50-crowdpose": Config(data="data/crowdpose"),                      # the release's numbers are the same
     "r50-edpose": Config(ksa_kca=False, nms="none"),                     # for the weights that the release starts from
 }
-
-# ---- Backbone: ResNet ---------------------------------------------------------------------------------------
-
-
-class FrozenBatchNorm(nn.Module):
-    """Batch norm whose statistics and scale are constants:  y = w (x − mean) / √(var + ε) + b."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.eps = 1e-5
-        for name, value in dict(weight=1.0, bias=0.0, running_mean=0.0, running_var=1.0).items():
-            self.register_buffer(name, torch.full((channels,), value))
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        return x * scale[:, None, None] + shift[:, None, None]
-
-
-class ConvNorm(nn.Module):
-    """Convolution without bias, then a norm. `fold` makes them one convolution: equal results for inference."""
-
-    def __init__(self, channels_in: int, channels: int, kernel: int, stride: int, frozen: bool):
-        super().__init__()
-        self.conv = nn.Conv2d(channels_in, channels, kernel, stride, kernel // 2, bias=False)
-        self.norm = FrozenBatchNorm(channels) if frozen else nn.BatchNorm2d(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
-
-    def fold(self) -> None:
-        scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
-        self.conv.weight.mul_(scale[:, None, None, None])
-        shift = self.norm.bias - self.norm.running_mean * scale
-        # a frozen norm's constants are no parameters, so neither is what they become
-        self.conv.bias = nn.Parameter(shift, requires_grad=not isinstance(self.norm, FrozenBatchNorm))
-        self.norm = nn.Identity()
-
-
-class Bottleneck(nn.Module):
-    """1×1, 3×3 and 1×1 convolution around a shortcut; the 3×3 one has the stride (ResNet "v1.5")."""
-
-    def __init__(self, channels_in: int, width: int, stride: int, frozen: bool):
-        super().__init__()
-        self.conv1 = ConvNorm(channels_in, width, 1, 1, frozen)
-        self.conv2 = ConvNorm(width, width, 3, stride, frozen)
-        self.conv3 = ConvNorm(width, 4 * width, 1, 1, frozen)
-        same = stride == 1 and channels_in == 4 * width
-        self.downsample = nn.Identity() if same else ConvNorm(channels_in, 4 * width, 1, stride, frozen)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.conv1(x), inplace=True)
-        y = F.relu(self.conv2(y), inplace=True)
-        return F.relu(self.conv3(y).add_(self.downsample(x)), inplace=True)
-
-
-class ResNet(nn.Module):
-    """Image (B, 3, H, W) → maps of stride 8, 16, 32 with 8, 16, 32 times `width` channels."""
-
-    def __init__(self, width: int, blocks: tuple[int, ...], frozen: bool):
-        super().__init__()
-        self.conv1 = ConvNorm(3, width, 7, 2, frozen)
-        self.channels, channels_in = [], width
-        for i, count in enumerate(blocks):
-            wide = width * 2 ** i
-            layer = [Bottleneck(4 * wide if b else channels_in, wide, 1 if b or i == 0 else 2, frozen)
-                     for b in range(count)]
-            self.add_module(f"layer{i + 1}", nn.Sequential(*layer))
-            channels_in = 4 * wide
-            self.channels += [channels_in] if i else []
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        x = self.layer1(F.max_pool2d(F.relu(self.conv1(x), inplace=True), 3, 2, 1))
-        maps = [self.layer2(x)]
-        maps.append(self.layer3(maps[-1]))
-        return [*maps, self.layer4(maps[-1])]
-
 
 # ---- Encoder: deformable attention over all levels, told the diffusion time ---------------------------------
 
@@ -711,7 +635,7 @@ class DiffusionRegPose(nn.Module):
         self.cfg, self.skeleton = cfg, skeleton
         dim, (width, blocks) = cfg.dim, BACKBONES[cfg.backbone]
         self.backbone = ResNet(width, blocks, cfg.frozen_norm)
-        channels = self.backbone.channels[-cfg.levels:]
+        channels = self.backbone.channels[1:][-cfg.levels:]           # stride 4 is not used
         kinds = [(c, 1, 1, 0) for c in channels] + [(channels[-1], 3, 2, 1)] * (cfg.levels - len(channels))
         self.input_proj = nn.ModuleList(nn.Sequential(nn.Conv2d(c, dim, *kernel), nn.GroupNorm(32, dim))
                                         for c, *kernel in kinds)
@@ -724,7 +648,7 @@ class DiffusionRegPose(nn.Module):
         self.register_buffer("sigmas", torch.tensor(skeleton.sigmas), persistent=False)
         self.reset_parameters()
         if cfg.freeze:
-            for part in (self.backbone.conv1, self.backbone.layer1):
+            for part in (self.backbone.stem, self.backbone.res2):
                 part.requires_grad_(False)
 
     def reset_parameters(self) -> None:
@@ -756,7 +680,7 @@ class DiffusionRegPose(nn.Module):
         """images (B, 3, H, W) with ImageNet's mean and deviation taken out, 0 where padded (B, H, W) is True."""
         if padded is None:
             padded = torch.zeros(images[:, 0].shape, dtype=torch.bool, device=images.device)
-        maps = self.backbone(images)[-self.cfg.levels:]
+        maps = self.backbone(images)[1:][-self.cfg.levels:]
         maps = [project(x) for project, x in zip(self.input_proj, [*maps, maps[-1]])]
         masks = [F.interpolate(padded[None].float(), x.shape[-2:])[0].bool() for x in maps]
         grid = make_grid(masks)
@@ -1240,10 +1164,10 @@ def fuse(model: DiffusionRegPose) -> DiffusionRegPose:
 # ---- Building a model, and the released weights -------------------------------------------------------------
 
 RENAME = [            # released name → ours, first match wins; what matches nothing keeps its name
-    (r"^backbone\.0\.body\.(.*)downsample\.0\.", r"backbone.\1downsample.conv."),
-    (r"^backbone\.0\.body\.(.*)downsample\.1\.", r"backbone.\1downsample.norm."),
-    (r"^backbone\.0\.body\.(.*)conv(\d)\.", r"backbone.\1conv\2.conv."),
-    (r"^backbone\.0\.body\.(.*)bn(\d)\.", r"backbone.\1conv\2.norm."),
+    *((rf"^backbone\.0\.body\.layer{i}\.(.*){theirs}\.", rf"backbone.res{i + 1}.\1{ours}.") for i in range(1, 5)
+      for theirs, ours in {r"downsample\.0": "shortcut.conv", r"downsample\.1": "shortcut.norm",
+                           r"conv(\d)": r"conv\2.conv", r"bn(\d)": r"conv\2.norm"}.items()),
+    (r"^backbone\.0\.body\.conv1\.", "backbone.stem.conv."), (r"^backbone\.0\.body\.bn1\.", "backbone.stem.norm."),
     (r"^transformer\.encoder\.layers\.(\d+)\.linear1\.", r"encoder.\1.ffn.layers.0."),
     (r"^transformer\.encoder\.layers\.(\d+)\.linear2\.", r"encoder.\1.ffn.layers.1."),
     (r"^transformer\.encoder\.layers\.", "encoder."),

@@ -55,7 +55,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from common import draw, metrics, runtime, transforms, weights
-from common.backbones import Bottleneck, ConvNorm, HRNet, Swin
+from common.backbones import ConvNorm, HRNet, ResNet, Swin
 from common.datasets import PoseDataset, Prediction, Sample, default_splits, open_dataset
 from common.loading import collate, predict_all
 from common.skeletons import Skeleton, get_skeleton, words
@@ -168,30 +168,7 @@ def _presets() -> dict[str, Config]:
 
 PRESETS: dict[str, Config] = _presets()
 
-# ---- Backbone (HRNet and Swin-L are in common/backbones.py) and necks: maps of stride 4, 8, 16, 32 -----------
-
-
-class ResNet(nn.Module):
-    """Image (B, 3, H, W) → maps of stride 4, 8, 16, 32 with 4, 8, 16, 32 times `width` channels."""
-
-    def __init__(self, width: int, blocks: tuple[int, ...], frozen: bool):
-        super().__init__()
-        self.stem = ConvNorm(3, width, 7, 2, frozen)
-        self.channels, channels_in = [], width
-        for i, count in enumerate(blocks):
-            wide = width * 2 ** i
-            stage = [Bottleneck(4 * wide if b else channels_in, wide, 1 if b or i == 0 else 2, frozen)
-                     for b in range(count)]
-            self.add_module(f"res{i + 2}", nn.Sequential(*stage))
-            channels_in = 4 * wide
-            self.channels.append(channels_in)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        x, maps = F.max_pool2d(F.relu(self.stem(x), inplace=True), 3, 2, 1), []
-        for i in range(len(self.channels)):
-            x = self.get_submodule(f"res{i + 2}")(x)
-            maps.append(x)
-        return maps
+# ---- Necks over a backbone of common/backbones.py (ResNet, HRNet, Swin-L): maps of stride 4, 8, 16, 32 ------
 
 
 class FPN(nn.Module):

@@ -1,4 +1,4 @@
-"""HRNet and Swin-L, backbones that no method file is about, and the blocks that ResNets share with HRNet.
+"""ResNet, HRNet and Swin-L: backbones that no method file is about.
 
 Both turn images (B, 3, H, W), H and W divisible by 32, into four maps of stride 4, 8, 16, 32; `channels` says how wide.
 """
@@ -60,6 +60,29 @@ class Bottleneck(nn.Module):
         y = F.relu(self.conv1(x), inplace=True)
         y = F.relu(self.conv2(y), inplace=True)
         return F.relu(self.conv3(y).add_(self.shortcut(x)), inplace=True)
+
+
+class ResNet(nn.Module):
+    """Image (B, 3, H, W) → maps of stride 4, 8, 16, 32 with 4, 8, 16, 32 times `width` channels."""
+
+    def __init__(self, width: int, blocks: tuple[int, ...], frozen: bool):
+        super().__init__()
+        self.stem = ConvNorm(3, width, 7, 2, frozen)
+        self.channels, channels_in = [], width
+        for i, count in enumerate(blocks):
+            wide = width * 2 ** i
+            stage = [Bottleneck(4 * wide if b else channels_in, wide, 1 if b or i == 0 else 2, frozen)
+                     for b in range(count)]
+            self.add_module(f"res{i + 2}", nn.Sequential(*stage))
+            channels_in = 4 * wide
+            self.channels.append(channels_in)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x, maps = F.max_pool2d(F.relu(self.stem(x), inplace=True), 3, 2, 1), []
+        for i in range(len(self.channels)):
+            x = self.get_submodule(f"res{i + 2}")(x)
+            maps.append(x)
+        return maps
 
 
 # ---- HRNet (Sun et al., CVPR 2019): branches of several resolutions side by side -----------------------------
