@@ -1266,9 +1266,7 @@ def batch_losses(net: nn.Module, images: Tensor, targets: list[Targets], cfg: Co
 def train(cfg: Config, args) -> None:
     """Train, evaluate, keep everything in the run folder. Runs alone or under torchrun; Ctrl-C saves and leaves."""
     ranks = runtime.init_distributed(args.device)
-    if cfg.batch % (cfg.accum * ranks.world):
-        raise runtime.UserError(f"--batch {cfg.batch} does not split over {ranks.world} processes x {cfg.accum} "
-                                "micro-batches: choose a multiple")
+    micro = runtime.micro_batch(cfg, ranks)
     if cfg.frozen_norm and not (cfg.init or args.saved):
         raise runtime.UserError("frozen norms need start weights: add --init hgnetv2-b4 (or another), or --no-frozen_norm")
     with runtime.rank_zero_first(ranks):                         # it makes the puppets and fetches start weights
@@ -1295,7 +1293,7 @@ def train(cfg: Config, args) -> None:
     run.say(f"{data.report()}\n{held_out.report()}\nwriting to {run.folder}")
     net = runtime.distribute(model, ranks)
 
-    data, micro = data.training(), cfg.batch // (cfg.accum * ranks.world)
+    data = data.training()
     per_epoch = len(runtime.epoch_batches(len(data), micro, cfg.accum, cfg.seed, 0, ranks))
     steps = cfg.epochs * per_epoch // cfg.accum
 
@@ -1368,10 +1366,6 @@ def train(cfg: Config, args) -> None:
         save_last(run.save if last else run.try_save)            # at the very end a full disk is an error
 
 
-def count_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
 def summary(skeleton: str = "coco") -> str:
     """Parameters and GFLOPs (2 per multiply-add, one image, as deployed) of each preset."""
     rows = [f"{'preset':8}{'input':>7}{'parameters':>13}{'deployed':>11}{'GFLOPs':>9}"]
@@ -1380,7 +1374,7 @@ def summary(skeleton: str = "coco") -> str:
         fast, side = fuse(model), model.cfg.size
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             fast(torch.zeros(1, 3, side, side))
-        full, deployed = (count_parameters(m) / 1e6 for m in (model, fast))
+        full, deployed = (runtime.count_parameters(m) / 1e6 for m in (model, fast))
         rows.append(f"{preset:8}{side:>7}{full:>11.2f} M{deployed:>9.2f} M{counter.get_total_flops() / 1e9:>9.1f}")
     return "\n".join(rows)
 

@@ -975,9 +975,7 @@ def open_splits(cfg: Config) -> tuple[PoseDataset, PoseDataset]:
 def train(cfg: Config, args) -> None:
     """Train, evaluate, keep everything in the run folder. Runs alone or under torchrun; Ctrl-C saves and leaves."""
     ranks = runtime.init_distributed(args.device)
-    if cfg.batch % (cfg.accum * ranks.world):
-        raise runtime.UserError(f"--batch {cfg.batch} does not split over {ranks.world} processes x {cfg.accum} "
-                                "micro-batches: choose a multiple")
+    micro = runtime.micro_batch(cfg, ranks)
     with runtime.rank_zero_first(ranks):                         # it makes the puppets and fetches start weights
         data, held_out = open_splits(cfg)
         runtime.seed_all(cfg.seed)                               # equal start weights on every process
@@ -998,7 +996,7 @@ def train(cfg: Config, args) -> None:
     run.say(f"{data.report()}\n{held_out.report()}\nwriting to {run.folder}")
     net = runtime.distribute(model, ranks)
 
-    data, micro = data.training(), cfg.batch // (cfg.accum * ranks.world)
+    data = data.training()
     people = topdown.people_to_learn(data)
     per_epoch = len(runtime.epoch_batches(len(people), micro, cfg.accum, cfg.seed, 0, ranks))
     steps = cfg.epochs * per_epoch // cfg.accum

@@ -1399,9 +1399,7 @@ def batch_losses(net: nn.Module, model: DiffusionRegPose, images: Tensor, padded
 def train(cfg: Config, args) -> None:
     """Train, evaluate, keep everything in the run folder. Runs alone or under torchrun; Ctrl-C saves and leaves."""
     ranks = runtime.init_distributed(args.device)
-    if cfg.batch % (cfg.accum * ranks.world):
-        raise runtime.UserError(f"--batch {cfg.batch} does not split over {ranks.world} processes x {cfg.accum} "
-                                "micro-batches: choose a multiple")
+    micro = runtime.micro_batch(cfg, ranks)
     if cfg.frozen_norm and not (cfg.init or args.saved):
         raise runtime.UserError("frozen norms need start weights: add --init resnet50 (or another), or "
                                 "--no-frozen_norm")
@@ -1428,7 +1426,7 @@ def train(cfg: Config, args) -> None:
     completion = start_completion(data, cfg, run)
     net = runtime.distribute(model, ranks)
 
-    data, micro = data.training(), cfg.batch // (cfg.accum * ranks.world)
+    data = data.training()
     per_epoch = len(runtime.epoch_batches(len(data), micro, cfg.accum, cfg.seed, 0, ranks))
     steps = cfg.epochs * per_epoch // cfg.accum
 
@@ -1515,10 +1513,6 @@ def start_completion(data: PoseDataset, cfg: Config, run: runtime.Run) -> Keypoi
     return completion
 
 
-def count_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
 def summary() -> str:
     """Of each preset: parameters, and GFLOPs of one DDIM step on one image (2 per multiply-add of convolutions and
     matrix products)."""
@@ -1530,7 +1524,7 @@ def summary() -> str:
         noise = torch.zeros(1, model.cfg.queries, model.skeleton.num_keypoints, 2)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.zeros(1, 3, height, width), None, noise, torch.tensor([999]))
-        every, learned = sum(p.numel() for p in model.parameters()) / 1e6, count_parameters(model) / 1e6
+        every, learned = sum(p.numel() for p in model.parameters()) / 1e6, runtime.count_parameters(model) / 1e6
         rows.append(f"{preset:14}{f'{width}x{height}':>9}{every:>11.2f} M{learned:>9.2f} M"
                     f"{counter.get_total_flops() / 1e9:>9.1f}")
     return "\n".join(rows)

@@ -1274,9 +1274,7 @@ def batch_losses(net: nn.Module, model: QueryPose, images: Tensor, sizes: Tensor
 def train(cfg: Config, args) -> None:
     """Train, evaluate, keep everything in the run folder. Runs alone or under torchrun; Ctrl-C saves and leaves."""
     ranks = runtime.init_distributed(args.device)
-    if cfg.batch % (cfg.accum * ranks.world):
-        raise runtime.UserError(f"--batch {cfg.batch} does not split over {ranks.world} processes x {cfg.accum} "
-                                "micro-batches: choose a multiple")
+    micro = runtime.micro_batch(cfg, ranks)
     if cfg.frozen_norm and not (cfg.init or args.saved):
         raise runtime.UserError("frozen norms need start weights: add --init resnet50 (or another), or "
                                 "--no-frozen_norm")
@@ -1302,7 +1300,7 @@ def train(cfg: Config, args) -> None:
     run.say(f"{data.report()}\n{held_out.report()}\nwriting to {run.folder}")
     net = runtime.distribute(model, ranks)
 
-    data, micro = data.training(), cfg.batch // (cfg.accum * ranks.world)
+    data = data.training()
     per_epoch = len(runtime.epoch_batches(len(data), micro, cfg.accum, cfg.seed, 0, ranks))
     steps = cfg.epochs * per_epoch // cfg.accum
 
@@ -1379,10 +1377,6 @@ def train(cfg: Config, args) -> None:
         save_last(run.save if last else run.try_save)            # at the very end a full disk is an error
 
 
-def count_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
 def flops(model: QueryPose, width: int, height: int) -> float:
     """FLOPs of one image: 2 per multiply-add of convolutions and matrix products."""
     with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.device("meta"):
@@ -1398,7 +1392,7 @@ def summary() -> str:
             model = build(preset).eval()
         height = min(model.cfg.short_side, 480)
         width = min(height * 4 // 3, model.cfg.long_side)
-        every, learned = sum(p.numel() for p in model.parameters()) / 1e6, count_parameters(model) / 1e6
+        every, learned = sum(p.numel() for p in model.parameters()) / 1e6, runtime.count_parameters(model) / 1e6
         rows.append(f"{preset:16}{f'{width}x{height}':>9}{every:>11.2f} M{learned:>9.2f} M"
                     f"{flops(model, width, height) / 1e9:>9.1f}")
     return "\n".join(rows)

@@ -1042,9 +1042,7 @@ def prepare(model: SDPose, data: PoseDataset, cfg: Config, ranks: runtime.Ranks,
 def train(cfg: Config, args) -> None:
     """Train, evaluate, keep everything in the run folder. Runs alone or under torchrun; Ctrl-C saves and leaves."""
     ranks = runtime.init_distributed(args.device)
-    if cfg.batch % (cfg.accum * ranks.world):
-        raise runtime.UserError(f"--batch {cfg.batch} does not split over {ranks.world} processes x {cfg.accum} "
-                                "micro-batches: choose a multiple")
+    micro = runtime.micro_batch(cfg, ranks)
     with runtime.rank_zero_first(ranks):                         # it makes the puppets and fetches start weights
         train_split, val_split = default_splits(cfg.data)
         data = open_dataset(cfg.data, train_split, cfg.keypoints or None, runtime.numbers(cfg.sigmas))
@@ -1069,7 +1067,7 @@ def train(cfg: Config, args) -> None:
     crops_of = prepare(model, data.training(), cfg, ranks, run, fresh)
     net = runtime.distribute(model, ranks)
 
-    count, micro = len(crops_of(0)), cfg.batch // (cfg.accum * ranks.world)
+    count = len(crops_of(0))
     per_epoch = len(runtime.epoch_batches(count, micro, cfg.accum, cfg.seed, 0, ranks))
     steps = cfg.epochs * per_epoch // cfg.accum
     if ranks.rank == 0:

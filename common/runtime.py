@@ -340,6 +340,20 @@ def gather_lists(part: list) -> list:
     return [item for one in parts for item in one]
 
 
+def micro_batch(config: Any, ranks: Ranks) -> int:
+    """Images per process and forward pass, of `batch` per optimiser step. Raises UserError if they do not come out even."""
+    shares = config.accum * ranks.world
+    if config.batch % shares:
+        raise UserError(f"--batch {config.batch} does not split over {ranks.world} processes x {config.accum} "
+                        "micro-batches: choose a multiple")
+    return config.batch // shares
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers that learn."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def seed_all(*where: int) -> None:
     """Seed python, numpy and torch from any numbers, e.g. (seed, step, rank)."""
     seed = int.from_bytes(hashlib.sha256(repr(where).encode()).digest()[:4], "little")

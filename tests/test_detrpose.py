@@ -266,12 +266,12 @@ def test_every_released_tensor_is_used_or_ignored_by_name(file):
     model = detrpose.build(preset, skeleton)
     weights.load_strict(model, detrpose.convert_official(state, model.cfg), {})
     stored = 2                      # the release counts `up` and `reg_scale`, which are constants here
-    assert detrpose.count_parameters(model) == manifest["num_parameters"] - stored
+    assert runtime.count_parameters(model) == manifest["num_parameters"] - stored
     # the release's own deployment leaves these norms unfolded, which keeps one scale per channel
     csp = [layer for layer in model.modules() if isinstance(layer, detrpose.CSPLayer)]
     unfolded = [*model.encoder.input_proj, *model.encoder.lateral_convs, *(c for m in csp for c in (m.conv1, m.conv2))]
     scales = sum(module.conv.out_channels for module in unfolded)
-    assert detrpose.count_parameters(detrpose.fuse(model)) == manifest["num_parameters_deploy"] - stored - scales
+    assert runtime.count_parameters(detrpose.fuse(model)) == manifest["num_parameters_deploy"] - stored - scales
 
 
 # ------------------------------------------------------------------------------------------ training
