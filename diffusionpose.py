@@ -20,6 +20,8 @@ Departs  from the paper where its words are not defined:
          eqs. 1-3    potentials are in the logarithm, a product of messages is a sum, "∝" divides by the mean over
                      channels; messages run until they stop changing (MarkovOptimizationLayer)
          Sec. 3.2    one token per joint, its whole map, not patches of all maps: eq. 2 needs a state per joint
+         Sec. 3      tiny, which starts from nothing, has small convolutions before its ViT (--stem patch: the paper's)
+                     and a loss on what the patches see (--patch_weight 0: without)
          Table 7     its row (a) has "no C_f"; a U-Net that sees no image cannot work, so ours gets C_f as channels
 
 Tables   mAP on PoseTrack17's val in the paper, and the flags of each row:
@@ -67,7 +69,8 @@ from kernels.selective_scan import selective_scan
 
 # ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. -----------
 
-STRIDE = 4                     # pixels of the crop per cell of a heatmap; a patch of the ViT has 16
+STRIDE = 4                     # pixels of the crop per cell of a heatmap
+CELLS = PATCH // STRIDE        # across a patch of the ViT
 TIMES = 1000                   # T, diffusion times [A: DiffusionDet]
 TOP_DOWN = True                # for eval.py: it looks at one person at a time, whose box it is given
 CLIPS = True                   # and at the frames before and after
@@ -85,6 +88,8 @@ class Config:
     heads: int = 12                # attention heads everywhere else: D/64 [C]
     stfe_layers: int = 3           # blocks of the spatio-temporal encoder: the paper has "multiple" [C]
     decoder_layers: int = 3        # denoising blocks [C]
+    stem: str = "patch"            # what makes patches tokens: patch, the ViT's, or conv, small convolutions [C]
+    patch_weight: float = 0.0      # of a loss that asks the patches of C_f for heatmaps, too [C]
     # ablations (Tables 5 to 7)
     stfe: str = "stb"              # stb, transformer (Table 6) or none (Table 5): what relates the three frames
     denoiser: str = "hcdb"         # hcdb, or unet, which has no use for C_p and no Markov layer (Tables 5 and 7)
@@ -131,12 +136,13 @@ class Config:
     def __post_init__(self):
         """Raises UserError for values that no run could use."""
         runtime.check_choice(self, stfe=("stb", "transformer", "none"), denoiser=("hcdb", "unet"),
-                             schedule=("constant", "cosine"), amp=runtime.AMP)
+                             stem=("patch", "conv"), schedule=("constant", "cosine"), amp=runtime.AMP)
         runtime.check_range(self, 1, math.inf, "height width dim depth vit_heads heads stfe_layers decoder_layers "
                             "ensemble epochs batch accum processes eval_every eval_batch")
         runtime.check_range(self, 1, TIMES, "steps")
         runtime.check_range(self, 1e-6, math.inf, "signal_scale lr clip sigma")
-        runtime.check_range(self, 0, math.inf, "alpha rotation lr_backbone weight_decay warmup ema_warmup workers seed")
+        runtime.check_range(self, 0, math.inf, "alpha patch_weight rotation lr_backbone weight_decay warmup ema_warmup "
+                            "workers seed")
         runtime.check_range(self, 0, 1, "eta half_body scale_jitter ema")
         runtime.numbers(self.drop_epochs)
         for name, unit in dict(dim=math.lcm(4, self.vit_heads, self.heads), height=PATCH, width=PATCH).items():
@@ -163,10 +169,13 @@ def _presets() -> dict[str, Config]:
     s = replace(b, dim=384, heads=6, init="vitpose_small.pth")          # 12 heads in the ViT [A]: DeiT-S has 6
     l = replace(b, dim=1024, depth=24, vit_heads=16, heads=16, init="vitpose_large.pth")
     h = replace(b, dim=1280, depth=32, vit_heads=16, heads=20, init="vitpose_huge.pth")
+    # To train from nothing in minutes: small convolutions before the ViT, and its patches learn where joints are first;
+    # a decoder that asks patches which know nothing stays at the mean pose for thousands of steps.
     tiny = replace(b, height=128, width=96, dim=96, depth=4, vit_heads=4, heads=4, stfe_layers=1, decoder_layers=2,
-                   init="", signal_scale=0.1, half_body=0.0, scale_jitter=0.1, rotation=10.0, sigma=2.0, epochs=15,
-                   batch=16, lr=2e-3, lr_backbone=2e-3, weight_decay=0.05, schedule="cosine", warmup=50,
-                   drop_epochs="", ema=0.995, ema_warmup=100, processes=2, workers=0, eval_every=15, eval_batch=64)
+                   stem="conv", patch_weight=1.0, init="", signal_scale=0.1, half_body=0.0, scale_jitter=0.1,
+                   rotation=10.0, sigma=2.0, epochs=13, batch=16, lr=2e-3, lr_backbone=2e-3, weight_decay=0.05,
+                   schedule="cosine", warmup=50, drop_epochs="", ema=0.995, ema_warmup=100, processes=2, workers=0,
+                   eval_every=13, eval_batch=64)
     return {"tiny": tiny, "s": s, "b": b, "l": l, "h": h}
 
 
@@ -494,13 +503,6 @@ def ddim(denoise: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int,
 # ---- The model ----------------------------------------------------------------------------------------------
 
 
-def grid_sines(grid: tuple[int, int], dim: int) -> Tensor:
-    """Places as MAE's table has them, (N, D): sine and cosine of x, then of y, with D/4 wavelengths each."""
-    frequencies = 10000 ** (-torch.arange(dim // 4) / (dim / 4))
-    y, x = (place.reshape(-1, 1) * frequencies for place in torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
-    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], 1)
-
-
 def cosine_basis(size: tuple[int, int], count: int) -> Tensor:
     """The `count` smoothest patterns cos(πi(y+½)/h) cos(πj(x+½)/w) of an h × w map, orthonormal: (count, h·w)."""
     waves = [np.cos(np.pi * np.arange(n)[:, None] * (np.arange(n) + 0.5) / n) for n in size]
@@ -517,22 +519,25 @@ class DiffusionPose(nn.Module):
     def __init__(self, cfg: Config, skeleton: Skeleton):
         super().__init__()
         self.cfg, self.skeleton = cfg, skeleton
-        self.backbone = ViT(cfg.dim, cfg.depth, cfg.vit_heads, math.prod(cfg.grid))     # without drop path [C]
+        self.backbone = ViT(cfg.dim, cfg.depth, cfg.vit_heads, math.prod(cfg.grid), cfg.stem)   # no drop path [C]
         self.stfe = SpatioTemporalEncoder(cfg, skeleton.num_keypoints)
         self.pdd = (PoseDenoisingDecoder if cfg.denoiser == "hcdb" else UNetDenoiser)(cfg, skeleton)
+        cells = skeleton.num_keypoints * CELLS ** 2
+        self.patch_head = nn.Linear(cfg.dim, cells) if cfg.patch_weight and cfg.cf else None
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start values [C]; Mamba and convolutions have set theirs.
 
-        Who is who, and where, is said aloud: tables of deviation 1, sines for patches [A: MAE]. With 0.02, as in a ViT,
-        a joint's token would start as the noise it is made of. Maps are read, and written, as smooth patterns: a peak
-        is made of these, and of a random pattern most is noise.
+        Who is who, and where, is said aloud. Tables of joints and frames have deviation 1: with 0.02, as in a ViT, a
+        joint's token would start as the noise it is made of. Places are cosines of x times cosines of y: what attention
+        makes of them is linear, and a peak at a patch is a sum of such products; of sin x + sin y (MAE's) it is not.
+        Maps are read, and written, as smooth patterns: a peak is made of these, and of a random pattern most is noise.
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and "mamba" not in name:
-                quiet = name.endswith(("modulation", "mol.node", "mol.edge"))
+                quiet = name.endswith(("modulation", "mol.node", "mol.edge", "patch_head"))
                 nn.init.zeros_(module.weight) if quiet else nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -543,7 +548,7 @@ class DiffusionPose(nn.Module):
             smooth = 0.1 * cosine_basis(self.cfg.heatmap, self.cfg.dim)
             self.pdd.embed.weight.copy_(smooth)
             self.pdd.head.weight.copy_(smooth.T)
-        self.backbone.pos_embed.zero_()[0, 1:] = grid_sines(self.cfg.grid, self.cfg.dim)
+        self.backbone.pos_embed.zero_()[0, 1:] = 6 * cosine_basis(self.cfg.grid, self.cfg.dim).T
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
@@ -559,8 +564,14 @@ class DiffusionPose(nn.Module):
         """Heatmaps H (B, J, Hh, Wh) from noisy maps of times t (B,)."""
         return self.pdd(x_t, t, c_f, c_p)
 
-    def forward(self, frames: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        return self.denoise(x_t, t, *self.encode(frames))
+    def forward(self, frames: Tensor, x_t: Tensor, t: Tensor) -> list[Tensor]:
+        """Heatmaps H (B, J, Hh, Wh) of noisy maps x_t; with --patch_weight a second time, as the patches see them."""
+        c_f, c_p = self.encode(frames)
+        maps = [self.denoise(x_t, t, c_f, c_p)]
+        if self.patch_head:
+            maps.append(rearrange(self.patch_head(c_f), "b (h w) (j p q) -> b j (h p) (w q)",
+                                  h=self.cfg.grid[0], p=CELLS, q=CELLS))
+        return maps
 
     def sample(self, frames: Tensor, noise: Tensor) -> Tensor:
         """Heatmaps (B, J, Hh, Wh), not clamped: DDIM from noise (B, *noise_shape), the mean of all draws."""
@@ -956,8 +967,10 @@ def batch_losses(net: nn.Module, model: DiffusionPose, clips: Tensor, joints: Te
     t = torch.randint(TIMES, (len(clips),), device=ranks.device)
     x_t = q_sample(target, t, torch.randn_like(target), visible, cfg.signal_scale)
     with runtime.autocast(ranks.device, cfg.amp):
-        pred = net(normalise(clips), x_t, t)
+        pred, *of_patches = net(normalise(clips), x_t, t)
     losses = criterion(pred, target, visible, limbs(model.skeleton), alpha)
+    for maps in of_patches:
+        losses["patches"] = cfg.patch_weight * heatmap_loss(maps.float(), target, visible)
     bad = [name for name, value in losses.items() if not value.isfinite()]
     if bad:
         raise FloatingPointError(", ".join(bad))
@@ -982,7 +995,7 @@ def train(cfg: Config, args) -> None:
         model = DiffusionPose(cfg, data.skeleton)
         if cfg.init and not args.saved:
             load_init(model, cfg.init)
-    model.to(ranks.device)
+    model.to(ranks.device, memory_format=torch.channels_last)
     ema = runtime.Ema(model, cfg.ema, cfg.ema_warmup)
     optimizer = build_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=cfg.amp == "fp16" and ranks.device.type == "cuda")

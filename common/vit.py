@@ -66,6 +66,16 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def conv_stem(dim: int) -> nn.Sequential:
+    """Images (B, 3, H, W) → (B, dim, H/16, W/16) by small convolutions (Xiao et al. 2021, Early convolutions help
+    transformers see better): learned from nothing, they need far fewer images than one matrix for 16x16 pixels."""
+    layers, channels = [], 3
+    for width, stride in ((24, 2), (48, 2), (48, 1), (96, 2), (96, 1), (dim, 2)):
+        layers += [nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        channels = width
+    return nn.Sequential(*layers, nn.Conv2d(dim, dim, 1))
+
+
 class ViT(nn.Module):
     """Images (B, 3, H, W) → patch tokens (B, N, D), row by row.
 
@@ -73,9 +83,10 @@ class ViT(nn.Module):
     class token, which is added to every token; there is none. No drop path.
     """
 
-    def __init__(self, dim: int, depth: int, heads: int, patches: int):
+    def __init__(self, dim: int, depth: int, heads: int, patches: int, stem: str = "patch"):
         super().__init__()
-        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, PATCH, PATCH, padding=2)))
+        self.patch_embed = (conv_stem(dim) if stem == "conv" else
+                            nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, PATCH, PATCH, padding=2))))
         self.pos_embed = nn.Parameter(torch.empty(1, patches + 1, dim))
         self.blocks = nn.Sequential(*(TransformerBlock(dim, heads) for _ in range(depth)))
         self.last_norm = LayerNorm(dim)

@@ -19,7 +19,8 @@ from tests.conftest import REFERENCE
 from tests.test_querypose import close, fill, normal, watch
 
 FOLDER = REFERENCE / "diffusionpose"
-SMALL = dict(dim=32, depth=1, vit_heads=2, heads=2, stfe_layers=1, decoder_layers=1, height=64, width=48, init="")
+SMALL = dict(dim=32, depth=1, vit_heads=2, heads=2, stfe_layers=1, decoder_layers=1, height=64, width=48, init="",
+             stem="patch", patch_weight=0.0)                   # the paper's form
 
 
 def golden(pattern: str):
@@ -293,8 +294,8 @@ def golden_model(file) -> tuple[dict, dict[str, torch.Tensor], dp.DiffusionPose]
     meta, want = read(file)
     (height, width), heads = meta["img_hw"], meta["heads"]
     skeleton = next(s for s in SKELETONS.values() if list(s.keypoints) == meta["joints"])
-    model = dp.build("tiny", skeleton, height=height, width=width, dim=meta["dim"], depth=meta["vit_depth"],
-                     vit_heads=heads, heads=heads, stfe_layers=meta["stb_depth"], decoder_layers=meta["hcdb_depth"],
+    model = dp.build("tiny", skeleton, stem="patch", patch_weight=0.0, height=height, width=width,
+                     dim=meta["dim"], depth=meta["vit_depth"], vit_heads=heads, heads=heads, stfe_layers=meta["stb_depth"], decoder_layers=meta["hcdb_depth"],
                      signal_scale=meta["signal_scale"])
     weights.load_strict(model, filled(file.stem.removeprefix("golden_"), meta["seed"]), {})
     assert [*model.cfg.heatmap] == meta["heatmap_hw"] and [*model.cfg.grid] == meta["grid_hw"]
@@ -329,7 +330,7 @@ def test_whole_network_block_by_block(file):
     close(condition[0], want["cond_feature"], 2e-4, "C_f")
     close(condition[1], want["cond_position"], 2e-4, "C_p")
     close(heatmaps, want["heatmaps"], 2e-4, "heatmaps")
-    close(model(frames, x_t, want["t"]), want["heatmaps"], 2e-4, "forward")
+    close(model(frames, x_t, want["t"])[0], want["heatmaps"], 2e-4, "forward")
 
 
 @golden("golden_model_*.npz")
@@ -354,7 +355,7 @@ def test_whole_network_without_some_of_its_parts(file):
     for name, flags in cases.items():
         part = dp.DiffusionPose(replace(model.cfg, **flags), model.skeleton)
         part.load_state_dict({key: model.state_dict()[key] for key in part.state_dict()})
-        close(part(frames, x_t, want["t"]), want[f"ablation_{name}"], 2e-4, name)
+        close(part(frames, x_t, want["t"])[0], want[f"ablation_{name}"], 2e-4, name)
 
 
 # Millions of parameters by SPEC section 1: all, backbone, encoder, decoder, one block of either.
@@ -383,7 +384,7 @@ def test_every_ablation_trains_each_of_its_parameters(flags):
     x_t = dp.q_sample(maps, t, noise, torch.ones(noise.shape[:2]), 1.0)
     optimizer, losses = torch.optim.AdamW(model.parameters(), 1e-3), []
     for _ in range(3):
-        losses.append((model(frames, x_t, t) - maps).square().mean())
+        losses.append((model(frames, x_t, t)[0] - maps).square().mean())
         optimizer.zero_grad()
         losses[-1].backward()
         for name, parameter in model.named_parameters():
@@ -476,7 +477,7 @@ def test_samples_do_not_depend_on_the_batch_and_average_their_draws():
     model.cfg = replace(model.cfg, steps=1, eta=0.0)
     first = noise[:, :1, :1]
     assert model.noise_shape == first.shape[1:]
-    assert torch.equal(model.sample(frames, first), model(frames, first[:, 0, 0], torch.full((3,), 999)))
+    assert torch.equal(model.sample(frames, first), model(frames, first[:, 0, 0], torch.full((3,), 999))[0])
 
 
 @torch.no_grad()
@@ -484,7 +485,7 @@ def test_time_changes_nothing_before_training_and_something_after():
     model, trained = dp.build("tiny", **SMALL), small()
     frames, x_t, _ = inputs(model, 1)
     for net, same in (model, True), (trained, False):
-        early, late = (net(frames, x_t, torch.tensor([t])) for t in (5, 995))
+        early, late = (net(frames, x_t, torch.tensor([t]))[0] for t in (5, 995))
         assert torch.equal(early, late) == same
 
 
@@ -493,11 +494,11 @@ def test_mixed_precision_keeps_messages_in_float32(flags):
     model = small(**flags)
     frames, x_t, t = inputs(model)
     with torch.autocast("cpu", torch.bfloat16):
-        low = model(frames, x_t, t)
+        low = model(frames, x_t, t)[0]
     assert low.isfinite().all()
     low.float().square().mean().backward()
     assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in model.parameters())
-    close(low, model(frames, x_t, t), 0.1)
+    close(low, model(frames, x_t, t)[0], 0.1)
     if not flags:
         with torch.autocast("cpu", torch.bfloat16):
             assert model.pdd.blocks[0].mol(torch.randn(1, 15, 32).bfloat16()).dtype == torch.float32
@@ -507,7 +508,7 @@ def test_network_takes_any_skeleton_and_larger_crops():
     for name in SKELETONS:
         model = small(name, height=96, width=80)
         frames, x_t, t = inputs(model, 1)
-        assert model(frames, x_t, t).shape == (1, model.skeleton.num_keypoints, 24, 20)
+        assert model(frames, x_t, t)[0].shape == (1, model.skeleton.num_keypoints, 24, 20)
 
 
 # ------------------------------------------------------------------------------------------ start weights
