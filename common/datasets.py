@@ -527,3 +527,11 @@ def open_dataset(data: str, split: str, skeleton: str | dict | Skeleton | None =
     dataset = PoseDataset(name, split, files, folders, skeleton, sigmas)
     dataset.name = "puppets" if data == "puppets" else dataset.name
     return dataset
+
+
+def open_splits(data: str, skeleton: str | None = None,
+                sigmas: Sequence[float] | None = None) -> tuple[PoseDataset, PoseDataset]:
+    """What to train on and what to evaluate on, both with the keypoints of the former. Raises UserError."""
+    train, val = default_splits(data)
+    learned = open_dataset(data, train, skeleton, sigmas)
+    return learned, open_dataset(data, val, learned.skeleton)

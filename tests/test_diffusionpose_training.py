@@ -462,7 +462,7 @@ def test_stills_of_coco_are_clips_that_stand_still(puppets_folder):
 
 def test_puppets_are_clips_for_this_method(monkeypatch, clips):
     monkeypatch.setattr(puppets, "make", lambda root, part: clips if part == "video" else pytest.fail(part))
-    data, held_out = dp.open_splits(config(data="puppets"))
+    data, held_out = dp.open_clips(config(data="puppets"))
     assert data.name == "puppets" and isinstance(held_out, posetrack.PoseTrackDataset) and data.skeleton == SKELETONS["posetrack"]
 
 
