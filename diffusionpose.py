@@ -696,7 +696,6 @@ def criterion(pred: Tensor, target: Tensor, visible: Tensor, tree: tuple, alpha:
 # ---- Clips: a person's box, enlarged, cut out of three frames ------------------------------------------------
 
 MARGIN = 1.25                  # the crop over the box [A]: room for where the person is in the other frames
-MEAN, STD = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))    # ImageNet's
 
 
 def box_matrix(box: np.ndarray, cfg: Config) -> np.ndarray:
@@ -722,11 +721,6 @@ def frames_of(sample: Sample) -> tuple[Image.Image, ...]:
 
 def cut_box(sample: Sample, box: np.ndarray, cfg: Config) -> Tensor:
     return cut_clip(frames_of(sample), box_matrix(box, cfg), cfg)
-
-
-def normalise(crops: Tensor) -> Tensor:
-    """uint8 (..., 3, H, W) → each channel less ImageNet's mean and divided by its deviation."""
-    return (crops.float() / 255 - MEAN.to(crops.device)) / STD.to(crops.device)
 
 
 def augment(joints: np.ndarray, box: np.ndarray, width: int, skeleton: Skeleton, cfg: Config,
@@ -811,7 +805,7 @@ def noise_for(boxes: np.ndarray, model: DiffusionPose) -> Tensor:
 def find_heatmaps(model: DiffusionPose, crops: Tensor, boxes: np.ndarray) -> Tensor:
     """Clips (N, 3, 3, H, W) uint8, of boxes (N, 4) → heatmaps (N, J, Hh, Wh), float32 on the CPU."""
     device = next(model.parameters()).device
-    frames, noise = normalise(crops.to(device)), noise_for(boxes, model).to(device)
+    frames, noise = transforms.normalise(crops.to(device) / 255), noise_for(boxes, model).to(device)
     with runtime.autocast(device, model.cfg.amp):
         heatmaps = model.sample(frames, noise).float()
         if model.cfg.flip_test and model.skeleton.flip is not None:
@@ -899,7 +893,8 @@ def show_process(model: DiffusionPose, picture: Image.Image | tuple, threshold: 
     if not people:
         return {}
     crops = torch.stack([crop for _, crop, *_ in people]).to(next(model.parameters()).device)
-    noise, conditions = noise_for(found[0], model)[:, 0, :1].to(crops.device), model.encode(normalise(crops))
+    conditions = model.encode(transforms.normalise(crops / 255))
+    noise = noise_for(found[0], model)[:, 0, :1].to(crops.device)
     zoom = max(1, 384 // cfg.height)
     views = [Image.fromarray(crop[KEY].permute(1, 2, 0).numpy()).resize((zoom * cfg.width, zoom * cfg.height))
              for crop in crops.cpu()]
@@ -965,7 +960,7 @@ def batch_losses(net: nn.Module, model: DiffusionPose, clips: Tensor, joints: Te
     t = torch.randint(TIMES, (len(clips),), device=ranks.device)
     x_t = q_sample(target, t, torch.randn_like(target), visible, cfg.signal_scale)
     with runtime.autocast(ranks.device, cfg.amp):
-        pred, *of_patches = net(normalise(clips), x_t, t)
+        pred, *of_patches = net(transforms.normalise(clips / 255), x_t, t)
     losses = criterion(pred, target, visible, limbs(model.skeleton), alpha)
     for maps in of_patches:
         losses["patches"] = cfg.patch_weight * heatmap_loss(maps.float(), target, visible)

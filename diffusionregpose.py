@@ -53,7 +53,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import draw, metrics, runtime, transforms, weights
 from common.backbones import ConvNorm, ResNet
-from common.datasets import PoseDataset, Prediction, Sample, open_dataset, open_splits
+from common.datasets import PoseDataset, Prediction, Sample, open_crowd, open_splits
 from common.loading import predict_all
 from common.skeletons import Skeleton, get_skeleton, words
 from common.training import Loop
@@ -1233,18 +1233,10 @@ def load_init(model: DiffusionRegPose, source: str) -> None:
 
 # ---- Data: aspect ratio kept, short side 480 to 800, random crops, ImageNet normalisation --------------------
 
-MEAN, STD = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-
-
-def normalise(image: Image.Image) -> Tensor:
-    """An RGB picture as (3, h, w), each channel less ImageNet's mean and divided by its deviation."""
-    return (transforms.to_tensor(image) - MEAN) / STD
-
-
 def input_image(image: Image.Image, cfg: Config) -> Tensor:
     """A picture of any size as the network sees it: see `short_side` and `long_side`."""
     size = transforms.short_side_size(image.size, cfg.short_side, cfg.long_side)
-    return normalise(image.resize(size, Image.Resampling.BILINEAR))
+    return transforms.normalise(transforms.to_tensor(image.resize(size, Image.Resampling.BILINEAR)))
 
 
 def augment(people: Sample, flip: tuple[int, ...] | None, cfg: Config, rng: np.random.Generator) -> Sample:
@@ -1302,7 +1294,7 @@ class TrainImages(torch.utils.data.Dataset):
         if self.data.name == "crowdpose":                  # it has no areas: the release's losses take the whole box
             people = replace(people, areas=(people.boxes[:, 2:] - people.boxes[:, :2]).prod(1))
         people = augment(people, self.flip, self.cfg, rng)
-        return normalise(people.image), to_targets(people), skipped
+        return transforms.normalise(transforms.to_tensor(people.image)), to_targets(people), skipped
 
 
 def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config) -> dict:
@@ -1317,14 +1309,6 @@ def evaluate(model: DiffusionRegPose, data: PoseDataset, cfg: Config,
     found = predict_all(partial(predict, fuse(model)), data, partial(input_image, cfg=cfg), cfg.eval_batch,
                         cfg.workers, ranks, join=list)
     return metrics.evaluate(found, data), found
-
-
-def open_crowd(skeleton: Skeleton, ranks: runtime.Ranks) -> PoseDataset:
-    """The puppets' crowd split with CrowdPose's index of crowding, which only its file of 14 keypoints has."""
-    with runtime.rank_zero_first(ranks):                         # it draws them
-        crowd, index = (open_dataset("puppets", "crowd", kind) for kind in (skeleton, "crowdpose"))
-    crowd.crowd_index, crowd.metric = index.crowd_index, "crowdpose"
-    return crowd
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import draw, metrics, runtime, transforms, weights
 from common.backbones import ConvNorm, HRNet, ResNet, Swin
-from common.datasets import PoseDataset, Prediction, Sample, open_dataset, open_splits
+from common.datasets import PoseDataset, Prediction, Sample, open_crowd, open_splits
 from common.loading import predict_all
 from common.skeletons import Skeleton, get_skeleton, words
 from common.training import Loop
@@ -1166,14 +1166,6 @@ def evaluate(model: QueryPose, data: PoseDataset, cfg: Config, ranks: runtime.Ra
     found = predict_all(partial(predict, fuse(model)), data, partial(input_image, cfg=cfg), cfg.eval_batch,
                         cfg.workers, ranks, join=list)
     return metrics.evaluate(found, data), found
-
-
-def open_crowd(skeleton: Skeleton, ranks: runtime.Ranks) -> PoseDataset:
-    """The puppets' crowd split with CrowdPose's index of crowding, which only its file of 14 keypoints has."""
-    with runtime.rank_zero_first(ranks):                         # it draws them
-        crowd, index = (open_dataset("puppets", "crowd", kind) for kind in (skeleton, "crowdpose"))
-    crowd.crowd_index, crowd.metric = index.crowd_index, "crowdpose"
-    return crowd
 
 
 # ---- Pictures: where the parts of a person look (Fig. 5 and 6), and how sure its joints are --------------------

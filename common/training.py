@@ -1,21 +1,4 @@
-"""What a training loop keeps account of, a call each, so that `train` of a method shows how the method learns.
-
-    loop = Loop("method", cfg, args, ranks, data, held_out, model, optimizer, ema)      goes on with --resume
-    steps = loop.plan(len(data), micro)
-    for epoch in loop.epochs():
-        for images, targets, skipped in loop.batches(TrainImages(data, cfg, epoch)):
-            loop.set_lr(lr_scale(loop.step, steps, epoch, cfg))
-            with loop.naming(ids, skipped):
-                losses = ...
-            loop.scaler.scale(sum(losses.values()) / cfg.accum).backward()
-            if not loop.update():               # the step has further micro-batches
-                continue
-            loop.log(losses, names)
-            if loop.stops():
-                return
-        if loop.evaluates():
-            loop.record(*evaluate(ema.module, held_out, cfg, ranks))
-"""
+"""What a training loop keeps account of, a call each, so that a method's `train` shows how the method learns."""
 import argparse
 import contextlib
 import math
@@ -48,9 +31,8 @@ class Loop:
         fp16 = cfg.amp == "fp16" and ranks.device.type == "cuda"
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=fp16)
         self.at = dict(epoch=0, done=0, step=0, best=-math.inf)     # done: optimiser steps of this epoch
-        self.parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=self.scaler)
-        if ema is None:
-            del self.parts["ema"]
+        average = {} if ema is None else dict(ema=ema)
+        self.parts = dict(model=model) | average | dict(optimizer=optimizer, scaler=self.scaler)
         if args.saved:
             runtime.restore(self.parts, args.saved)
             self.at = {name: args.saved[name] for name in self.at}
