@@ -22,8 +22,8 @@ Departs  from the release, where it slipped; `--as_released` goes back for the f
          Sec. 3.1    it takes (cx, cy, w, h) for corners; ours is the centre of the box (denoising_queries)
          Sec. 3.1    a batch without people crashes it; ours has no denoising queries then
          Sec. 4.1    it adds the gradients of micro-batches; ours averages them (clipping hides the difference)
-         start       sampling points of preset n start on rays (DeformableAttention); `--mean_pose` is ours, to train
-                     from nothing; `--init` takes the average of a D-FINE checkpoint
+         start       sampling points of preset n start on rays (DeformableAttention); `--init` takes the average of a
+                     D-FINE checkpoint; `--mean_pose` and `--heatmap_weight` are ours, to train from nothing
 
     python detrpose.py                                  what each preset is: parameters, GFLOPs
     python detrpose.py --train                          learn the embedded puppets on this machine
@@ -49,6 +49,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import metrics, runtime, transforms, weights
 from common.datasets import PoseDataset, Prediction, Sample, open_splits
+from common.heatmaps import CellHeatmaps, people_heatmap_loss
 from common.loading import predict_all
 from common.skeletons import Skeleton, get_skeleton
 from common.training import Loop
@@ -94,6 +95,7 @@ class Config:
     as_released: bool = False      # train with the released code's noise (see Departs above)
     dn_queries: int = 20           # positive denoising queries per image, shared among its people
     score_weight: float = 2.0      # weight of the score's loss; the keypoints' L1 has 10 and OKS has 4
+    heatmap_weight: float = 0.0    # of a loss that asks the encoder's finest map for heatmaps of all people; ours
     # optimisation (Sec. 4.1)
     epochs: int = 52               # passes over the training images
     batch: int = 16                # images per optimiser step, over all GPUs and micro-batches
@@ -133,7 +135,8 @@ class Config:
                             "dn_queries size epochs batch accum processes eval_every eval_batch")
         runtime.check_range(self, 1e-6, math.inf, "expansion reg_scale lr clip")
         runtime.check_range(self, 0, math.inf, "lr_backbone weight_decay warmup drop_epoch ema_warmup "
-                            "multiscale aug_from mosaic_until aug_until workers seed ksvf_from score_weight")
+                            "multiscale aug_from mosaic_until aug_until workers seed ksvf_from score_weight "
+                            "heatmap_weight")
         runtime.check_range(self, 0, 1, "ema jitter zoom_out mosaic")
         if self.dim % (2 * self.heads) or self.dim % 4:
             raise runtime.UserError(f"--dim {self.dim} does not split over {self.heads} heads: choose a multiple of "
@@ -154,12 +157,13 @@ def _presets() -> dict[str, Config]:
     l = Config(accum=2)
     x = Config("B5", dim=384, encoder_ffn=2048, reg_scale=8.0, lr_backbone=5e-5, init="dfine-x-obj365")
     # To train from nothing in minutes: the focal loss first, because eq. 5 rewards a cell by an OKS that is 0 until the
-    # poses are good; more weight on the scores; no denoising, whose noise is finer than what is learned in that time.
+    # poses are good; more weight on the scores; heatmaps on the side, from which all cells learn at once; no denoising,
+    # whose noise is finer than what is learned in that time.
     tiny = replace(s, init="", lab=False, frozen_norm=False, dim=96, heads=4, encoder_ffn=192, decoder_ffn=192,
-                   points=2, queries=10, size=128, ksvf_from=2, score_weight=8.0, mean_pose=True, pose_denoising=False,
-                   dn_queries=4, epochs=8, batch=16, lr=1e-3, lr_backbone=1e-3, schedule="cosine", warmup=60, clip=1.0,
-                   ema=0.995, ema_warmup=100, multiscale=0, jitter=0.0, mosaic=0.0, zoom_out=0.0, processes=2,
-                   workers=0, eval_every=4, eval_batch=50)
+                   points=2, queries=10, size=128, ksvf_from=2, score_weight=8.0, heatmap_weight=2.0, mean_pose=True,
+                   pose_denoising=False, dn_queries=4, epochs=9, batch=16, lr=1e-3, lr_backbone=1e-3,
+                   schedule="cosine", warmup=60, clip=1.0, ema=0.995, ema_warmup=100, multiscale=0, jitter=0.0,
+                   mosaic=0.0, zoom_out=0.0, processes=2, workers=0, eval_every=5, eval_batch=50)
     crowd = dict(lr_backbone=1e-5, accum=2)                # as released
     return {"tiny": tiny, "n": n, "s": s, "m": m, "l": l, "x": x,
             "n-crowdpose": replace(n, **crowd, epochs=284, mosaic_until=136, aug_until=264),
@@ -804,6 +808,7 @@ class DETRPose(nn.Module):
         self.instance_content = nn.Embedding(1, dim)
         self.noisy_label = nn.Embedding(LABELS + 1, dim)
         self.noisy_keypoint = nn.Embedding(keypoints, dim)
+        self.heatmaps = CellHeatmaps(dim, keypoints, across=2) if cfg.heatmap_weight else None
         self.register_buffer("sigmas", torch.tensor(skeleton.sigmas), persistent=False)
         self.reset_parameters()
 
@@ -868,7 +873,7 @@ class DETRPose(nn.Module):
         """images (B, 3, H, W) RGB in [0, 1], H and W divisible by 32.
 
         Evaluation: {logits (B, Q, 2), keypoints (B, Q, K, 2)}. Training (targets given): also `outputs`, a list
-        of (name, logits, keypoints) for every output with a loss, and `denoising`.
+        of (name, logits, keypoints) for every output with a loss, `denoising`, and `heatmaps` (B, K, H/4, W/4).
         """
         maps = self.encoder(self.backbone(images))
         shapes = [tuple(x.shape[-2:]) for x in maps]
@@ -901,6 +906,7 @@ class DETRPose(nn.Module):
         dn_names = [f"dn_{l}" for l in range(len(every) - 1)] + ["dn_pre"]
         result["dn_outputs"] = [(n, a[:, :pad], b[:, :pad]) for n, (a, b) in zip(dn_names, every)] if noisy else []
         result["denoising"] = noisy
+        result["heatmaps"] = self.heatmaps(memory[:, :math.prod(shapes[0])], shapes[0][0]) if self.heatmaps else None
         # so that a batch without people still gives every parameter a gradient, which DDP waits for
         result["unused"] = 0 * (self.noisy_label.weight.sum() + self.noisy_keypoint.weight.sum())
         return result
@@ -1256,6 +1262,8 @@ def batch_losses(net: nn.Module, images: Tensor, targets: list[Targets], cfg: Co
         result = net(images, targets)
     losses = criterion(result, targets, sigmas, cfg.ksvf and epoch >= cfg.ksvf_from, cfg.score_weight)
     losses["unused"] = result["unused"]
+    if cfg.heatmap_weight:
+        losses["loss_heatmaps"] = cfg.heatmap_weight * people_heatmap_loss(result["heatmaps"], targets)
     runtime.check_finite(losses)
     return losses
 

@@ -59,6 +59,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import draw, metrics, runtime, topdown, transforms, vit, weights
 from common.datasets import PoseDataset, Prediction, Sample, open_splits
+from common.heatmaps import CellHeatmaps
 from common.skeletons import Skeleton, edges, get_skeleton
 from common.training import Loop
 from common.unet import UNet
@@ -171,9 +172,9 @@ def _presets() -> dict[str, Config]:
     # a decoder that asks patches which know nothing stays at the mean pose for thousands of steps.
     tiny = replace(b, height=128, width=96, dim=96, depth=4, vit_heads=4, heads=4, stfe_layers=1, decoder_layers=2,
                    stem="conv", patch_weight=1.0, init="", signal_scale=0.1, half_body=0.0, scale_jitter=0.1,
-                   rotation=10.0, sigma=2.0, epochs=13, batch=16, lr=2e-3, lr_backbone=2e-3, weight_decay=0.05,
+                   rotation=10.0, sigma=2.0, epochs=12, batch=16, lr=2e-3, lr_backbone=2e-3, weight_decay=0.05,
                    schedule="cosine", warmup=50, drop_epochs="", ema=0.995, ema_warmup=100, processes=2, workers=0,
-                   eval_every=13, eval_batch=64)
+                   eval_every=12, eval_batch=64)
     return {"tiny": tiny, "s": s, "b": b, "l": l, "h": h}
 
 
@@ -209,8 +210,9 @@ class MambaBlock(nn.Module):
 
     def convolve(self, u: Tensor) -> Tensor:
         """y_l = b + Σ_k w_k u_{l−3+k}, (B, L, E): as pictures of height 1, for which channels may stay last."""
-        pictures, weight = u.mT.unsqueeze(2).contiguous(memory_format=torch.channels_last), self.conv1d.weight
-        y = F.conv2d(pictures, weight.unsqueeze(2), self.conv1d.bias, padding=(0, KERNEL - 1), groups=len(weight))
+        pictures = u.mT.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+        weight = self.conv1d.weight.squeeze(1)[:, None, None]       # so that its gradient has the strides DDP expects
+        y = F.conv2d(pictures, weight, self.conv1d.bias, padding=(0, KERNEL - 1), groups=len(weight))
         return y[:, :, 0, :u.shape[1]].mT
 
     def forward(self, x: Tensor) -> Tensor:
@@ -520,8 +522,7 @@ class DiffusionPose(nn.Module):
         self.backbone = ViT(cfg.dim, cfg.depth, cfg.vit_heads, math.prod(cfg.grid), cfg.stem)   # no drop path [C]
         self.stfe = SpatioTemporalEncoder(cfg, skeleton.num_keypoints)
         self.pdd = (PoseDenoisingDecoder if cfg.denoiser == "hcdb" else UNetDenoiser)(cfg, skeleton)
-        cells = skeleton.num_keypoints * CELLS ** 2
-        self.patch_head = nn.Linear(cfg.dim, cells) if cfg.patch_weight and cfg.cf else None
+        self.patches = CellHeatmaps(cfg.dim, skeleton.num_keypoints, CELLS) if cfg.patch_weight and cfg.cf else None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -535,7 +536,7 @@ class DiffusionPose(nn.Module):
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and "mamba" not in name:
-                quiet = name.endswith(("modulation", "mol.node", "mol.edge", "patch_head"))
+                quiet = name.endswith(("modulation", "mol.node", "mol.edge", "patches.head"))
                 nn.init.zeros_(module.weight) if quiet else nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -566,10 +567,7 @@ class DiffusionPose(nn.Module):
         """Heatmaps H (B, J, Hh, Wh) of noisy maps x_t; with --patch_weight a second time, as the patches see them."""
         c_f, c_p = self.encode(frames)
         maps = [self.denoise(x_t, t, c_f, c_p)]
-        if self.patch_head:
-            maps.append(rearrange(self.patch_head(c_f), "b (h w) (j p q) -> b j (h p) (w q)",
-                                  h=self.cfg.grid[0], p=CELLS, q=CELLS))
-        return maps
+        return maps + [self.patches(c_f, self.cfg.grid[0])] if self.patches else maps
 
     def sample(self, frames: Tensor, noise: Tensor) -> Tensor:
         """Heatmaps (B, J, Hh, Wh), not clamped: DDIM from noise (B, *noise_shape), the mean of all draws."""

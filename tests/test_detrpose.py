@@ -434,7 +434,8 @@ def test_input_sides_are_multiples_of_32_around_the_size_and_stop_with_the_augme
 
 # ------------------------------------------------------------------------------------------ by itself
 
-SMALL = dict(size=64, dim=32, heads=4, layers=2, decoder_ffn=32, encoder_ffn=32, queries=6, dn_queries=2, init="")
+SMALL = dict(size=64, dim=32, heads=4, layers=2, decoder_ffn=32, encoder_ffn=32, queries=6, dn_queries=2, init="",
+             heatmap_weight=0.0)
 
 
 def some_people(counts: list[int], keypoints: int = 17) -> list[Targets]:
@@ -465,6 +466,17 @@ def test_a_batch_without_people_has_a_finite_loss_that_reaches_every_parameter()
     (sum(losses.values()) + result["unused"]).backward()
     assert result["denoising"] is None and losses["loss_keypoints"] == 0
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("counts", [[2, 1], [0, 0]], ids=str)
+def test_heatmaps_on_the_side_teach_backbone_and_encoder_alone(counts):
+    model, alone = detrpose.build("tiny", **SMALL | dict(heatmap_weight=2.0)).train(), runtime.init_distributed("cpu")
+    with torch.no_grad():
+        model.heatmaps.head.weight.normal_(std=0.1)
+    losses = detrpose.batch_losses(model, torch.rand(2, 3, 64, 64), some_people(counts), model.cfg, 0, 0, alone, model.sigmas)
+    losses["loss_heatmaps"].backward()
+    parts = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert parts == {"backbone", "encoder", "heatmaps"}
 
 
 def test_more_people_than_queries_are_matched_as_far_as_queries_go():
