@@ -45,15 +45,14 @@ from einops import rearrange, repeat
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from common import metrics, runtime, transforms, weights
-from common.datasets import PoseDataset, Prediction, Sample, default_splits, open_dataset
+from common.datasets import PoseDataset, Prediction, Sample, open_splits
 from common.heatmaps import CellHeatmaps, people_heatmap_loss
-from common.loading import collate, predict_all
+from common.loading import predict_all
 from common.skeletons import Skeleton, get_skeleton
+from common.training import Loop
 from kernels.deform_attn import deform_attn
 
 # ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. -----------
@@ -1265,9 +1264,7 @@ def batch_losses(net: nn.Module, images: Tensor, targets: list[Targets], cfg: Co
     losses["unused"] = result["unused"]
     if cfg.heatmap_weight:
         losses["loss_heatmaps"] = cfg.heatmap_weight * people_heatmap_loss(result["heatmaps"], targets)
-    finite = torch.stack([*losses.values()]).isfinite().tolist()        # one wait for the GPU, not one per term
-    if not all(finite):
-        raise FloatingPointError(", ".join([name for name, good in zip(losses, finite) if not good][:5]))
+    runtime.check_finite(losses)
     return losses
 
 
@@ -1278,9 +1275,7 @@ def train(cfg: Config, args) -> None:
     if cfg.frozen_norm and not (cfg.init or args.saved):
         raise runtime.UserError("frozen norms need start weights: add --init hgnetv2-b4 (or another), or --no-frozen_norm")
     with runtime.rank_zero_first(ranks):                         # it makes the puppets and fetches start weights
-        train_split, val_split = default_splits(cfg.data)
-        data = open_dataset(cfg.data, train_split, sigmas=runtime.numbers(cfg.sigmas))
-        held_out = open_dataset(cfg.data, val_split, skeleton=data.skeleton)
+        data, held_out = open_splits(cfg.data, sigmas=runtime.numbers(cfg.sigmas))
         runtime.seed_all(cfg.seed)                               # equal start weights on every process
         model = DETRPose(cfg, data.skeleton)
         if cfg.mean_pose:
@@ -1289,89 +1284,26 @@ def train(cfg: Config, args) -> None:
             load_init(model, cfg.init)
     model.to(ranks.device, memory_format=torch.channels_last)
     ema = runtime.Ema(model, cfg.ema, cfg.ema_warmup)
-    optimizer = build_optimizer(model, cfg)
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=cfg.amp == "fp16" and ranks.device.type == "cuda")
-    at = dict(epoch=0, done=0, step=0, best=-math.inf)           # done: optimiser steps of this epoch
-    parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
-    if args.saved:
-        runtime.restore(parts, args.saved)
-        at = {name: args.saved[name] for name in at}
-    run = runtime.Run("detrpose", cfg, args, ranks)
-    args.saved = None                                            # its memory is ours again
-    run.say(f"{data.report()}\n{held_out.report()}\nwriting to {run.folder}")
+    loop = Loop("detrpose", cfg, args, ranks, data, held_out, model, build_optimizer(model, cfg), ema)
     net = runtime.distribute(model, ranks)
 
     data = data.training()
-    per_epoch = len(runtime.epoch_batches(len(data), micro, cfg.accum, cfg.seed, 0, ranks))
-    steps = cfg.epochs * per_epoch // cfg.accum
-
-    def save_last(save) -> None:
-        save("last.pt", **at, skeleton=data.skeleton.to_dict(), **runtime.states(parts))
-
-    stop = runtime.Stopper()
-    if at["epoch"] >= cfg.epochs:
-        run.say(f"all {cfg.epochs} epochs are done; --epochs {2 * cfg.epochs} would go on")
-    for epoch in range(at["epoch"], cfg.epochs):
-        batches = runtime.epoch_batches(len(data), micro, cfg.accum, cfg.seed, epoch, ranks)[at["done"] * cfg.accum:]
-        loader = DataLoader(TrainImages(data, cfg, epoch), batch_sampler=batches, num_workers=cfg.workers,
-                            collate_fn=collate, worker_init_fn=runtime.ignore_signals,
-                            pin_memory=ranks.device.type == "cuda")
-        bar = tqdm(loader, f"epoch {epoch + 1}/{cfg.epochs}", per_epoch, initial=per_epoch - len(batches),
-                   disable=ranks.rank > 0, dynamic_ncols=True)
+    steps = loop.plan(len(data), micro)
+    for epoch in loop.epochs():
         net.train()
-        seen = []                                                # ids of the images of this optimiser step
-        for i, (images, targets, skipped) in enumerate(bar, per_epoch - len(batches)):
-            run.bad_files(sum(skipped, []))
-            seen += [t.image_id for t in targets]
-            runtime.seed_all(cfg.seed, epoch, i, ranks.rank)
-            factor = lr_scale(at["step"], steps, epoch, cfg)
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-            try:
-                losses = batch_losses(net, images, targets, cfg, epoch, at["step"], ranks, model.sigmas)
-            except FloatingPointError as error:
-                raise run.not_finite(str(error), at["step"], seen) from None
-            scaler.scale(sum(losses.values()) / cfg.accum).backward()
-            if (i + 1) % cfg.accum:
+        for images, targets, skipped in loop.batches(TrainImages(data, cfg, epoch)):
+            loop.set_lr(lr_scale(loop.step, steps, epoch, cfg))
+            with loop.naming([t.image_id for t in targets], skipped):
+                losses = batch_losses(net, images, targets, cfg, epoch, loop.step, ranks, model.sigmas)
+            loop.scaler.scale(sum(losses.values()) / cfg.accum).backward()
+            if not loop.update():                                # the step has further micro-batches
                 continue
-            scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-            if not (norm.isfinite() or scaler.is_enabled()):     # a scaler leaves such steps out by itself
-                raise run.not_finite("the gradient", at["step"], seen)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            ema.update(model)
-            at.update(step=at["step"] + 1, done=at["done"] + 1)
-            seen = []
-
-            if at["step"] % 20 == 0:                             # reading numbers makes a GPU wait
-                final = {name: losses[name].item() for name in ("loss_vfl", "loss_keypoints", "loss_oks")}
-                total = sum(losses.values()).item()
-                run.log(step=at["step"], epoch=epoch, loss=total, **final, grad_norm=float(norm), lr=group["lr"])
-                bar.set_postfix(loss=f"{total:.1f}", keypoints=f"{final['loss_keypoints']:.2f}")
-            if stop(ranks):
-                save_last(run.save)
-                run.say(f"stopped and saved; go on with --resume {run.folder}")
+            loop.log(losses, ("loss_vfl", "loss_keypoints", "loss_oks"))
+            if loop.stops():
                 return
-            if run.save_is_due():
-                save_last(run.try_save)
-
-        last = epoch + 1 == cfg.epochs
-        if last or (epoch + 1) % cfg.eval_every == 0:
-            save_last(run.try_save)                              # a kill while evaluating costs nothing
-            runtime.share_buffers(ema)
+        if loop.evaluates():
             table, predictions = evaluate(ema.module, held_out, cfg, ranks)
-            run.log(step=at["step"], epoch=epoch, **table)
-            run.say(f"epoch {epoch + 1}\n{metrics.format_table(table)}")
-            if table["AP"] > at["best"]:
-                at["best"] = table["AP"]
-                run.try_save("best.pt", **at, skeleton=data.skeleton.to_dict(), model=ema.module.state_dict(),
-                             metrics=table)
-            run.draw(held_out, predictions)
-        run.bad_files(runtime.gather_lists([*run.bad, *held_out.bad]))
-        at.update(epoch=epoch + 1, done=0)
-        save_last(run.save if last else run.try_save)            # at the very end a full disk is an error
+            loop.record(table, predictions)
 
 
 def summary(skeleton: str = "coco") -> str:

@@ -55,15 +55,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from common import draw, metrics, runtime, topdown, transforms, vit, weights
-from common.datasets import PoseDataset, Prediction, Sample, default_splits, open_dataset
+from common.datasets import PoseDataset, Prediction, Sample, open_splits
 from common.heatmaps import CellHeatmaps
-from common.loading import collate
 from common.skeletons import Skeleton, edges, get_skeleton
+from common.training import Loop
 from common.unet import UNet
 from common.vit import PATCH, Attention, CrossAttention, LayerNorm, TransformerBlock, ViT, mlp
 from kernels.selective_scan import selective_scan
@@ -696,7 +694,6 @@ def criterion(pred: Tensor, target: Tensor, visible: Tensor, tree: tuple, alpha:
 # ---- Clips: a person's box, enlarged, cut out of three frames ------------------------------------------------
 
 MARGIN = 1.25                  # the crop over the box [A]: room for where the person is in the other frames
-MEAN, STD = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))    # ImageNet's
 
 
 def box_matrix(box: np.ndarray, cfg: Config) -> np.ndarray:
@@ -722,11 +719,6 @@ def frames_of(sample: Sample) -> tuple[Image.Image, ...]:
 
 def cut_box(sample: Sample, box: np.ndarray, cfg: Config) -> Tensor:
     return cut_clip(frames_of(sample), box_matrix(box, cfg), cfg)
-
-
-def normalise(crops: Tensor) -> Tensor:
-    """uint8 (..., 3, H, W) → each channel less ImageNet's mean and divided by its deviation."""
-    return (crops.float() / 255 - MEAN.to(crops.device)) / STD.to(crops.device)
 
 
 def augment(joints: np.ndarray, box: np.ndarray, width: int, skeleton: Skeleton, cfg: Config,
@@ -811,7 +803,7 @@ def noise_for(boxes: np.ndarray, model: DiffusionPose) -> Tensor:
 def find_heatmaps(model: DiffusionPose, crops: Tensor, boxes: np.ndarray) -> Tensor:
     """Clips (N, 3, 3, H, W) uint8, of boxes (N, 4) → heatmaps (N, J, Hh, Wh), float32 on the CPU."""
     device = next(model.parameters()).device
-    frames, noise = normalise(crops.to(device)), noise_for(boxes, model).to(device)
+    frames, noise = transforms.normalise(crops.to(device) / 255), noise_for(boxes, model).to(device)
     with runtime.autocast(device, model.cfg.amp):
         heatmaps = model.sample(frames, noise).float()
         if model.cfg.flip_test and model.skeleton.flip is not None:
@@ -899,7 +891,8 @@ def show_process(model: DiffusionPose, picture: Image.Image | tuple, threshold: 
     if not people:
         return {}
     crops = torch.stack([crop for _, crop, *_ in people]).to(next(model.parameters()).device)
-    noise, conditions = noise_for(found[0], model)[:, 0, :1].to(crops.device), model.encode(normalise(crops))
+    conditions = model.encode(transforms.normalise(crops / 255))
+    noise = noise_for(found[0], model)[:, 0, :1].to(crops.device)
     zoom = max(1, 384 // cfg.height)
     views = [Image.fromarray(crop[KEY].permute(1, 2, 0).numpy()).resize((zoom * cfg.width, zoom * cfg.height))
              for crop in crops.cpu()]
@@ -965,22 +958,17 @@ def batch_losses(net: nn.Module, model: DiffusionPose, clips: Tensor, joints: Te
     t = torch.randint(TIMES, (len(clips),), device=ranks.device)
     x_t = q_sample(target, t, torch.randn_like(target), visible, cfg.signal_scale)
     with runtime.autocast(ranks.device, cfg.amp):
-        pred, *of_patches = net(normalise(clips), x_t, t)
+        pred, *of_patches = net(transforms.normalise(clips / 255), x_t, t)
     losses = criterion(pred, target, visible, limbs(model.skeleton), alpha)
     for maps in of_patches:
         losses["patches"] = cfg.patch_weight * heatmap_loss(maps.float(), target, visible)
-    bad = [name for name, value in losses.items() if not value.isfinite()]
-    if bad:
-        raise FloatingPointError(", ".join(bad))
+    runtime.check_finite(losses)
     return losses
 
 
-def open_splits(cfg: Config) -> tuple[PoseDataset, PoseDataset]:
+def open_clips(cfg: Config) -> tuple[PoseDataset, PoseDataset]:
     """Training and held-out data; of the puppets their clips."""
-    train_split, val_split = default_splits(cfg.data)
-    skeleton = "posetrack" if cfg.data == "puppets" else None
-    data = open_dataset(cfg.data, train_split, skeleton, runtime.numbers(cfg.sigmas))
-    return data, open_dataset(cfg.data, val_split, data.skeleton)
+    return open_splits(cfg.data, "posetrack" if cfg.data == "puppets" else None, runtime.numbers(cfg.sigmas))
 
 
 def train(cfg: Config, args) -> None:
@@ -988,97 +976,36 @@ def train(cfg: Config, args) -> None:
     ranks = runtime.init_distributed(args.device)
     micro = runtime.micro_batch(cfg, ranks)
     with runtime.rank_zero_first(ranks):                         # it makes the puppets and fetches start weights
-        data, held_out = open_splits(cfg)
+        data, held_out = open_clips(cfg)
         runtime.seed_all(cfg.seed)                               # equal start weights on every process
         model = DiffusionPose(cfg, data.skeleton)
         if cfg.init and not args.saved:
             load_init(model, cfg.init)
     model.to(ranks.device, memory_format=torch.channels_last)
     ema = runtime.Ema(model, cfg.ema, cfg.ema_warmup)
-    optimizer = build_optimizer(model, cfg)
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=cfg.amp == "fp16" and ranks.device.type == "cuda")
-    at = dict(epoch=0, done=0, step=0, best=-math.inf)           # done: optimiser steps of this epoch
-    parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
-    if args.saved:
-        runtime.restore(parts, args.saved)
-        at = {name: args.saved[name] for name in at}
-    run = runtime.Run("diffusionpose", cfg, args, ranks)
-    args.saved = None                                            # its memory is ours again
-    run.say(f"{data.report()}\n{held_out.report()}\nwriting to {run.folder}")
+    loop = Loop("diffusionpose", cfg, args, ranks, data, held_out, model, build_optimizer(model, cfg), ema)
     net = runtime.distribute(model, ranks)
 
     data = data.training()
     people = topdown.people_to_learn(data)
-    per_epoch = len(runtime.epoch_batches(len(people), micro, cfg.accum, cfg.seed, 0, ranks))
-    steps = cfg.epochs * per_epoch // cfg.accum
-
-    def save_last(save) -> None:
-        save("last.pt", **at, skeleton=data.skeleton.to_dict(), **runtime.states(parts))
-
-    stop = runtime.Stopper()
-    if at["epoch"] >= cfg.epochs:
-        run.say(f"all {cfg.epochs} epochs are done; --epochs {2 * cfg.epochs} would go on")
-    for epoch in range(at["epoch"], cfg.epochs):
-        batches = runtime.epoch_batches(len(people), micro, cfg.accum, cfg.seed, epoch, ranks)[at["done"] * cfg.accum:]
-        loader = DataLoader(TrainClips(data, people, cfg, epoch), batch_sampler=batches, num_workers=cfg.workers,
-                            collate_fn=collate, worker_init_fn=runtime.ignore_signals,
-                            pin_memory=ranks.device.type == "cuda")
-        bar = tqdm(loader, f"epoch {epoch + 1}/{cfg.epochs}", per_epoch, initial=per_epoch - len(batches),
-                   disable=ranks.rank > 0, dynamic_ncols=True)
+    steps = loop.plan(len(people), micro)
+    for epoch in loop.epochs():
         net.train()
-        seen = []                                                # ids of the images of this optimiser step
-        for i, (clips, joints, ids, skipped) in enumerate(bar, per_epoch - len(batches)):
-            run.bad_files(sum(skipped, []))
-            seen += ids
-            runtime.seed_all(cfg.seed, epoch, i, ranks.rank)
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * lr_scale(at["step"], steps, epoch, cfg)
-            alpha = cfg.alpha * min(1.0, at["step"] * cfg.accum / per_epoch)       # grows over the first epoch [C]: on
-            try:                                                 # maps without peaks the Markov loss would lead
+        for clips, joints, ids, skipped in loop.batches(TrainClips(data, people, cfg, epoch)):
+            loop.set_lr(lr_scale(loop.step, steps, epoch, cfg))
+            # alpha grows over the first epoch [C]: on maps without peaks the Markov loss would lead
+            alpha = cfg.alpha * min(1.0, loop.step * cfg.epochs / steps)
+            with loop.naming(ids, skipped):
                 losses = batch_losses(net, model, clips, torch.stack(joints), alpha, ranks)
-            except FloatingPointError as error:
-                raise run.not_finite(str(error), at["step"], seen) from None
-            scaler.scale(sum(losses.values()) / cfg.accum).backward()
-            if (i + 1) % cfg.accum:
+            loop.scaler.scale(sum(losses.values()) / cfg.accum).backward()
+            if not loop.update():                                # the step has further micro-batches
                 continue
-            scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-            if not (norm.isfinite() or scaler.is_enabled()):     # a scaler leaves such steps out by itself
-                raise run.not_finite("the gradient", at["step"], seen)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            ema.update(model)
-            at.update(step=at["step"] + 1, done=at["done"] + 1)
-            seen = []
-
-            if at["step"] % 20 == 0:                             # reading numbers makes a GPU wait
-                values = {name: value.item() for name, value in losses.items()}
-                run.log(step=at["step"], epoch=epoch, loss=sum(values.values()), **values, grad_norm=float(norm),
-                        lr=optimizer.param_groups[-1]["lr"])
-                bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
-            if stop(ranks):
-                save_last(run.save)
-                run.say(f"stopped and saved; go on with --resume {run.folder}")
+            loop.log(losses, losses)
+            if loop.stops():
                 return
-            if run.save_is_due():
-                save_last(run.try_save)
-
-        last = epoch + 1 == cfg.epochs
-        if last or (epoch + 1) % cfg.eval_every == 0:
-            save_last(run.try_save)                              # a kill while evaluating costs nothing
+        if loop.evaluates():
             table, predictions = evaluate(ema.module, held_out, cfg, ranks)
-            run.log(step=at["step"], epoch=epoch, **table)
-            run.say(f"epoch {epoch + 1}\n{metrics.format_table(table)}")
-            score = table.get("Mean", table.get("AP"))
-            if score > at["best"]:
-                at["best"] = score
-                run.try_save("best.pt", **at, skeleton=data.skeleton.to_dict(), model=ema.module.state_dict(),
-                             metrics=table)
-            run.draw(held_out, predictions)
-        run.bad_files(runtime.gather_lists([*run.bad, *held_out.bad]))
-        at.update(epoch=epoch + 1, done=0)
-        save_last(run.save if last else run.try_save)            # at the very end a full disk is an error
+            loop.record(table, predictions)
 
 
 def summary() -> str:

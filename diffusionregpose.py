@@ -49,15 +49,14 @@ from einops import rearrange
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from common import draw, metrics, runtime, transforms, weights
 from common.backbones import ConvNorm, ResNet
-from common.datasets import PoseDataset, Prediction, Sample, default_splits, open_dataset
-from common.loading import collate, predict_all
+from common.datasets import PoseDataset, Prediction, Sample, open_crowd, open_splits
+from common.loading import predict_all
 from common.skeletons import Skeleton, get_skeleton, words
+from common.training import Loop
 from kernels.deform_attn import deform_attn_offsets
 
 # ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. -----------
@@ -1234,18 +1233,10 @@ def load_init(model: DiffusionRegPose, source: str) -> None:
 
 # ---- Data: aspect ratio kept, short side 480 to 800, random crops, ImageNet normalisation --------------------
 
-MEAN, STD = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-
-
-def normalise(image: Image.Image) -> Tensor:
-    """An RGB picture as (3, h, w), each channel less ImageNet's mean and divided by its deviation."""
-    return (transforms.to_tensor(image) - MEAN) / STD
-
-
 def input_image(image: Image.Image, cfg: Config) -> Tensor:
     """A picture of any size as the network sees it: see `short_side` and `long_side`."""
     size = transforms.short_side_size(image.size, cfg.short_side, cfg.long_side)
-    return normalise(image.resize(size, Image.Resampling.BILINEAR))
+    return transforms.normalise(transforms.to_tensor(image.resize(size, Image.Resampling.BILINEAR)))
 
 
 def augment(people: Sample, flip: tuple[int, ...] | None, cfg: Config, rng: np.random.Generator) -> Sample:
@@ -1303,7 +1294,7 @@ class TrainImages(torch.utils.data.Dataset):
         if self.data.name == "crowdpose":                  # it has no areas: the release's losses take the whole box
             people = replace(people, areas=(people.boxes[:, 2:] - people.boxes[:, :2]).prod(1))
         people = augment(people, self.flip, self.cfg, rng)
-        return normalise(people.image), to_targets(people), skipped
+        return transforms.normalise(transforms.to_tensor(people.image)), to_targets(people), skipped
 
 
 def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config) -> dict:
@@ -1318,14 +1309,6 @@ def evaluate(model: DiffusionRegPose, data: PoseDataset, cfg: Config,
     found = predict_all(partial(predict, fuse(model)), data, partial(input_image, cfg=cfg), cfg.eval_batch,
                         cfg.workers, ranks, join=list)
     return metrics.evaluate(found, data), found
-
-
-def open_crowd(skeleton: Skeleton, ranks: runtime.Ranks) -> PoseDataset:
-    """The puppets' crowd split with CrowdPose's index of crowding, which only its file of 14 keypoints has."""
-    with runtime.rank_zero_first(ranks):                         # it draws them
-        crowd, index = (open_dataset("puppets", "crowd", kind) for kind in (skeleton, "crowdpose"))
-    crowd.crowd_index, crowd.metric = index.crowd_index, "crowdpose"
-    return crowd
 
 
 @torch.no_grad()
@@ -1390,9 +1373,7 @@ def batch_losses(net: nn.Module, model: DiffusionRegPose, images: Tensor, padded
     # what may have no gradient at all gets one of 0, which DistributedDataParallel waits for
     idle = [*model.decoder.size_head.parameters(), model.decoder.keypoint_size.weight, model.noisy_label.weight]
     losses["unused"] = 0 * sum(p.sum() for p in idle)
-    finite = torch.stack([*losses.values()]).isfinite().tolist()        # one wait for the GPU, not one per term
-    if not all(finite):
-        raise FloatingPointError(", ".join([name for name, good in zip(losses, finite) if not good][:5]))
+    runtime.check_finite(losses)
     return losses
 
 
@@ -1404,102 +1385,37 @@ def train(cfg: Config, args) -> None:
         raise runtime.UserError("frozen norms need start weights: add --init resnet50 (or another), or "
                                 "--no-frozen_norm")
     with runtime.rank_zero_first(ranks):                         # it makes the puppets and fetches start weights
-        train_split, val_split = default_splits(cfg.data)
-        data = open_dataset(cfg.data, train_split, sigmas=runtime.numbers(cfg.sigmas))
-        held_out = open_dataset(cfg.data, val_split, skeleton=data.skeleton)
+        data, held_out = open_splits(cfg.data, sigmas=runtime.numbers(cfg.sigmas))
         runtime.seed_all(cfg.seed)                               # equal start weights on every process
         model = DiffusionRegPose(cfg, data.skeleton)
         if cfg.init and not args.saved:
             load_init(model, cfg.init)
     model.to(ranks.device, memory_format=torch.channels_last)
     ema = runtime.Ema(model, cfg.ema, cfg.ema_warmup)
-    optimizer = build_optimizer(model, cfg)
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=cfg.amp == "fp16" and ranks.device.type == "cuda")
-    at = dict(epoch=0, done=0, step=0, best=-math.inf)           # done: optimiser steps of this epoch
-    parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
-    if args.saved:
-        runtime.restore(parts, args.saved)
-        at = {name: args.saved[name] for name in at}
-    run = runtime.Run("diffusionregpose", cfg, args, ranks)
-    args.saved = None                                            # its memory is ours again
-    run.say(f"{data.report()}\n{held_out.report()}\nwriting to {run.folder}")
-    completion = start_completion(data, cfg, run)
+    loop = Loop("diffusionregpose", cfg, args, ranks, data, held_out, model, build_optimizer(model, cfg), ema)
+    completion = start_completion(data, cfg, loop.run)
     net = runtime.distribute(model, ranks)
 
     data = data.training()
-    per_epoch = len(runtime.epoch_batches(len(data), micro, cfg.accum, cfg.seed, 0, ranks))
-    steps = cfg.epochs * per_epoch // cfg.accum
-
-    def save_last(save) -> None:
-        save("last.pt", **at, skeleton=data.skeleton.to_dict(), **runtime.states(parts))
-
-    stop = runtime.Stopper()
-    if at["epoch"] >= cfg.epochs:
-        run.say(f"all {cfg.epochs} epochs are done; --epochs {2 * cfg.epochs} would go on")
-    for epoch in range(at["epoch"], cfg.epochs):
-        batches = runtime.epoch_batches(len(data), micro, cfg.accum, cfg.seed, epoch, ranks)[at["done"] * cfg.accum:]
-        loader = DataLoader(TrainImages(data, cfg, epoch, completion), batch_sampler=batches, num_workers=cfg.workers,
-                            collate_fn=partial(collate, join=pad_images), worker_init_fn=runtime.ignore_signals,
-                            pin_memory=ranks.device.type == "cuda")
-        bar = tqdm(loader, f"epoch {epoch + 1}/{cfg.epochs}", per_epoch, initial=per_epoch - len(batches),
-                   disable=ranks.rank > 0, dynamic_ncols=True)
+    steps = loop.plan(len(data), micro)
+    for epoch in loop.epochs():
         net.train()
-        seen = []                                                # ids of the images of this optimiser step
-        for i, ((images, padded), targets, skipped) in enumerate(bar, per_epoch - len(batches)):
-            run.bad_files(sum(skipped, []))
-            seen += [t.image_id for t in targets]
-            runtime.seed_all(cfg.seed, epoch, i, ranks.rank)
-            factor = lr_scale(at["step"], steps, epoch, cfg)
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-            try:
+        for (images, padded), targets, skipped in loop.batches(TrainImages(data, cfg, epoch, completion), pad_images):
+            loop.set_lr(lr_scale(loop.step, steps, epoch, cfg))
+            with loop.naming([t.image_id for t in targets], skipped):
                 losses = batch_losses(net, model, images, padded, targets, ranks)
-            except FloatingPointError as error:
-                raise run.not_finite(str(error), at["step"], seen) from None
-            scaler.scale(sum(losses.values()) / cfg.accum).backward()
-            if (i + 1) % cfg.accum:
+            loop.scaler.scale(sum(losses.values()) / cfg.accum).backward()
+            if not loop.update():                                # the step has further micro-batches
                 continue
-            scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-            if not (norm.isfinite() or scaler.is_enabled()):     # a scaler leaves such steps out by itself
-                raise run.not_finite("the gradient", at["step"], seen)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            ema.update(model)
-            at.update(step=at["step"] + 1, done=at["done"] + 1)
-            seen = []
-
-            if at["step"] % 20 == 0:                             # reading numbers makes a GPU wait
-                final = {name: losses[name].item() for name in ("loss_ce", "loss_bbox", "loss_keypoints", "loss_oks")}
-                total = sum(losses.values()).item()
-                run.log(step=at["step"], epoch=epoch, loss=total, **final, grad_norm=float(norm), lr=group["lr"])
-                bar.set_postfix(loss=f"{total:.1f}", keypoints=f"{final['loss_keypoints']:.2f}")
-            if stop(ranks):
-                save_last(run.save)
-                run.say(f"stopped and saved; go on with --resume {run.folder}")
+            loop.log(losses, ("loss_ce", "loss_bbox", "loss_keypoints", "loss_oks"))
+            if loop.stops():
                 return
-            if run.save_is_due():
-                save_last(run.try_save)
-
-        last = epoch + 1 == cfg.epochs
-        if last or (epoch + 1) % cfg.eval_every == 0:
-            save_last(run.try_save)                              # a kill while evaluating costs nothing
-            runtime.share_buffers(ema)
+        if loop.evaluates():
             table, predictions = evaluate(ema.module, held_out, cfg, ranks)
-            run.log(step=at["step"], epoch=epoch, **table)
-            run.say(f"epoch {epoch + 1}\n{metrics.format_table(table)}")
-            if table["AP"] > at["best"]:
-                at["best"] = table["AP"]
-                run.try_save("best.pt", **at, skeleton=data.skeleton.to_dict(), model=ema.module.state_dict(),
-                             metrics=table)
-            run.draw(held_out, predictions)
-            if last and cfg.data == "puppets":
+            loop.record(table, predictions)
+            if loop.last and cfg.data == "puppets":
                 table, _ = evaluate(ema.module, open_crowd(data.skeleton, ranks), cfg, ranks)
-                run.say(f"puppets in crowds, E/M/H: easy, medium and hard\n{metrics.format_table(table)}")
-        run.bad_files(runtime.gather_lists([*run.bad, *held_out.bad]))
-        at.update(epoch=epoch + 1, done=0)
-        save_last(run.save if last else run.try_save)            # at the very end a full disk is an error
+                loop.run.say(f"puppets in crowds, E/M/H: easy, medium and hard\n{metrics.format_table(table)}")
 
 
 def start_completion(data: PoseDataset, cfg: Config, run: runtime.Run) -> KeypointCompletion | None:

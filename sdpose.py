@@ -52,15 +52,16 @@ from PIL import Image, ImageFilter
 from scipy.special import ndtr, ndtri
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from common import draw, metrics, runtime, stable_diffusion, topdown, transforms, weights
-from common.datasets import PoseDataset, Prediction, Sample, default_splits, open_dataset
-from common.loading import collate
+from common.datasets import PoseDataset, Prediction, Sample, open_dataset, open_splits
+from common.loading import train_loader
 from common.skeletons import Skeleton, get_skeleton, halves
 from common.topdown import people_to_learn
+from common.training import Loop
 
 # ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. -----------
 
@@ -930,13 +931,6 @@ def posterior(model: SDPose, crops: Tensor) -> Tensor:
         return torch.cat(model.posterior(images), 1).float().unflatten(0, crops.shape[:2])
 
 
-def loader_of(crops: Dataset | list, batches: list[list[int]], cfg: Config, ranks: runtime.Ranks) -> DataLoader:
-    """Batches of TrainCrops, or of a list that is in memory and needs no workers."""
-    return DataLoader(crops, batch_sampler=batches, num_workers=0 if isinstance(crops, list) else cfg.workers,
-                      collate_fn=collate, worker_init_fn=runtime.ignore_signals,
-                      pin_memory=ranks.device.type == "cuda")
-
-
 @torch.no_grad()
 def make_cache(model: SDPose, views: list[TrainCrops], cfg: Config, ranks: runtime.Ranks,
                run: runtime.Run) -> list[list]:
@@ -954,7 +948,7 @@ def make_cache(model: SDPose, views: list[TrainCrops], cfg: Config, ranks: runti
     for number, view in enumerate(views, 1):
         posteriors = torch.zeros(count, kept, 2 * LATENT, *cells)
         labels, ids = torch.zeros(count, model.skeleton.num_keypoints, 3), []
-        bar = tqdm(loader_of(view, mine, cfg, ranks), f"view {number}/{len(views)}", disable=ranks.rank > 0)
+        bar = tqdm(train_loader(view, mine, cfg.workers, ranks), f"view {number}/{len(views)}", disable=ranks.rank > 0)
         for rows, (crops, keypoints, images, skipped) in zip(mine, bar):
             posteriors[rows], labels[rows] = posterior(model, crops).cpu(), torch.stack(keypoints)
             ids += zip(rows, images)
@@ -994,7 +988,8 @@ def freeze_unused(model: SDPose, cfg: Config) -> None:
 def build_optimizer(model: SDPose, cfg: Config) -> torch.optim.AdamW:
     """AdamW over all that learns: U-Net and heatmap head, and a random VAE's encoder."""
     learned = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(learned, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    return torch.optim.AdamW([dict(params=learned, initial_lr=cfg.lr)], lr=cfg.lr, weight_decay=cfg.weight_decay,
+                             fused=True)
 
 
 def lr_scale(step: int, steps: int, cfg: Config) -> float:
@@ -1021,8 +1016,7 @@ def batch_losses(net: nn.Module, model: SDPose, crops: Tensor, keypoints: Tensor
     with runtime.autocast(device, cfg.amp):
         output = net(z[:, 0].contiguous(memory_format=torch.channels_last), cfg.rgb_weight > 0)
     losses = criterion(output, z[:, -1].detach(), target, weights, cfg)
-    if not torch.stack([*losses.values()]).isfinite().all():
-        raise FloatingPointError(" and ".join(losses))
+    runtime.check_finite(losses)
     return losses
 
 
@@ -1044,105 +1038,44 @@ def train(cfg: Config, args) -> None:
     ranks = runtime.init_distributed(args.device)
     micro = runtime.micro_batch(cfg, ranks)
     with runtime.rank_zero_first(ranks):                         # it makes the puppets and fetches start weights
-        train_split, val_split = default_splits(cfg.data)
-        data = open_dataset(cfg.data, train_split, cfg.keypoints or None, runtime.numbers(cfg.sigmas))
-        held_out = open_dataset(cfg.data, val_split, skeleton=data.skeleton)
+        data, held_out = open_splits(cfg.data, cfg.keypoints or None, runtime.numbers(cfg.sigmas))
         runtime.seed_all(cfg.seed)                               # equal start weights on every process
         model = SDPose(cfg, data.skeleton)
         if cfg.init and not args.saved:
             load_init(model, cfg.init)
     freeze_unused(model, cfg)
     model.to(ranks.device, memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, cfg)
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=cfg.amp == "fp16" and ranks.device.type == "cuda")
-    at = dict(epoch=0, done=0, step=0, best=-math.inf)           # done: optimiser steps of this epoch
-    parts = dict(model=model, optimizer=optimizer, scaler=scaler)
-    fresh = not args.saved
-    if args.saved:
-        runtime.restore(parts, args.saved)
-        at = {name: args.saved[name] for name in at}
-    run = runtime.Run("sdpose", cfg, args, ranks)
-    args.saved = None                                            # its memory is ours again
-    run.say(f"{data.report()}\n{held_out.report()}\nwriting to {run.folder}")
-    crops_of = prepare(model, data.training(), cfg, ranks, run, fresh)
+    loop = Loop("sdpose", cfg, args, ranks, data, held_out, model, build_optimizer(model, cfg))
+    crops_of = prepare(model, data.training(), cfg, ranks, loop.run, fresh=not args.resume)
     net = runtime.distribute(model, ranks)
 
-    count = len(crops_of(0))
-    per_epoch = len(runtime.epoch_batches(count, micro, cfg.accum, cfg.seed, 0, ranks))
-    steps = cfg.epochs * per_epoch // cfg.accum
+    steps = loop.plan(len(crops_of(0)), micro)
     if ranks.rank == 0:
-        left = (steps - at["step"]) * cfg.batch
+        left = (steps - loop.step) * cfg.batch
         say_cost(model, f"training on {left:,} crops", left / ranks.world, 3 + cfg.checkpointing)
-
-    def save_last(save) -> None:
-        save("last.pt", **at, skeleton=data.skeleton.to_dict(), **runtime.states(parts))
-
-    stop = runtime.Stopper()
-    if at["epoch"] >= cfg.epochs:
-        run.say(f"all {cfg.epochs} epochs are done; --epochs {2 * cfg.epochs} would go on")
-    for epoch in range(at["epoch"], cfg.epochs):
-        batches = runtime.epoch_batches(count, micro, cfg.accum, cfg.seed, epoch, ranks)[at["done"] * cfg.accum:]
-        bar = tqdm(loader_of(crops_of(epoch), batches, cfg, ranks), f"epoch {epoch + 1}/{cfg.epochs}",
-                   per_epoch, initial=per_epoch - len(batches), disable=ranks.rank > 0, dynamic_ncols=True)
+    for epoch in loop.epochs():
         net.train()
-        seen = []                                                # ids of the images of this optimiser step
-        for i, (crops, keypoints, ids, skipped) in enumerate(bar, per_epoch - len(batches)):
-            run.bad_files(sum(skipped, []))
-            seen += ids
-            runtime.seed_all(cfg.seed, epoch, i, ranks.rank)
-            for group in optimizer.param_groups:
-                group["lr"] = cfg.lr * lr_scale(at["step"], steps, cfg)
-            try:
+        for crops, keypoints, ids, skipped in loop.batches(crops_of(epoch)):
+            loop.set_lr(lr_scale(loop.step, steps, cfg))
+            with loop.naming(ids, skipped):
                 losses = batch_losses(net, model, crops, torch.stack(keypoints), ranks.device)
-            except FloatingPointError as error:
-                raise run.not_finite(str(error), at["step"], seen) from None
-            scaler.scale(sum(losses.values()) / cfg.accum).backward()
-            if (i + 1) % cfg.accum:
+            loop.scaler.scale(sum(losses.values()) / cfg.accum).backward()
+            if not loop.update():                                # the step has further micro-batches
                 continue
-            scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-            if not (norm.isfinite() or scaler.is_enabled()):     # a scaler leaves such steps out by itself
-                raise run.not_finite("the gradient", at["step"], seen)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            at.update(step=at["step"] + 1, done=at["done"] + 1)
-            seen = []
-
-            if at["step"] % 20 == 0:                             # reading numbers makes a GPU wait
-                terms = {name: value.item() for name, value in losses.items()}
-                run.log(step=at["step"], epoch=epoch, loss=sum(terms.values()), **terms, grad_norm=float(norm),
-                        lr=group["lr"])
-                bar.set_postfix({name: f"{value:.4f}" for name, value in terms.items()})
-            if stop(ranks):
-                save_last(run.save)
-                run.say(f"stopped and saved; go on with --resume {run.folder}")
+            loop.log(losses, losses)
+            if loop.stops():
                 return
-            if run.save_is_due():
-                save_last(run.try_save)
-
-        last = epoch + 1 == cfg.epochs
-        if last or (epoch + 1) % cfg.eval_every == 0:
-            save_last(run.try_save)                              # a kill while evaluating costs nothing
+        if loop.evaluates():
             table, predictions = evaluate(model, held_out, cfg, ranks)
-            run.log(step=at["step"], epoch=epoch, **table)
-            run.say(f"epoch {epoch + 1}, {topdown.true_boxes(held_out)}\n{metrics.format_table(table)}")
-            if table["AP"] > at["best"]:
-                at["best"] = table["AP"]
-                run.try_save("best.pt", **at, skeleton=data.skeleton.to_dict(), model=model.state_dict(),
-                             metrics=table)
-            run.draw(held_out, predictions)
-            if last and cfg.data == "puppets":
+            loop.record(table, predictions, f", {topdown.true_boxes(held_out)}")
+            if loop.last and cfg.data == "puppets":
                 with runtime.rank_zero_first(ranks):             # it draws them
                     unseen = open_dataset("puppets", "ood", data.skeleton)
                 tables = {"val": table, "ood": evaluate(model, unseen, cfg, ranks)[0]}
-                run.say(f"puppets, and the same in styles never seen\n{metrics.format_table(tables)}")
+                loop.run.say(f"puppets, and the same in styles never seen\n{metrics.format_table(tables)}")
                 if ranks.rank == 0 and data.skeleton.name == "coco":        # others have no pictures in two styles
-                    with runtime.goes_on(run.folder / "styles.png"):
-                        show_styles(model, held_out).save(run.folder / "styles.png")
-        run.bad_files(runtime.gather_lists([*run.bad, *held_out.bad]))
-        at.update(epoch=epoch + 1, done=0)
-        save_last(run.save if last else run.try_save)            # at the very end a full disk is an error
+                    with runtime.goes_on(loop.run.folder / "styles.png"):
+                        show_styles(model, held_out).save(loop.run.folder / "styles.png")
 
 
 # ---- Pictures: what the two branches see ---------------------------------------------------------------------

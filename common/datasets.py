@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from common.runtime import UserError
+from common.runtime import Ranks, UserError, rank_zero_first
 from common.skeletons import SKELETONS, Skeleton, get_skeleton, skeleton_from_category, words
 
 BOX_TO_AREA = 0.53          # a person's outline fills about half of the box: the area where a file has none
@@ -527,3 +527,19 @@ def open_dataset(data: str, split: str, skeleton: str | dict | Skeleton | None =
     dataset = PoseDataset(name, split, files, folders, skeleton, sigmas)
     dataset.name = "puppets" if data == "puppets" else dataset.name
     return dataset
+
+
+def open_splits(data: str, skeleton: str | None = None,
+                sigmas: Sequence[float] | None = None) -> tuple[PoseDataset, PoseDataset]:
+    """What to train on and what to evaluate on, both with the keypoints of the former. Raises UserError."""
+    train, val = default_splits(data)
+    learned = open_dataset(data, train, skeleton, sigmas)
+    return learned, open_dataset(data, val, learned.skeleton)
+
+
+def open_crowd(skeleton: Skeleton, ranks: Ranks) -> PoseDataset:
+    """The puppets' crowd split with CrowdPose's index of crowding, which only its file of 14 keypoints has."""
+    with rank_zero_first(ranks):            # it draws them
+        crowd, index = (open_dataset("puppets", "crowd", kind) for kind in (skeleton, "crowdpose"))
+    crowd.crowd_index, crowd.metric = index.crowd_index, "crowdpose"
+    return crowd

@@ -1,4 +1,4 @@
-"""Batches of a dataset for evaluation, and the loop over them that processes share."""
+"""Batches of a dataset, and the loop of an evaluation over them, which processes share."""
 from collections.abc import Callable
 from functools import partial
 
@@ -32,6 +32,14 @@ def collate(items: list[tuple], join: Callable = torch.stack) -> tuple:
     """Items of a batch column by column; `join` makes one of the first, by default stacks tensors of one shape."""
     images, *columns = zip(*items)
     return join(images), *map(list, columns)
+
+
+def train_loader(items: Dataset | list, batches: list[list[int]], workers: int, ranks: runtime.Ranks,
+                 join: Callable = torch.stack) -> DataLoader:
+    """The given batches of a dataset, or of a list, which is in memory and needs no workers; `join` as in `collate`."""
+    return DataLoader(items, batch_sampler=batches, num_workers=0 if isinstance(items, list) else workers,
+                      collate_fn=partial(collate, join=join), worker_init_fn=runtime.ignore_signals,
+                      pin_memory=ranks.device.type == "cuda")
 
 
 def predict_all(predict: Callable[[dict], list[Prediction]], data: PoseDataset, to_input: Callable, batch: int,

@@ -331,6 +331,13 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
+def check_finite(losses: dict[str, Tensor]) -> None:
+    """Raises FloatingPointError with the names of the first five losses that are not finite."""
+    finite = torch.stack([*losses.values()]).isfinite().tolist()        # one wait for the GPU, not one per term
+    if not all(finite):
+        raise FloatingPointError(", ".join([name for name, good in zip(losses, finite) if not good][:5]))
+
+
 def gather_lists(part: list) -> list:
     """The parts of all processes behind one another, rank by rank, on every process."""
     if not dist.is_initialized():

@@ -24,6 +24,8 @@ from common.datasets import Sample
 from common.runtime import UserError
 from common.skeletons import Skeleton, words
 
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+
 
 # ---------------------------------------------------------------- geometry: image, boxes and keypoints
 
@@ -261,3 +263,8 @@ def photometric(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def to_tensor(image: Image.Image) -> Tensor:
     """(3, H, W) float32 in [0, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """RGB (..., 3, H, W) in [0, 1], each channel less ImageNet's mean and divided by its deviation."""
+    return (pixels - MEAN.to(pixels.device)) / STD.to(pixels.device)

@@ -16,6 +16,7 @@ from torch import nn
 import detrpose
 from common import runtime, transforms, weights
 from common.datasets import Sample
+from common.loading import collate
 from common.skeletons import get_skeleton
 from detrpose import Targets
 from tests.conftest import REFERENCE
@@ -588,7 +589,7 @@ def test_the_tiny_preset_learns_eight_puppets_by_heart(puppets_folder):
     torch.manual_seed(0)
     model = detrpose.DETRPose(cfg, data.skeleton).train()
     detrpose.start_from_mean_pose(model.selection, data)
-    images, targets, _ = detrpose.collate([detrpose.TrainImages(data, cfg, 0)[i] for i in range(8)])
+    images, targets, _ = collate([detrpose.TrainImages(data, cfg, 0)[i] for i in range(8)])
     optimizer, values = detrpose.build_optimizer(model, cfg), []
     for _ in range(200):
         losses = detrpose.criterion(model(images, targets), targets, model.sigmas)
@@ -621,7 +622,7 @@ def test_the_tiny_preset_learns_the_photos_of_the_coco_sample_by_heart(pose_data
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * detrpose.lr_scale(step, steps, 0, cfg)
         order = np.random.default_rng(step // 2).permutation(len(items))[step % 2::2]
-        images, targets, _ = detrpose.collate([items[i] for i in order])
+        images, targets, _ = collate([items[i] for i in order])
         sum(detrpose.batch_losses(model, images, targets, cfg, 0, step, ranks, model.sigmas).values()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         optimizer.step()

@@ -290,8 +290,8 @@ def test_mirroring_the_clip_as_a_test_averages_and_keeps_sides_apart():
     crops, boxes = torch.randint(0, 256, (2, 3, 3, 64, 48), dtype=torch.uint8), np.array([[0, 0, 9, 9], [1, 1, 5, 5]])
     noise, flip = dp.noise_for(boxes, model), list(POSETRACK.flip)
     with torch.no_grad():
-        plain = model.sample(dp.normalise(crops), noise)
-        other = model.sample(dp.normalise(crops).flip(-1), noise.flip(-1)[..., flip, :, :]).flip(-1)[:, flip]
+        plain = model.sample(transforms.normalise(crops / 255), noise)
+        other = model.sample(transforms.normalise(crops / 255).flip(-1), noise.flip(-1)[..., flip, :, :]).flip(-1)[:, flip]
     mean = dp.find_heatmaps(model, crops, boxes)
     assert torch.allclose(mean[..., 1:], (plain[..., 1:] + other[..., :-1]) / 2, atol=1e-5)
 
@@ -465,7 +465,7 @@ def test_stills_of_coco_are_clips_that_stand_still(puppets_folder):
 
 def test_puppets_are_clips_for_this_method(monkeypatch, clips):
     monkeypatch.setattr(puppets, "make", lambda root, part: clips if part == "video" else pytest.fail(part))
-    data, held_out = dp.open_splits(config(data="puppets"))
+    data, held_out = dp.open_clips(config(data="puppets"))
     assert data.name == "puppets" and isinstance(held_out, posetrack.PoseTrackDataset) and data.skeleton == SKELETONS["posetrack"]
 
 

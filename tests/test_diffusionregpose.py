@@ -22,6 +22,7 @@ from PIL import Image
 import diffusionregpose as drp
 from common import runtime, transforms, weights
 from common.datasets import Sample, open_dataset
+from common.loading import collate
 from common.skeletons import Skeleton, flip_from_names, get_skeleton
 from data import puppets
 from diffusionregpose import Targets
@@ -950,7 +951,7 @@ def test_augmentation_equals_the_release(name):
     sample = transforms.resize_short_side(sample, 736, 1333)
     assert_sample(sample, case["then_resize_736_max1333"])
     assert_targets(drp.to_targets(with_poses(sample)), case["then_normalise"])
-    tensor = drp.normalise(sample.image)
+    tensor = transforms.normalise(transforms.to_tensor(sample.image))
     for y, x, values in case["tensor_values"]:
         close(tensor[:, y, x], values, 1e-5)
 
@@ -1252,7 +1253,7 @@ def test_the_tiny_preset_learns_eight_puppets_by_heart(puppets_folder):
     data = open_dataset(str(puppets_folder), "train").training()
     model = drp.build("tiny", data.skeleton).train()
     images = drp.TrainImages(data, model.cfg, 0, drp.learn_completion(data))
-    (images, padded), targets, _ = drp.collate([images[i] for i in range(8)], drp.pad_images)
+    (images, padded), targets, _ = collate([images[i] for i in range(8)], drp.pad_images)
     optimizer, values = drp.build_optimizer(model, model.cfg), []
     for step in range(200):
         runtime.seed_all(step)

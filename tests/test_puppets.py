@@ -1,5 +1,4 @@
 """The embedded dataset: same seed same data, honest labels, left and right, layouts, and no half-made folder."""
-import itertools
 import json
 import os
 import subprocess

@@ -23,6 +23,7 @@ import querypose as qp
 from common import runtime, transforms, weights
 from common.backbones import HRNet, Swin, WindowAttention
 from common.datasets import Sample, open_dataset
+from common.loading import collate
 from common.skeletons import get_skeleton
 from data import puppets
 from tests.conftest import REFERENCE
@@ -1231,7 +1232,7 @@ def test_the_tiny_preset_learns_eight_puppets(puppets_folder):
     data = open_dataset(str(puppets_folder), "train").training()
     model, values = qp.build("tiny", data.skeleton, warmup=0).train(), []
     images = qp.TrainImages(data, model.cfg, 0)
-    (images, sizes), targets, _ = qp.collate([images[i] for i in range(8)], qp.pad_images)
+    (images, sizes), targets, _ = collate([images[i] for i in range(8)], qp.pad_images)
     optimizer = qp.build_optimizer(model, model.cfg)
     for _ in range(30):
         losses = qp.batch_losses(model, model, images, sizes, targets, ALONE)

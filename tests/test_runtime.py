@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import nn
 import detrpose
 from common import runtime
 from common.datasets import open_dataset
+from common.loading import collate
 from common.runtime import UserError
 from tests.conftest import TINY
 
@@ -579,7 +580,7 @@ def one_step(data: str, ranks: runtime.Ranks) -> dict:
     [module.eval() for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     images = detrpose.TrainImages(open_dataset(data, "train").training(), cfg, epoch=0)
     batch = runtime.epoch_batches(len(images), 8 // ranks.world, 1, 0, 0, ranks)[0]
-    tensors, targets, _ = detrpose.collate([images[i] for i in batch])
+    tensors, targets, _ = collate([images[i] for i in batch])
     losses = detrpose.batch_losses(net, tensors, targets, cfg, 0, 0, ranks, model.sigmas)
     sum(losses.values()).backward()
     table, predictions = detrpose.evaluate(model, open_dataset(data, "val"), cfg, ranks)

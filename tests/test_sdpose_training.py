@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import sdpose as sd
 from common import metrics, runtime, stable_diffusion, topdown
-from common.datasets import Prediction, Sample, open_dataset
+from common.datasets import Prediction, open_dataset
 from common.runtime import UserError
 from common.skeletons import get_skeleton
 from data import puppets
