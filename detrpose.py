@@ -6,7 +6,7 @@ Idea     One query per person. A query is K+1 tokens: one for the person, one fo
 Flow     image (B,3,H,W) → HGNetv2 → maps of stride 8, 16, 32 → HybridEncoder → memory (B,N,C)
          → QuerySelection: the Q best cells → poses (B,Q,K,2) → Decoder ×D → poses, scores (B,Q,2)
 Read     QuerySelection (Sec. 3.2) → DecoderLayer, Decoder (Sec. 3.3) → PoseLQE (Sec. 3.3.1)
-         → denoising_queries (Sec. 3.1, eq. 1-4) → match → vfl_loss (eq. 5) → train
+         → draw_noise, disturb (Sec. 3.1, eq. 1-4) → denoising_queries → match → vfl_loss (eq. 5) → train
 Letters  B images  Q person queries  K keypoints  T = K+1 tokens of a person, the person's own first
          N memory cells  C channels  M heads  L levels  P points per level  D decoder layers  G groups
 Units    xy in [0,1] of the network's input image, x first; names ending in _px are pixels; boxes cxcywh
@@ -143,6 +143,8 @@ class Config:
                                     f"{math.lcm(4, 2 * self.heads)}")
         if self.size % 32:
             raise runtime.UserError(f"--size {self.size}: expected a multiple of 32")
+        if self.expansion * self.dim < 2:
+            raise runtime.UserError(f"--expansion {self.expansion} leaves nothing of --dim {self.dim}")
         if self.batch % self.accum:
             raise runtime.UserError(f"--batch {self.batch} does not split into {self.accum} micro-batches (--accum)")
 
@@ -161,9 +163,9 @@ def _presets() -> dict[str, Config]:
     # whose noise is finer than what is learned in that time.
     tiny = replace(s, init="", lab=False, frozen_norm=False, dim=96, heads=4, encoder_ffn=192, decoder_ffn=192,
                    points=2, queries=10, size=128, ksvf_from=2, score_weight=8.0, heatmap_weight=2.0, mean_pose=True,
-                   pose_denoising=False, dn_queries=4, epochs=9, batch=16, lr=1e-3, lr_backbone=1e-3,
+                   pose_denoising=False, dn_queries=4, epochs=8, batch=16, lr=1e-3, lr_backbone=1e-3,
                    schedule="cosine", warmup=60, clip=1.0, ema=0.995, ema_warmup=100, multiscale=0, jitter=0.0,
-                   mosaic=0.0, zoom_out=0.0, processes=2, workers=0, eval_every=5, eval_batch=50)
+                   mosaic=0.0, zoom_out=0.0, processes=2, workers=0, eval_every=4, eval_batch=50)
     crowd = dict(lr_backbone=1e-5, accum=2)                # as released
     return {"tiny": tiny, "n": n, "s": s, "m": m, "l": l, "x": x,
             "n-crowdpose": replace(n, **crowd, epochs=284, mosaic_until=136, aug_until=264),
@@ -368,9 +370,9 @@ class AIFI(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        y, x_ = torch.meshgrid(torch.arange(1, height + 1, device=x.device) / (height + 1e-6),
-                               torch.arange(1, width + 1, device=x.device) / (width + 1e-6), indexing="ij")
-        position = sine_embedding(torch.stack([x_, y], -1).flatten(0, 1), x.shape[1], temperature=20)
+        row, column = torch.meshgrid(torch.arange(1, height + 1, device=x.device) / (height + 1e-6),
+                                     torch.arange(1, width + 1, device=x.device) / (width + 1e-6), indexing="ij")
+        position = sine_embedding(torch.stack([column, row], -1).flatten(0, 1), x.shape[1], temperature=20)
         x = rearrange(x, "b c h w -> b (h w) c")
         x = self.norm1(x + self.self_attn(x, position.to(x.dtype)))
         x = self.norm2(x + self.linear2(F.gelu(self.linear1(x))))
@@ -557,7 +559,10 @@ class DeformableAttention(nn.Module):
 
 
 class Gateway(nn.Module):
-    """A learned gate between a token x and what it read y:  LayerNorm(g₁·x + g₂·y),  (g₁, g₂) = σ(W [x, y])."""
+    """A learned gate between a token x and what it read y:  LayerNorm(g₁·x + g₂·y),  (g₁, g₂) = σ(W [x, y]).
+
+    Departs: the paper has a norm there; the released weights need the gate.
+    """
 
     def __init__(self, dim: int):
         super().__init__()
@@ -697,7 +702,7 @@ class Decoder(nn.Module):
             out["keypoints"].append(keypoints)
             out["tokens"].append(x)
             out["references"].append(reference)
-        return {**out, "corners": z}
+        return {**out, "offset_logits": z}
 
 
 # ---- Pose denoising (Sec. 3.1): true poses, disturbed, as extra queries with a known answer -----------------
@@ -769,15 +774,15 @@ def disturb(people: Targets, noise: Noise, sigmas: Tensor, image_hw: tuple[int, 
 
     κ = 2σ. Unlabelled keypoints stay where they are.
     """
-    height, width = image_hw
+    height, width = image_hw           # Departs: max(H, W) for both axes, where eq. 4 has √(wh)
     area_px = people.areas[:, None] * height * width + torch.finfo(torch.float32).eps
-    d = (2 * area_px * (2 * sigmas) ** 2 * noise.exponent[:, 1:]).sqrt() / max(height, width)       # (R, K), eq. 3-4
+    d_px = (2 * area_px * (2 * sigmas) ** 2 * noise.exponent[:, 1:]).sqrt()                         # (R, K), eq. 3-4
     if as_released:        # Departs: a norm of order −1 over the tokens, so not a unit vector and never negative (eq. 2)
         direction = (noise.direction * noise.direction.reciprocal().sum(1, keepdim=True))[:, 1:]
     else:
         angle = 2 * math.pi * noise.direction[:, 1:, 0]
         direction = torch.stack([angle.cos(), angle.sin()], -1)                                   # eq. 2
-    return people.keypoints + (d * people.visible).unsqueeze(-1) * direction
+    return people.keypoints + (d_px / max(height, width) * people.visible).unsqueeze(-1) * direction
 
 
 def denoising_mask(n_max: int, groups: int, queries: int, device: torch.device) -> Tensor:
@@ -840,7 +845,7 @@ class DETRPose(nn.Module):
         """G groups of a positive and a negative copy of every person; None for a batch without people."""
         counts = [len(t) for t in targets]
         n_max, people = max(counts), sum(counts)
-        if people == 0:
+        if people == 0:                    # Departs: the release crashes
             return None
         groups = max(1, self.cfg.dn_queries // n_max)
         half_groups, device = 2 * groups, self.sigmas.device
@@ -872,8 +877,11 @@ class DETRPose(nn.Module):
     def forward(self, images: Tensor, targets: list[Targets] | None = None, noise: Noise | None = None) -> dict:
         """images (B, 3, H, W) RGB in [0, 1], H and W divisible by 32.
 
-        Evaluation: {logits (B, Q, 2), keypoints (B, Q, K, 2)}. Training (targets given): also `outputs`, a list
-        of (name, logits, keypoints) for every output with a loss, `denoising`, and `heatmaps` (B, K, H/4, W/4).
+        Always      logits (B, Q, 2), keypoints (B, Q, K, 2) of the last layer
+        Evaluation  `decoded`, all that the decoder gave, `selected` cells (B, Q) and the encoder's `maps`, to look at
+        Training    (targets given, and the model in train()): `outputs` and `dn_outputs`, lists of (name, logits,
+                    keypoints) for every output with a loss; `denoising`; `heatmaps` (B, K, 2h, 2w) of the finest map
+                    (h, w), None without `heatmap_weight`; `unused`, a 0 that belongs to the losses
         """
         maps = self.encoder(self.backbone(images))
         shapes = [tuple(x.shape[-2:]) for x in maps]
@@ -899,7 +907,7 @@ class DETRPose(nn.Module):
         if targets is None:
             return result | dict(decoded=decoded, selected=index, maps=maps)
 
-        every = [*zip(decoded["logits"], decoded["keypoints"]), (decoded["pre_logits"], decoded["pre_keypoints"])]
+        every = [*zip(decoded["logits"], decoded["keypoints"], strict=True), (decoded["pre_logits"], decoded["pre_keypoints"])]
         names = [*range(len(every) - 2), "", "pre"]                          # as the release's logs call them
         result["outputs"] = [(str(n), a[:, pad:], b[:, pad:]) for n, (a, b) in zip(names, every)]
         result["outputs"].append(("enc_0", first_logits, first_keypoints))
@@ -995,6 +1003,7 @@ def vfl_loss(logits: Tensor, pairs: Pairs, quality: Tensor, ksvf: bool) -> Tenso
         −q (q log p + (1 − q) log(1 − p)) for a matched query,  −α p² log(1 − p) for all else,  α = 0.25
 
     Without KSVF (Table 4, row 5 adds it): focal loss, α = 0.25, γ = 2, which does not look at the OKS.
+    Departs: q is the OKS of the whole person; eq. 5 speaks of a keypoint.
     """
     image, query, _ = pairs
     matched, target = torch.zeros_like(logits), torch.zeros_like(logits)
@@ -1018,9 +1027,14 @@ def pair_errors(keypoints: Tensor, pairs: Pairs, people: Targets, sigmas: Tensor
     return distance, object_keypoint_similarity(difference.square().sum(-1), matched, sigmas)
 
 
+def count_per_rank(count: int, device: torch.device) -> Tensor:
+    """The mean of a count over all processes, at least 1: what losses are divided by."""
+    return runtime.mean_over_ranks(torch.tensor(float(count), device=device)).clamp(min=1)
+
+
 def criterion(result: dict, targets: list[Targets], sigmas: Tensor, ksvf: bool = True,
               score_weight: float = 2.0) -> dict[str, Tensor]:
-    """All weighted loss terms of a training forward, by name; their sum is minimised. Computed in float32.
+    """All weighted loss terms of the paper for a training forward, by name, to be summed. Computed in float32.
 
     For the final poses (no suffix), the layers before (_0, _1, ...), the pre-poses (_pre), the selected cells
     (_enc_0) and the denoising queries (_dn_...): score_weight·vfl + 10·Σ v|Δ| + 4·(1 − OKS), each per person.
@@ -1029,7 +1043,7 @@ def criterion(result: dict, targets: list[Targets], sigmas: Tensor, ksvf: bool =
     people = gather_people(targets)
     matchings = match(result["outputs"], targets, sigmas)
     union = union_of_matches(matchings)
-    count, union_count = (mean_over_ranks_at_least_one(n, sigmas.device) for n in (len(people), len(union[0])))
+    count, union_count = (count_per_rank(n, sigmas.device) for n in (len(people), len(union[0])))
 
     jobs = [(*output, pairs, union, count, union_count) for output, pairs in zip(result["outputs"], matchings)]
     if result["denoising"]:
@@ -1044,10 +1058,6 @@ def criterion(result: dict, targets: list[Targets], sigmas: Tensor, ksvf: bool =
         losses[f"loss_keypoints{suffix}"] = 10 * distance.sum() / pose_count
         losses[f"loss_oks{suffix}"] = 4 * (1 - similarity).sum() / pose_count
     return losses
-
-
-def mean_over_ranks_at_least_one(count: int, device: torch.device) -> Tensor:
-    return runtime.mean_over_ranks(torch.tensor(float(count), device=device)).clamp(min=1)
 
 
 # ---- Prediction ---------------------------------------------------------------------------------------------
@@ -1081,8 +1091,10 @@ def predict(model: DETRPose, batch: dict) -> list[Prediction]:
 
 @torch.no_grad()
 def fuse(model: DETRPose) -> DETRPose:
-    """A copy for inference: norms folded into convolutions, two-branch blocks merged, training parts dropped."""
+    """A copy for inference: norms folded into convolutions, two-branch blocks merged, the score heads' and heatmaps'
+    training parts dropped; embeddings of noisy queries stay, because the release counts them."""
     model = copy.deepcopy(model).eval()
+    model.heatmaps = None
     for module in [m for m in model.modules() if isinstance(m, ConvNorm)]:
         module.fold()
     for module in [m for m in model.modules() if isinstance(m, RepBottleneck)]:
@@ -1142,13 +1154,19 @@ def recognise(state: dict[str, Tensor]) -> tuple[str, int] | None:
 
 
 def load_init(model: DETRPose, source: str) -> None:
-    """Start weights by file or name: DETRPose (all), D-FINE (backbone and encoder) or HGNetv2 (backbone)."""
+    """Start weights by file or name: DETRPose (all), D-FINE (backbone and encoder) or HGNetv2 (backbone).
+
+    Departs: of a D-FINE checkpoint the average, where the release takes the last weights.
+    Raises UserError for tensors that do not fit.
+    """
     path = Path(source) if Path(source).exists() else weights.fetch(source)
-    state = weights.rename(weights.load_tensors(path), RENAME)
+    state = convert_official(weights.load_tensors(path), model.cfg)
     own = model.state_dict()
-    parts = ("backbone.", "encoder.") if "selection.project.weight" not in state or "decoder.layers.0.gateway.gate.weight" \
-        not in state else ("",)
-    chosen = {name: value for name, value in state.items() if name.startswith(parts) and name in own}
+    if "decoder.layers.0.gateway.gate.weight" in state:
+        weights.load_strict(model, state, {r"^heatmaps\.": "a lesson on the side, which starts anew"})
+        print(f"start weights from {path}: {len(state)} of {len(own)} tensors")
+        return
+    chosen = {name: value for name, value in state.items() if name.startswith(("backbone.", "encoder.")) and name in own}
     bad = [f"{name} {tuple(v.shape)} against {tuple(own[name].shape)}" for name, v in chosen.items()
            if v.shape != own[name].shape]
     if bad or not chosen:
@@ -1245,7 +1263,7 @@ def input_side(cfg: Config, epoch: int, step: int) -> int:
     """The input size of a batch: a random multiple of 32 from 0.75 to 1.25 of `size`, `size` itself more often."""
     if not cfg.multiscale or epoch >= cfg.aug_until:
         return cfg.size
-    multiples = range(cfg.size * 3 // 4 // 32 * 32, cfg.size * 5 // 4 + 1, 32)
+    multiples = range(max(32, cfg.size * 3 // 4 // 32 * 32), cfg.size * 5 // 4 + 1, 32)
     sides = [side for side in multiples if side != cfg.size] + [cfg.size] * cfg.multiscale
     return int(np.random.default_rng([cfg.seed, step]).choice(sides))
 
@@ -1295,10 +1313,11 @@ def train(cfg: Config, args) -> None:
             loop.set_lr(lr_scale(loop.step, steps, epoch, cfg))
             with loop.naming([t.image_id for t in targets], skipped):
                 losses = batch_losses(net, images, targets, cfg, epoch, loop.step, ranks, model.sigmas)
-            loop.scaler.scale(sum(losses.values()) / cfg.accum).backward()
+            loop.scaler.scale(sum(losses.values()) / cfg.accum).backward()     # Departs: the release adds up
             if not loop.update():                                # the step has further micro-batches
                 continue
-            loop.log(losses, ("loss_vfl", "loss_keypoints", "loss_oks"))
+            side = ("loss_heatmaps",) if cfg.heatmap_weight else ()
+            loop.log(losses, ("loss_vfl", "loss_keypoints", "loss_oks", *side))
             if loop.stops():
                 return
         if loop.evaluates():

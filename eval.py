@@ -5,7 +5,7 @@
     python eval.py runs/<run>/best.pt --data data/coco          another dataset
     python eval.py best.pt --images photo.jpg folder/ clip.gif  draws people, writes COCO results
     python eval.py best.pt --set steps=4 ensemble=true          with more DDIM steps (diffusionregpose)
-    python eval.py best.pt --images photo.jpg --process         and how diffusionregpose and querypose find them
+    python eval.py best.pt --images photo.jpg --process         and how all but detrpose find them
     python eval.py sdpose-body --images photo.jpg --detector detrpose-l       top-down: one person at a time
     python eval.py sdpose-body --data data/coco --boxes people.json            COCO results say where people are
     python eval.py runs/<run> --images folder/ --gif            diffusionpose: a folder is a clip, in order of names
@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from common import draw, metrics, runtime, stable_diffusion, topdown, weights
 from common.datasets import BadImage, PoseDataset, Prediction, default_splits, load_image, open_dataset
-from common.runtime import UserError
+from common.runtime import UserError, resolve
 
 METHODS = ("detrpose", "diffusionregpose", "querypose", "diffusionpose", "sdpose")
 SKELETON_OF = {17: "coco", 14: "crowdpose", 15: "posetrack", 133: "wholebody"}       # of weights alone, by keypoints
@@ -76,7 +76,8 @@ def from_run(saved: dict, method: str, preset: str, path: Path) -> tuple[ModuleT
     if saved["method"] not in METHODS:
         raise UserError(f"{path} is of method {saved['method']}; known are {', '.join(METHODS)}")
     module = importlib.import_module(saved["method"])
-    model = module.build(saved["preset"], saved["skeleton"], **saved["config"])
+    config = resolve(module.Config(), **saved["config"])        # as --resume does: a field younger than the run is off
+    model = module.build(saved["preset"], saved["skeleton"], **vars(config))
     ema = saved.get("ema", {})
     average = {name[len("module."):]: value for name, value in ema.items() if name.startswith("module.")}
     weights.load_strict(model, average or saved["model"], {})
@@ -335,7 +336,8 @@ def main() -> None:
     parser.add_argument("--method", default="", help=f"of a released file: {', '.join(METHODS)} (default: guessed)")
     parser.add_argument("--preset", default="", help="of a released file (default: guessed from its tensors)")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE",
-                        help="what only prediction reads: steps=4, ensemble=true, nms=plain, seed=1 (diffusionregpose)")
+                        help="what only prediction reads: steps=4, ensemble=true, nms=plain, seed=1; "
+                        "a method lists its own as AT_INFERENCE")
     parser.add_argument("--data", default="", help="puppets or a dataset's folder (default: what it was trained for)")
     parser.add_argument("--split", default="", help="val, test, train, ood or crowd (default: the papers' own)")
     parser.add_argument("--sigmas", default="", help="OKS sigmas of your own keypoints, with commas")

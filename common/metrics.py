@@ -23,10 +23,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from common import posetrack
+from common.datasets import BOX_TO_AREA
 from common.runtime import UserError
 from common.skeletons import SKELETONS, WHOLEBODY_PARTS
 
-BODY_SHARE = 0.53        # a person covers about 53 % of the box: the area of people without a segmentation
 KEYPOINT_NAMES = ("AP", "AP50", "AP75", "APM", "APL", "AR", "AR50", "AR75", "ARM", "ARL")
 BOX_NAMES = ("AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "ARS", "ARM", "ARL")
 CROWDPOSE_NAMES = ("AP", "AP50", "AP75", "AR", "AR50", "AR75")
@@ -143,7 +143,7 @@ def sanitize_ground_truth(ground_truth: dict, crowdpose: bool = False) -> dict:
         area = float(ann.get("area") or 0)
         if crowdpose or not 0 < area < math.inf:
             no_area += not crowdpose
-            area = BODY_SHARE * bbox[2] * bbox[3]
+            area = BOX_TO_AREA * bbox[2] * bbox[3]
         labelled = int((keypoints[:12 if crowdpose else None, 2] > 0).sum())
         annotations.append(ann | {
             "id": len(annotations) + 1, "category_id": 1, "bbox": bbox, "area": area,
@@ -240,7 +240,7 @@ def coco_eval(ground_truth: dict, results: list[dict], kind: str, sigmas: Sequen
 
 
 def with_crowdpose_areas(ground_truth: dict) -> dict:
-    annotations = [dict(a, area=BODY_SHARE * a["bbox"][2] * a["bbox"][3]) for a in ground_truth["annotations"]]
+    annotations = [dict(a, area=BOX_TO_AREA * a["bbox"][2] * a["bbox"][3]) for a in ground_truth["annotations"]]
     return dict(ground_truth, annotations=annotations)
 
 

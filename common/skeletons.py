@@ -8,6 +8,7 @@ sigma    How loosely a keypoint is placed: one that is d pixels off counts exp(-
 flip     flip[k] is where keypoint k goes when the image is mirrored: left wrist <-> right wrist, nose -> nose.
 """
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +30,8 @@ class Skeleton:
         count = len(self.keypoints)
         if len(self.sigmas) != count:
             raise UserError(f"{len(self.sigmas)} sigmas for the {count} keypoints of '{self.name}': give {count}")
+        if not all(0 < sigma < math.inf for sigma in self.sigmas):
+            raise UserError(f"the sigmas of '{self.name}' are {list(self.sigmas)}: OKS divides by them, give positive numbers")
         if any(not 0 <= k < count for edge in self.edges for k in edge):
             raise UserError(f"an edge of '{self.name}' is outside keypoints 1..{count}: mend its 'skeleton'")
         flip = self.flip

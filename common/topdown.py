@@ -2,7 +2,7 @@
 
     boxes = true_boxes(data)                     the annotated people
     boxes = read_boxes("detections.json", data)  of a detector, as COCO results
-    boxes = detect(find, data, ranks)            of another model of ours
+    boxes = detect(find, name, data, ranks)      of another model of ours
     predictions = predict_people(poses, data, boxes, to_crop, ...)
 
 Units    boxes are x1, y1, x2, y2 in pixels of the image, except `bbox` in COCO results: x, y, w, h.

@@ -233,7 +233,7 @@ def check_forward(result, case, step: int):
         close(reference[:, ::4], case[f"layer{l}_ref"], 3e-4, f"layer {l} references")
     close(decoded["pre_keypoints"], case["pre_poses"], 3e-4)
     close(decoded["pre_logits"], case["pre_scores"], 3e-4)
-    close(decoded["corners"][:, ::6], case["pred_corners"], 3e-4)
+    close(decoded["offset_logits"][:, ::6], case["pred_corners"], 3e-4)
 
 
 @golden("forward")
@@ -555,6 +555,21 @@ def test_start_weights_come_from_dfine_and_hgnetv2_files_of_the_right_size(tmp_p
     detrpose.load_init(detrpose.build("s"), str(tmp_path / "hgnet.pth"))
     with pytest.raises(runtime.UserError, match="does not fit"):
         detrpose.load_init(detrpose.build("m"), str(tmp_path / "hgnet.pth"))
+
+
+def test_a_whole_model_as_start_weights_must_fit_but_for_the_heatmaps_on_the_side(tmp_path):
+    donor, model = detrpose.build("tiny", **SMALL), detrpose.build("tiny", **SMALL | dict(heatmap_weight=1.0))
+    torch.save(dict(model=donor.state_dict()), tmp_path / "whole.pth")
+    detrpose.load_init(model, str(tmp_path / "whole.pth"))
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in donor.state_dict().items())
+    with pytest.raises(runtime.UserError, match="not in the weights: decoder.layers.2"):
+        detrpose.load_init(detrpose.build("tiny", **SMALL | dict(layers=3)), str(tmp_path / "whole.pth"))
+
+
+def test_in_eval_mode_there_are_no_training_outputs_to_pair_wrongly():
+    model = detrpose.build("tiny", **SMALL).eval()
+    with pytest.raises(ValueError):
+        model(torch.rand(1, 3, 64, 64), some_people([1]))
 
 
 def test_weights_of_another_size_are_refused_by_name(tmp_path):

@@ -102,6 +102,15 @@ def test_best_and_last_hold_the_same_average_and_a_folder_means_best(run, call):
     assert len(call("copy", "--eval_batch", 3, "--workers", 1)[2]) == len(best)
 
 
+def test_a_run_from_before_a_setting_existed_loads_without_it(run, call):
+    folder = Path(shutil.copytree(run, "old"))
+    saved = torch.load(folder / "best.pt", weights_only=True)
+    del saved["config"]["heatmap_weight"]                    # which the preset of today switches on
+    saved["model"] = {name: value for name, value in saved["model"].items() if not name.startswith("heatmaps.")}
+    torch.save(saved, folder / "best.pt")
+    assert call(folder)[0] == 0
+
+
 def test_another_split_and_another_dataset_are_evaluated_on_request(run, puppets_folder, call, tmp_path):
     assert "train: 24 images" in call(run, "--split", "train")[1]
     other = puppets.make(tmp_path, "crowd", size=64, workers=1, progress=False, counts={"val": 2})

@@ -1,5 +1,6 @@
 """Keypoint tables agree with themselves and the reference; custom sets find left and right or say they cannot."""
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -79,6 +80,12 @@ def test_known_names_give_the_known_set_whatever_edges_the_file_has(capsys):
 def test_a_category_that_cannot_be_used_is_explained(category, sigmas, message):
     with pytest.raises(UserError, match=message):
         skeleton_from_category(category, sigmas)
+
+
+@pytest.mark.parametrize("bad", [0.0, -0.1, float("nan"), float("inf")])
+def test_sigmas_that_oks_cannot_divide_by_are_refused(bad):
+    with pytest.raises(UserError, match="positive"):
+        replace(SKELETONS["coco"], sigmas=(bad, *SKELETONS["coco"].sigmas[1:]))
 
 
 def test_skeletons_survive_json_and_names_are_corrected():
