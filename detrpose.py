@@ -907,7 +907,8 @@ class DETRPose(nn.Module):
         if targets is None:
             return result | dict(decoded=decoded, selected=index, maps=maps)
 
-        every = [*zip(decoded["logits"], decoded["keypoints"], strict=True), (decoded["pre_logits"], decoded["pre_keypoints"])]
+        every = [*zip(decoded["logits"], decoded["keypoints"], strict=True),
+                 (decoded["pre_logits"], decoded["pre_keypoints"])]
         names = [*range(len(every) - 2), "", "pre"]                          # as the release's logs call them
         result["outputs"] = [(str(n), a[:, pad:], b[:, pad:]) for n, (a, b) in zip(names, every)]
         result["outputs"].append(("enc_0", first_logits, first_keypoints))
@@ -934,8 +935,11 @@ def start_from_mean_pose(selection: QuerySelection, data: PoseDataset, people: i
             poses.append((keypoints[:, :2] - keypoints[:, :2].mean(0)) / sample.size)
         if len(poses) >= people:
             break
-    if poses:                                    # σ has slope 1/4 in the middle of the image
-        selection.pose.layers[-1].bias.copy_(4 * torch.from_numpy(np.mean(poses, 0)).flatten())
+    if not poses:
+        print("--mean_pose: nobody has all keypoints labelled, so first poses start as points")
+        return
+    # σ has slope 1/4 in the middle of the image
+    selection.pose.layers[-1].bias.copy_(4 * torch.from_numpy(np.mean(poses, 0)).flatten())
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1156,7 +1160,7 @@ def recognise(state: dict[str, Tensor]) -> tuple[str, int] | None:
 def load_init(model: DETRPose, source: str) -> None:
     """Start weights by file or name: DETRPose (all), D-FINE (backbone and encoder) or HGNetv2 (backbone).
 
-    Departs: of a D-FINE checkpoint the average, where the release takes the last weights.
+    Departs: of a D-FINE checkpoint it is the average that is taken.
     Raises UserError for tensors that do not fit.
     """
     path = Path(source) if Path(source).exists() else weights.fetch(source)
@@ -1296,7 +1300,7 @@ def train(cfg: Config, args) -> None:
         data, held_out = open_splits(cfg.data, sigmas=runtime.numbers(cfg.sigmas))
         runtime.seed_all(cfg.seed)                               # equal start weights on every process
         model = DETRPose(cfg, data.skeleton)
-        if cfg.mean_pose:
+        if cfg.mean_pose and not args.saved:
             start_from_mean_pose(model.selection, data)
         if cfg.init and not args.saved:
             load_init(model, cfg.init)

@@ -611,7 +611,8 @@ def load_init(model: DiffusionPose, source: str) -> None:
     path = path if path.exists() else weights.fetch(source)
     state = convert_official(weights.load_tensors(path), model.cfg)
     whole = "stfe.norm.weight" in state
-    weights.load_strict(model, state, {} if whole else {r"^(?!backbone\.)": "not in a backbone's file"})
+    weights.load_strict(model, state, {r"^patches\.": "a lesson on the side, which starts anew"} if whole else
+                        {r"^(?!backbone\.)": "not in a backbone's file"})
     print(f"start weights from {path}: {len(state)} of {len(model.state_dict())} tensors")
 
 

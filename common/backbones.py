@@ -1,6 +1,6 @@
 """ResNet, HRNet and Swin-L: backbones that no method file is about.
 
-Both turn images (B, 3, H, W), H and W divisible by 32, into four maps of stride 4, 8, 16, 32; `channels` says how wide.
+All turn images (B, 3, H, W), H and W divisible by 32, into four maps of stride 4, 8, 16, 32; `channels` says how wide.
 """
 import torch
 import torch.nn.functional as F

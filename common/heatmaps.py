@@ -46,5 +46,5 @@ def people_heatmap_loss(maps: Tensor, targets: list) -> Tensor:
     targets: for each image `keypoints` (P, K, 2) in fractions of it and `visible` (P, K).
     """
     true = torch.stack([people_heatmaps(t.keypoints, t.visible, maps.shape[2:]) for t in targets])
-    labelled = torch.stack([t.visible.sum() for t in targets]).sum().float()
+    labelled = sum(t.visible.sum() for t in targets).float()
     return (maps.float() - true).square().sum() / runtime.mean_over_ranks(labelled).clamp(min=1)

@@ -294,9 +294,9 @@ def golden_model(file) -> tuple[dict, dict[str, torch.Tensor], dp.DiffusionPose]
     meta, want = read(file)
     (height, width), heads = meta["img_hw"], meta["heads"]
     skeleton = next(s for s in SKELETONS.values() if list(s.keypoints) == meta["joints"])
-    model = dp.build("tiny", skeleton, stem="patch", patch_weight=0.0, height=height, width=width,
-                     dim=meta["dim"], depth=meta["vit_depth"], vit_heads=heads, heads=heads, stfe_layers=meta["stb_depth"], decoder_layers=meta["hcdb_depth"],
-                     signal_scale=meta["signal_scale"])
+    model = dp.build("tiny", skeleton, stem="patch", patch_weight=0.0, height=height, width=width, dim=meta["dim"],
+                     depth=meta["vit_depth"], vit_heads=heads, heads=heads, stfe_layers=meta["stb_depth"],
+                     decoder_layers=meta["hcdb_depth"], signal_scale=meta["signal_scale"])
     weights.load_strict(model, filled(file.stem.removeprefix("golden_"), meta["seed"]), {})
     assert [*model.cfg.heatmap] == meta["heatmap_hw"] and [*model.cfg.grid] == meta["grid_hw"]
     return meta, want, model
