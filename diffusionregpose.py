@@ -85,7 +85,8 @@ class Config:
     queries: int = 100             # G, boxes that become people, and noisy poses; K-SA's temperature depends on it
     # diffusion
     ksa_kca: bool = True           # noisy poses enter the decoder and t the encoder; off: the file is ED-Pose
-    near_identity: bool = False    # K-CA starts near the identity, K-SA at 0: ours, to train from nothing
+    near_identity: bool = False    # K-CA starts near the identity, K-SA at 0, keypoints unlike one another: ours,
+                                   # to train from nothing
     scale: float = 6.0             # ζ, size of the signal against the noise; the paper tries 5 and 10
     padding: str = "empty"         # noised beside the true poses: empty, repeat (of the true ones), noise, mean
     uniform_t: bool = True         # train at t uniform in 0 … 999; off: at t = 0
@@ -99,6 +100,10 @@ class Config:
     dn_queries: int = 100          # D, noisy true boxes per image; 0: none
     label_noise: float = 0.5       # share of them with a random label
     box_noise: float = 0.4         # largest shift of their sides, in half widths and heights
+    # scores
+    oks_scores: float = 0.0        # weight of a loss that teaches scores the OKS of their poses (DETRPose eq. 5): ours;
+                                   # 0: the paper's focal loss
+    oks_scores_from: int = 0       # first epoch with it; to train from nothing, epochs of focal loss come before
     # optimisation
     epochs: int = 80               # passes over the training images
     batch: int = 8                 # images per optimiser step, over all GPUs and micro-batches
@@ -138,7 +143,8 @@ class Config:
         runtime.check_range(self, 1, math.inf, "dim heads ffn points encoder_layers box_layers layers box_queries "
                             "queries epochs batch accum short_side long_side processes eval_every eval_batch")
         runtime.check_range(self, 1e-6, math.inf, "scale lr clip")
-        runtime.check_range(self, 0, math.inf, "dn_queries lr_backbone weight_decay warmup ema_warmup workers seed")
+        runtime.check_range(self, 0, math.inf, "dn_queries oks_scores oks_scores_from lr_backbone weight_decay warmup "
+                            "ema_warmup workers seed")
         runtime.check_range(self, 0, 1, "label_noise box_noise ema")
         runtime.numbers(self.drop_epochs)
         if self.dim % (4 * self.heads) or self.dim % 32:
@@ -155,8 +161,8 @@ class Config:
 PRESETS: dict[str, Config] = {
     "tiny": Config("r26", frozen_norm=False, freeze=False, levels=3, dim=96, heads=4, ffn=192, points=2,
                    encoder_layers=2, layers=4, box_layers=1, box_queries=40, queries=10, near_identity=True, init="",
-                   dn_queries=10,
-                   epochs=7, batch=16, lr=1e-3, lr_backbone=1e-3, schedule="cosine", warmup=60, drop_epochs="",
+                   dn_queries=10, oks_scores=8.0, oks_scores_from=2,
+                   epochs=7, batch=16, lr=5e-4, lr_backbone=5e-4, schedule="cosine", warmup=60, drop_epochs="",
                    clip=1.0, ema=0.995, ema_warmup=100, short_side=128, long_side=128, multiscale=False, processes=2,
                    workers=0, eval_every=7, eval_batch=50),
     "r50": Config(),
@@ -666,10 +672,12 @@ class DiffusionRegPose(nn.Module):
                 module.reset_parameters()
         for head in [self.selection.score, *decoder.score_heads]:
             nn.init.constant_(head.bias, -math.log(99))                    # a prior of 0.01
-        if self.cfg.ksa_kca and self.cfg.near_identity:
-            decoder.kca.start_near_identity(self.cfg.queries * self.skeleton.num_keypoints)
-            for parameter in decoder.ksa.value.parameters():
-                nn.init.zeros_(parameter)
+        if self.cfg.near_identity:
+            nn.init.normal_(decoder.keypoint_content.weight)               # as large as the content of a person
+            if self.cfg.ksa_kca:
+                decoder.kca.start_near_identity(self.cfg.queries * self.skeleton.num_keypoints)
+                for parameter in decoder.ksa.value.parameters():
+                    nn.init.zeros_(parameter)
         for head in [self.selection.box, *decoder.box_heads, *decoder.pose_heads, decoder.coarse_head]:
             if head:
                 nn.init.zeros_(head.layers[-1].weight)
@@ -1007,35 +1015,50 @@ def focal_loss(logits: Tensor, positive: Tensor) -> Tensor:
     return (weight * F.binary_cross_entropy_with_logits(logits, positive, reduction="none")).sum()
 
 
+def oks_score_loss(logits: Tensor, quality: Tensor) -> Tensor:
+    """DETRPose's eq. 5, summed: −q (q log p + (1 − q) log(1 − p)) where quality q > 0, −p² log(1 − p) / 4 elsewhere."""
+    weight = torch.where(quality > 0, quality, logits.detach().sigmoid() ** 2 / 4)
+    return F.binary_cross_entropy_with_logits(logits, quality, weight, reduction="sum")
+
+
 def box_losses(boxes: Tensor, true: Tensor) -> dict[str, Tensor]:
     """Σ ‖b − b*‖₁ and Σ (1 − GIoU) of boxes cxcywh (pairs, 4)."""
     return dict(bbox=(boxes - true).abs().sum(), giou=(1 - generalized_iou(boxes, true)).sum())
 
 
 def pose_losses(keypoints: Tensor, true: Targets, sigmas: Tensor) -> dict[str, Tensor]:
-    """Σ v|Δ| and Σ (1 − OKS) of poses (pairs, K, 2)."""
+    """Σ v|Δ| and 1 − OKS of each pose, (pairs,); keypoints (pairs, K, 2)."""
     difference = keypoints - true.keypoints
     similarity = object_keypoint_similarity(difference.square().sum(-1), true, sigmas)
-    return dict(keypoints=(difference.abs().sum(-1) * true.visible).sum(), oks=(1 - similarity).sum())
+    return dict(keypoints=(difference.abs().sum(-1) * true.visible).sum(-1), oks=1 - similarity)
 
 
-def set_losses(output: Output, pairs: Pairs, people: Targets, sigmas: Tensor) -> dict[str, Tensor]:
-    """The loss terms of one output for the pairs that were matched, summed over the batch."""
+def set_losses(output: Output, pairs: Pairs, people: Targets, sigmas: Tensor, oks_scores: float) -> dict[str, Tensor]:
+    """The weighted loss terms of one output for the pairs that were matched, summed over the batch."""
     logits, boxes, keypoints = (x if x is None else x.float() for x in output)
     image, query, person = pairs
-    positive, true = torch.zeros_like(logits), people.take(person)
-    positive[image, query, PERSON] = 1
-    poses = {} if keypoints is None else pose_losses(keypoints[image, query], true, sigmas)
-    return dict(ce=focal_loss(logits, positive)) | box_losses(boxes[image, query], true.boxes) | poses
+    true, quality = people.take(person), torch.zeros_like(logits)
+    quality[image, query, PERSON] = 1
+    terms = dict(ce=focal_loss(logits, quality)) | box_losses(boxes[image, query], true.boxes)
+    if keypoints is not None:
+        errors = pose_losses(keypoints[image, query], true, sigmas)
+        terms |= {term: value.sum() for term, value in errors.items()}
+    weighted = {term: WEIGHTS[term] * value for term, value in terms.items()}
+    if keypoints is not None and oks_scores:
+        quality[image, query, PERSON] = 1 - errors["oks"].detach()
+        weighted["ce"] = oks_scores * oks_score_loss(logits, quality)
+    return weighted
 
 
-def criterion(result: dict, targets: list[Targets], sigmas: Tensor, shares: int = 1) -> dict[str, Tensor]:
+def criterion(result: dict, targets: list[Targets], sigmas: Tensor, shares: int = 1,
+              oks_scores: float = 0.0) -> dict[str, Tensor]:
     """All weighted loss terms of a training forward, by their names in the release; their sum is minimised.
 
     For every layer (_0, _1, ..., the last without suffix) and the selected cells (_interm), per person:
     2·focal + 5·L1 + 2·(1 − GIoU) and, from the expansion on, 10·Σ v|Δ| + 4·(1 − OKS). For the denoising queries (dn_):
     0.3·focal + 2.5·L1 + (1 − GIoU), per query of an image but, as released, summed over the images; over all of a
     batch, if `shares` says into how many micro-batches and processes it is divided.
+    Departs: with `oks_scores`, ours, that times `oks_score_loss` takes the place of 2·focal where there are poses.
     Computed in float32. No pairs give 0 with a zero gradient.
     """
     people = gather_people(targets)
@@ -1044,8 +1067,8 @@ def criterion(result: dict, targets: list[Targets], sigmas: Tensor, shares: int 
     count = runtime.mean_over_ranks(torch.tensor(float(len(people)), device=sigmas.device)).clamp(min=1)
     losses = {}
     for name, output, pairs in zip(names, outputs, match(outputs, targets, sigmas)):
-        for term, value in set_losses(output, pairs, people, sigmas).items():
-            losses[f"loss_{term}{name}"] = WEIGHTS[term] * value / count
+        for term, value in set_losses(output, pairs, people, sigmas, oks_scores).items():
+            losses[f"loss_{term}{name}"] = value / count
     for name, (logits, boxes) in zip(names, result["dn_layers"]):
         true = result["denoising"]
         positive = torch.zeros_like(logits, dtype=torch.float32)
@@ -1355,7 +1378,7 @@ def lr_scale(step: int, steps: int, epoch: int, cfg: Config) -> float:
 
 
 def batch_losses(net: nn.Module, model: DiffusionRegPose, images: Tensor, padded: Tensor, targets: list[Targets],
-                 ranks: runtime.Ranks) -> dict[str, Tensor]:
+                 ranks: runtime.Ranks, epoch: int) -> dict[str, Tensor]:
     """Forward pass of `net`, which is the model or distributes it, and loss terms of one batch.
 
     Raises FloatingPointError if one of them is not finite.
@@ -1369,7 +1392,8 @@ def batch_losses(net: nn.Module, model: DiffusionRegPose, images: Tensor, padded
     denoising = model.denoising_queries(targets)
     with runtime.autocast(ranks.device, cfg.amp):
         result = net(images, padded, poses, noise.t, denoising)
-    losses = criterion(result | dict(denoising=denoising), targets, model.sigmas, cfg.accum * ranks.world)
+    losses = criterion(result | dict(denoising=denoising), targets, model.sigmas, cfg.accum * ranks.world,
+                       cfg.oks_scores if epoch >= cfg.oks_scores_from else 0.0)
     # what may have no gradient at all gets one of 0, which DistributedDataParallel waits for
     idle = [*model.decoder.size_head.parameters(), model.decoder.keypoint_size.weight, model.noisy_label.weight]
     losses["unused"] = 0 * sum(p.sum() for p in idle)
@@ -1403,7 +1427,7 @@ def train(cfg: Config, args) -> None:
         for (images, padded), targets, skipped in loop.batches(TrainImages(data, cfg, epoch, completion), pad_images):
             loop.set_lr(lr_scale(loop.step, steps, epoch, cfg))
             with loop.naming([t.image_id for t in targets], skipped):
-                losses = batch_losses(net, model, images, padded, targets, ranks)
+                losses = batch_losses(net, model, images, padded, targets, ranks, epoch)
             loop.scaler.scale(sum(losses.values()) / cfg.accum).backward()
             if not loop.update():                                # the step has further micro-batches
                 continue

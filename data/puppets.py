@@ -50,12 +50,13 @@ from tqdm import tqdm
 
 from common.runtime import UserError
 
-VERSION = {"coco": 3, "crowd": 3, "video": 5, "ood": 3}      # raised when the same seed gives another picture or label
+VERSION = {"coco": 3, "crowd": 3, "video": 6, "ood": 3}      # raised when the same seed gives another picture or label
 ROOT = Path(__file__).resolve().parent / "puppets"
 SIZE = 160                                    # side of the square images in pixels
 COUNTS = {"coco": {"train": 4000, "val": 500}, "crowd": {"val": 300}, "video": {"train": 400, "val": 20},
           "ood": {"val": 500}}                # images; for video, clips
 FRAMES = {"train": 5, "val": 12}              # per clip: what trains sees many people briefly
+PASSERS = 0.7                                 # per person and frame of a clip: how often something passes in front
 
 COCO = ("nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow right_elbow left_wrist "
         "right_wrist left_hip right_hip left_knee right_knee left_ankle right_ankle").split()
@@ -730,12 +731,27 @@ def sample_motion(rng: np.random.Generator, person: Person) -> dict:
                 turn=0. if sits else rng.normal(0, 1.5), step=speed * person.height * sideways)
 
 
+def sample_passers(rng: np.random.Generator, person: Person, size: int, frames: int) -> list[tuple]:
+    """Things that cross the picture in front of a person: (thing where it hides the person, in which frame, its step per
+    frame). Fast enough to be elsewhere one frame before and after, so that what they hide is seen there."""
+    joints, passers = joints_of(person).joints, []
+    for t in range(frames):
+        if rng.random() < PASSERS:
+            x, y = joints[rng.integers(len(joints)), :2]
+            thing = sample_thing(rng, size, x, y, person.height * rng.uniform(.25, .45))
+            direction, step = rng.uniform(0, 2 * math.pi), rng.uniform(1.2, 1.8) * max(thing.w, thing.h)
+            passers.append((thing, t, step * math.cos(direction), step * math.sin(direction)))
+    return passers
+
+
 def sample_clip(rng: np.random.Generator, size: int, frames: int):
     """A scene and how its people and the camera move -> function of the frame t (may be fractional) -> Scene."""
     still = sample_scene(rng, size, int(rng.integers(1, 4)), group=rng.random() < .4)
-    motions = {id(layer): sample_motion(rng, layer) for layer in still.layers if isinstance(layer, Person)}
+    people = [layer for layer in still.layers if isinstance(layer, Person)]
+    motions = {id(person): sample_motion(rng, person) for person in people}
     shake = rng.uniform(0, .022) * size * rng.uniform(.4, 1, (2, 2))
     beat, phase = rng.uniform(.3, .9, (2, 2)), rng.uniform(0, 2 * math.pi, (2, 2))
+    passers = [passer for person in people for passer in sample_passers(rng, person, size, frames)]
 
     def moved(layer, t, dx, dy):
         if isinstance(layer, Thing):
@@ -750,9 +766,12 @@ def sample_clip(rng: np.random.Generator, size: int, frames: int):
     def at(t: float) -> Scene:
         dx, dy = (shake * np.sin(beat * t + phase)).sum(1)
         zoom = 180 / size                                            # pixels of the backdrop's crop per image pixel
+        shot = round(t)                # things that pass stand still while a frame is exposed: blurred, they hide nothing
+        passing = [replace(thing, x=thing.x + dx + (shot - when) * right, y=thing.y + dy + (shot - when) * down)
+                   for thing, when, right, down in passers if abs(shot - when) < 3]
         walls = [(texture, x - dx * zoom, y - dy * zoom, dark, bright) for texture, x, y, dark, bright in still.walls]
         return replace(still, seed=still.seed + round(t), horizon=still.horizon + dy, walls=walls,
-                       layers=[moved(layer, t, dx, dy) for layer in still.layers])
+                       layers=[moved(layer, t, dx, dy) for layer in still.layers] + passing)
     return at
 
 

@@ -817,6 +817,23 @@ def test_perfect_outputs_have_no_loss_but_that_of_the_scores():
     assert max(losses["loss_oks"], losses["loss_giou"], losses["loss_ce"]) < 1e-3
 
 
+def test_scores_can_learn_the_oks_of_their_poses():
+    """DETRPose's eq. 5 by hand, with its gradient: q (p − q) where a pose was matched, p² p / 4 elsewhere."""
+    targets, result, sigmas = some_targets([2]), random_result(1), torch.full((17,), 0.3)
+    focal, ours = (drp.criterion(result, targets, sigmas, oks_scores=weight) for weight in (0.0, 8.0))
+    assert {name for name in focal if focal[name] != ours[name]} == {"loss_ce"}, "the layers without poses keep theirs"
+    logits, _, poses = result["layers"][-1]
+    _, query, person = drp.match(result["layers"], targets, sigmas)[-1]
+    q, p = torch.zeros(6, 2), logits[0].sigmoid()
+    for i, j in zip(query, person):
+        squared = (poses[0, i] - targets[0].keypoints[j]).square().sum(-1)
+        q[i, 1] = drp.object_keypoint_similarity(squared, targets[0].take(person[person == j]), sigmas)[0].detach()
+    value = torch.where(q > 0, -q * (q * p.log() + (1 - q) * (1 - p).log()), -p ** 2 * (1 - p).log() / 4).sum()
+    assert q.max() > 0.01 and ours["loss_ce"].item() == pytest.approx(8 * value.item() / 2, rel=1e-5)
+    gradient, = torch.autograd.grad(ours["loss_ce"], logits)
+    close(gradient[0], torch.where(q > 0, q * (p - q), p ** 3 / 4) * 8 / 2, 1e-6)
+
+
 def test_a_non_finite_cost_is_said_before_the_assignment():
     logits = torch.full((1, 6, 2), float("nan"))
     with pytest.raises(FloatingPointError, match="matching cost"):
@@ -1089,7 +1106,7 @@ def test_every_ablation_gives_every_parameter_a_finite_gradient(ablation, counts
     model = drp.build("tiny", "crowdpose" if "scale" in ablation else "coco", **SMALL | ablation).train()
     targets, pictures = some_targets(counts, model.skeleton.num_keypoints), [torch.rand(3, 64, w) for w in (64, 48, 40)]
     for _ in range(2):                                  # the first step leaves zero-started heads behind
-        losses = drp.batch_losses(model, model, *drp.pad_images(pictures), targets, ALONE)
+        losses = drp.batch_losses(model, model, *drp.pad_images(pictures), targets, ALONE, 0)
         sum(losses.values()).backward()
         torch.optim.SGD(model.parameters(), 1e-4).step()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -1257,7 +1274,7 @@ def test_the_tiny_preset_learns_eight_puppets_by_heart(puppets_folder):
     optimizer, values = drp.build_optimizer(model, model.cfg), []
     for step in range(200):
         runtime.seed_all(step)
-        losses = drp.batch_losses(model, model, images, padded, targets, ALONE)
+        losses = drp.batch_losses(model, model, images, padded, targets, ALONE, 0)
         sum(losses.values()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), model.cfg.clip)
         optimizer.step()
@@ -1284,3 +1301,9 @@ def test_k_ca_near_the_identity_returns_about_its_points():
         out = attention(points, points)
     assert (out - points).abs().mean() < 0.05 and (out.std(1) > 0.8 * points.std(1)).all()
     assert (scattered < 0.5 * points.std(1)).all()
+
+
+def test_keypoints_start_unlike_one_another_where_nothing_is_learned_yet():
+    """In the release's start they are a tenth of the person's content that they are added to."""
+    tiny, released = (drp.build("tiny", near_identity=own).decoder.keypoint_content.weight for own in (True, False))
+    assert 0.9 < tiny.std() < 1.1 and released.std() < 0.2

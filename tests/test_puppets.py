@@ -216,6 +216,23 @@ def test_people_in_a_clip_move_smoothly_and_keep_their_track():
     assert .1 < abs(step).max() < 16 and abs(jerk).max() < 8         # pixels per frame, of 160
 
 
+def test_what_passes_hides_people_in_one_frame_alone():
+    """So the frames before and after know what a frame cannot show."""
+    passed = 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        person = next(layer for layer in puppets.sample_scene(rng, 160, 1).layers if isinstance(layer, Person))
+        for thing, when, right, down in puppets.sample_passers(rng, person, 160, 5):
+            assert 0 <= when < 5 and np.hypot(right, down) > 1.2 * max(thing.w, thing.h) > 0
+            distance = np.linalg.norm(joints_of(person).joints[:, :2] - (thing.x, thing.y), axis=1)
+            passed += distance.min() < 1e-6
+    assert 0.5 < passed / 100 < 0.9 and puppets.PASSERS == 0.7
+    clip = puppets.sample_clip(np.random.default_rng(7), 160, 5)
+    things = [[layer for layer in clip(t).layers if isinstance(layer, puppets.Thing)] for t in (1.8, 2, 2.2)]
+    last = [(frame[-1].x, frame[-1].y) for frame in things]
+    assert np.ptp(last, axis=0).max() < 2, "it stands still while a frame is exposed"
+
+
 def test_an_interrupted_run_is_not_taken_for_a_finished_one(tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
