@@ -797,7 +797,9 @@ def criterion(output: dict[str, Tensor], latents: Tensor, target: Tensor, weight
     """
     losses = dict(loss_pose=cfg.pose_weight * pose_loss(output["heatmaps"].float(), target, weights))
     if "latents" in output:
-        losses["loss_rgb"] = cfg.rgb_weight * F.mse_loss(output["latents"].float(), latents)
+        # a VAE that learns along stretches its latents as the pose branch likes; those of SD have a variance of about 1
+        unit = latents.var() if cfg.vae_along else 1.0
+        losses["loss_rgb"] = cfg.rgb_weight * F.mse_loss(output["latents"].float(), latents) / unit
     return losses
 
 

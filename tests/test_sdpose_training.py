@@ -220,6 +220,15 @@ def test_gradients_and_an_optimiser_step_equal_the_reference(file):
         close(losses[f"loss_{term}"], theirs, 2e-4 * max(1e-2, theirs), term)
 
 
+def test_the_rgb_loss_does_not_grow_with_latents_that_a_learning_vae_stretches():
+    output, latents = dict(heatmaps=torch.zeros(2, 17, 4, 3), latents=torch.randn(2, 4, 2, 2)), torch.randn(2, 4, 2, 2)
+    target = torch.zeros(2, 17, 4, 3), torch.ones(2, 17)
+    for cfg, same in ((runtime.resolve(sd.PRESETS["tiny"], rgb_weight=1.0), True), (sd.PRESETS["body"], False)):
+        small, large = (sd.criterion(output | dict(latents=size * output["latents"]), size * latents, *target, cfg)["loss_rgb"]
+                        for size in (1.0, 3.0))
+        assert (large.item() == pytest.approx(small.item(), rel=1e-5)) == same
+
+
 def test_blank_labels_give_no_gradient():
     maps = torch.randn(2, 17, 32, 24, requires_grad=True)
     cfg = config(dict(image_size=(128, 96)))
