@@ -54,6 +54,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common import draw, metrics, runtime, transforms, weights
 from common.backbones import ConvNorm, ResNet
 from common.datasets import PoseDataset, Prediction, Sample, open_crowd, open_splits
+from common.heatmaps import CellHeatmaps, people_heatmap_loss
 from common.loading import predict_all
 from common.skeletons import Skeleton, get_skeleton, words
 from common.training import Loop
@@ -85,8 +86,8 @@ class Config:
     queries: int = 100             # G, boxes that become people, and noisy poses; K-SA's temperature depends on it
     # diffusion
     ksa_kca: bool = True           # noisy poses enter the decoder and t the encoder; off: the file is ED-Pose
-    near_identity: bool = False    # K-CA starts near the identity, K-SA at 0, keypoints unlike one another: ours,
-                                   # to train from nothing
+    near_identity: bool = False    # ours, to train from nothing: keypoints start unlike one another, K-SA at 0, K-CA
+                                   # near the identity, and how much of its move keypoints make is learned from 0
     scale: float = 6.0             # ζ, size of the signal against the noise; the paper tries 5 and 10
     padding: str = "empty"         # noised beside the true poses: empty, repeat (of the true ones), noise, mean
     uniform_t: bool = True         # train at t uniform in 0 … 999; off: at t = 0
@@ -100,10 +101,11 @@ class Config:
     dn_queries: int = 100          # D, noisy true boxes per image; 0: none
     label_noise: float = 0.5       # share of them with a random label
     box_noise: float = 0.4         # largest shift of their sides, in half widths and heights
-    # scores
+    # losses of ours
     oks_scores: float = 0.0        # weight of a loss that teaches scores the OKS of their poses (DETRPose eq. 5): ours;
                                    # 0: the paper's focal loss
     oks_scores_from: int = 0       # first epoch with it; to train from nothing, epochs of focal loss come before
+    heatmap_weight: float = 0.0    # of a loss that asks the memory's finest map for heatmaps of all people; ours
     # optimisation
     epochs: int = 80               # passes over the training images
     batch: int = 8                 # images per optimiser step, over all GPUs and micro-batches
@@ -143,8 +145,8 @@ class Config:
         runtime.check_range(self, 1, math.inf, "dim heads ffn points encoder_layers box_layers layers box_queries "
                             "queries epochs batch accum short_side long_side processes eval_every eval_batch")
         runtime.check_range(self, 1e-6, math.inf, "scale lr clip")
-        runtime.check_range(self, 0, math.inf, "dn_queries oks_scores oks_scores_from lr_backbone weight_decay warmup "
-                            "ema_warmup workers seed")
+        runtime.check_range(self, 0, math.inf, "dn_queries oks_scores oks_scores_from heatmap_weight "
+                            "lr_backbone weight_decay warmup ema_warmup workers seed")
         runtime.check_range(self, 0, 1, "label_noise box_noise ema")
         runtime.numbers(self.drop_epochs)
         if self.dim % (4 * self.heads) or self.dim % 32:
@@ -161,8 +163,8 @@ class Config:
 PRESETS: dict[str, Config] = {
     "tiny": Config("r26", frozen_norm=False, freeze=False, levels=3, dim=96, heads=4, ffn=192, points=2,
                    encoder_layers=2, layers=4, box_layers=1, box_queries=40, queries=10, near_identity=True, init="",
-                   dn_queries=10, oks_scores=8.0, oks_scores_from=2,
-                   epochs=7, batch=16, lr=5e-4, lr_backbone=5e-4, schedule="cosine", warmup=60, drop_epochs="",
+                   dn_queries=10, oks_scores=8.0, oks_scores_from=2, heatmap_weight=2.0,
+                   epochs=7, batch=16, lr=1e-3, lr_backbone=1e-3, schedule="cosine", warmup=60, drop_epochs="",
                    clip=1.0, ema=0.995, ema_warmup=100, short_side=128, long_side=128, multiscale=False, processes=2,
                    workers=0, eval_every=7, eval_batch=50),
     "r50": Config(),
@@ -467,8 +469,8 @@ class PointAttention(nn.Module):
     @torch.no_grad()
     def start_near_identity(self, points: int) -> None:
         """Departs: ours, for training from nothing. With the start of the release all people's keypoints fall on about
-        one point. Of points with variance s² per axis, a softmax over q·p has the mean  mean(p) + s²·q  (exactly if they
-        are Gaussian), so √n Q(z)·K(p) = (z − ½)·p / s² and V = 1 give about z, if people are all over the image.
+        one point. Of points with variance s² per axis, a softmax over q·p has the mean  mean(p) + s²·q  (exactly if
+        they are Gaussian), so √n Q(z)·K(p) = (z − ½)·p / s² and V = 1 give about z, if people are all over the image.
         """
         for parameter in (*self.query.parameters(), *self.key.parameters()):
             parameter.mul_(0.1)                            # not 0: the other channels could not learn
@@ -500,12 +502,15 @@ class Decoder(nn.Module):
         self.coarse_head = None if keypoints == 14 else MLP(dim, dim, dim, 2)
         self.keypoint_content, self.keypoint_size = nn.Embedding(keypoints, dim), nn.Embedding(keypoints, 2)
         self.ksa, self.kca = (PointAttention(dim) if cfg.ksa_kca else None for _ in range(2))
+        self.kca_share = nn.Parameter(torch.zeros(())) if cfg.ksa_kca and cfg.near_identity else None
 
     def expand(self, x: Tensor, reference: Tensor, poses: Tensor | None, dn: int) -> tuple[Tensor, Tensor]:
         """Human-to-keypoint expansion: of the boxes, the G best get K keypoints each. Tokens and references.
 
         Noisy pose n meets the n-th best box; noise has no other link to a person.
-        Departs: keypoints alone go through K-CA; the paper has it yield their boxes (cBox), too.
+        Departs: keypoints alone go through K-CA; the paper has it yield their boxes (cBox), too. With `near_identity`,
+        ours, they go `kca_share` of the way: K-CA returns weighted means of all people's points, and a decoder that has
+        learned nothing yet learns much slower from points that it did not place itself.
         """
         index = self.score_heads[self.box_layers - 1](x[:, dn:]).max(-1).values.topk(self.groups).indices
         content, boxes = pick(x[:, dn:], index), pick(reference[:, dn:], index)         # (B, G, C), (B, G, 4)
@@ -515,7 +520,8 @@ class Decoder(nn.Module):
         wh = (self.keypoint_size.weight.sigmoid() * boxes[:, :, None, 2:]).flatten(1, 2)
         if self.ksa:
             noisy = poses.flatten(1, 2)
-            xy = self.kca(self.ksa(noisy, noisy) + xy, xy)                              # may leave [0, 1]
+            moved = self.kca(self.ksa(noisy, noisy) + xy, xy)                           # may leave [0, 1]
+            xy = moved if self.kca_share is None else xy + self.kca_share * (moved - xy)
         return (torch.cat([x[:, :dn], content, keypoints.flatten(1, 2)], 1),
                 torch.cat([reference[:, :dn], boxes, torch.cat([xy, wh], -1)], 1))
 
@@ -650,6 +656,7 @@ class DiffusionRegPose(nn.Module):
         self.selection = QuerySelection(dim, cfg.box_queries)
         self.decoder = Decoder(cfg, skeleton.num_keypoints)
         self.noisy_label = nn.Embedding(LABELS + 1, dim)
+        self.heatmaps = CellHeatmaps(dim, skeleton.num_keypoints, across=2) if cfg.heatmap_weight else None
         self.register_buffer("sigmas", torch.tensor(skeleton.sigmas), persistent=False)
         self.reset_parameters()
         if cfg.freeze:
@@ -737,6 +744,9 @@ class DiffusionRegPose(nn.Module):
             result |= dict(layers=[(logits[:, dn:], boxes[:, dn:], keypoints) for logits, boxes, keypoints in layers],
                            dn_layers=[(logits[:, :dn], boxes[:, :dn]) for logits, boxes, _ in layers] if dn else [],
                            proposals=tuple(proposals))
+            if self.heatmaps:
+                (h, w), valid = grid.shapes[0], grid.valid[:, 0]
+                result |= dict(heatmaps=self.heatmaps(memory[:, :h * w], h), valid=valid)
         return result
 
     def forward(self, images: Tensor, padded: Tensor | None, poses: Tensor | None, t: Tensor | None,
@@ -745,7 +755,9 @@ class DiffusionRegPose(nn.Module):
 
         Returns  logits (B, G, 2) of which [1] is the person's, boxes (B, G, 4), keypoints (B, G, K, 2); in training
                  also `layers`, all of these for each decoder layer (keypoints None for the first), `proposals`,
-                 logits and boxes of the selected cells, and `dn_layers`, logits and boxes of denoising queries
+                 logits and boxes of the selected cells, and `dn_layers`, logits and boxes of denoising queries; with
+                 `heatmap_weight` `heatmaps` (B, K, 2h, 2w) of the finest map (h, w) and `valid` (B, 2), the share of
+                 its width and height that is image
         Without K-SA and K-CA poses and t are not used.
         """
         return self.decode(self.encode_image(images, padded), poses, t, denoising)
@@ -1176,8 +1188,9 @@ def predict(model: DiffusionRegPose, batch: dict) -> list[Prediction]:
 
 @torch.no_grad()
 def fuse(model: DiffusionRegPose) -> DiffusionRegPose:
-    """A copy for inference: the backbone's norms are folded into its convolutions."""
+    """A copy for inference: the backbone's norms are folded into its convolutions, the heatmaps' head dropped."""
     model = copy.deepcopy(model).eval()
+    model.heatmaps = None
     for module in [m for m in model.modules() if isinstance(m, ConvNorm)]:
         module.fold()
     return model.to(memory_format=torch.channels_last)
@@ -1214,7 +1227,7 @@ RENAME = [            # released name → ours, first match wins; what matches n
 IGNORED = {r"^transformer\.decoder\.(class|bbox|pose|pose_hw)_embed\.": "stored twice",
            r"^pose_hw_embed\.[1-9]": "one module, stored four times",
            r"^(betas|\w*alphas_cumprod\w*|posterior_\w+)$": "constants of the diffusion"}
-NEW = r"^(time_embedding|decoder\.(ksa|kca))\."          # the 18 tensors that ED-Pose does not have
+NEW = r"^(time_embedding|decoder\.(ksa|kca))"      # the 18 tensors that ED-Pose does not have
 
 
 def convert_official(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
@@ -1250,7 +1263,9 @@ def load_init(model: DiffusionRegPose, source: str) -> None:
     groups = {r"^(?!backbone\.)": "not in a ResNet"} if all(name.startswith("backbone.") for name in state) else {}
     if not any(re.match(NEW, name) for name in state):
         groups[NEW] = "not in ED-Pose"
-    weights.load_strict(model, state, groups | {r"num_batches_tracked$": "counts batches of another training"})
+    groups |= {r"num_batches_tracked$": "counts batches of another training",
+               r"^(heatmaps\.|decoder\.kca_share$)": "ours, to train from nothing"}
+    weights.load_strict(model, state, groups)
     print(f"start weights from {path}: {len(state)} of {len(model.state_dict())} tensors")
 
 
@@ -1397,6 +1412,9 @@ def batch_losses(net: nn.Module, model: DiffusionRegPose, images: Tensor, padded
     # what may have no gradient at all gets one of 0, which DistributedDataParallel waits for
     idle = [*model.decoder.size_head.parameters(), model.decoder.keypoint_size.weight, model.noisy_label.weight]
     losses["unused"] = 0 * sum(p.sum() for p in idle)
+    if cfg.heatmap_weight:
+        inside = [replace(t, keypoints=t.keypoints * valid) for t, valid in zip(targets, result["valid"])]
+        losses["loss_heatmaps"] = cfg.heatmap_weight * people_heatmap_loss(result["heatmaps"], inside)
     runtime.check_finite(losses)
     return losses
 
@@ -1431,7 +1449,8 @@ def train(cfg: Config, args) -> None:
             loop.scaler.scale(sum(losses.values()) / cfg.accum).backward()
             if not loop.update():                                # the step has further micro-batches
                 continue
-            loop.log(losses, ("loss_ce", "loss_bbox", "loss_keypoints", "loss_oks"))
+            side = ("loss_heatmaps",) if cfg.heatmap_weight else ()
+            loop.log(losses, ("loss_ce", "loss_bbox", "loss_keypoints", "loss_oks", *side))
             if loop.stops():
                 return
         if loop.evaluates():

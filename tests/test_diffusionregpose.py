@@ -1264,6 +1264,33 @@ def test_frozen_norms_without_start_weights_are_refused():
         drp.train(runtime.resolve(drp.PRESETS["r50"], init=""), args)
 
 
+def test_heatmaps_on_the_side_teach_what_is_before_the_decoder_and_know_the_padding():
+    """Pictures of different shapes, padded to a square: keypoints are fractions of the pictures, heatmaps of the square."""
+    model, targets = drp.build("tiny").train(), some_targets([2, 1])
+    images, padded = drp.pad_images([torch.rand(3, 64, 128), torch.rand(3, 128, 64)])
+    with torch.no_grad():
+        model.heatmaps.head.weight.normal_(std=0.1)
+    losses = drp.batch_losses(model, model, images, padded, targets, ALONE, 0)
+    losses["loss_heatmaps"].backward()
+    parts = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert parts == {"backbone", "input_proj", "encoder", "heatmaps"}, "positions act on offsets, which start constant"
+    result = model(images, padded, torch.rand(2, 10, 17, 2), torch.tensor([999, 999]))
+    assert result["heatmaps"].shape == (2, 17, 32, 32) and result["valid"].tolist() == [[1, 0.5], [0.5, 1]]
+
+
+def test_k_ca_of_the_tiny_preset_starts_as_the_identity_and_learns():
+    model = drp.build("tiny").train()
+    images, poses = torch.rand(1, 3, 128, 128), torch.rand(2, 1, 10, 17, 2)
+    model.eval()
+    with torch.no_grad():
+        first, second = (model(images, None, noise, torch.tensor([999]))["keypoints"] for noise in poses)
+    assert (first == second).all(), "noise has no say yet"
+    model.train()
+    losses = drp.batch_losses(model, model, *drp.pad_images(list(images)), some_targets([2]), ALONE, 0)
+    sum(losses.values()).backward()
+    assert model.decoder.kca_share.grad != 0
+
+
 @pytest.mark.slow
 def test_the_tiny_preset_learns_eight_puppets_by_heart(puppets_folder):
     """A model that cannot overfit has a bug: the loss of the final poses falls below a fifth of its start."""
