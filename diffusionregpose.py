@@ -26,6 +26,9 @@ Departs  from the release, as the paper does, or where it slipped; `--as_release
          denoising   images without people learn random boxes; ours learn no boxes from them
          NMS         it keeps the first pose too often, and gives kept poses the scores of others (nms)
          ensemble    it throws away the last of several DDIM steps; ours returns it, `--ensemble` joins all of them
+Tiny     has no weights to start from, so four things are ours: keypoints start unlike one another (`near_identity`),
+         K-CA as the identity, with a share that is learned (`learned_share`: Decoder.expand), scores learn the OKS of
+         their poses (`oks_score_weight`: oks_score_loss), the encoder heatmaps on the side (`heatmap_weight`)
 
     python diffusionregpose.py                          what each preset is: parameters, GFLOPs
     python diffusionregpose.py --train                  learn the embedded puppets on this machine
@@ -86,8 +89,8 @@ class Config:
     queries: int = 100             # G, boxes that become people, and noisy poses; K-SA's temperature depends on it
     # diffusion
     ksa_kca: bool = True           # noisy poses enter the decoder and t the encoder; off: the file is ED-Pose
-    near_identity: bool = False    # ours, to train from nothing: keypoints start unlike one another, K-SA at 0, K-CA
-                                   # near the identity, and how much of its move keypoints make is learned from 0
+    near_identity: bool = False    # K-SA starts at 0, K-CA near the identity, keypoints unlike one another; ours
+    learned_share: bool = False    # keypoints go a learned share of the way that K-CA moves them, at first none; ours
     scale: float = 6.0             # ζ, size of the signal against the noise; the paper tries 5 and 10
     padding: str = "empty"         # noised beside the true poses: empty, repeat (of the true ones), noise, mean
     uniform_t: bool = True         # train at t uniform in 0 … 999; off: at t = 0
@@ -101,11 +104,10 @@ class Config:
     dn_queries: int = 100          # D, noisy true boxes per image; 0: none
     label_noise: float = 0.5       # share of them with a random label
     box_noise: float = 0.4         # largest shift of their sides, in half widths and heights
-    # losses of ours
-    oks_scores: float = 0.0        # weight of a loss that teaches scores the OKS of their poses (DETRPose eq. 5): ours;
-                                   # 0: the paper's focal loss
-    oks_scores_from: int = 0       # first epoch with it; to train from nothing, epochs of focal loss come before
-    heatmap_weight: float = 0.0    # of a loss that asks the memory's finest map for heatmaps of all people; ours
+    # losses of ours, to train from nothing
+    oks_score_weight: float = 0.0  # of DETRPose's eq. 5: scores learn the OKS of their poses; 0: focal loss instead
+    oks_score_from: int = 0        # first epoch with it; focal loss before
+    heatmap_weight: float = 0.0    # of a loss that asks the memory's finest map for heatmaps of all people
     # optimisation
     epochs: int = 80               # passes over the training images
     batch: int = 8                 # images per optimiser step, over all GPUs and micro-batches
@@ -145,7 +147,7 @@ class Config:
         runtime.check_range(self, 1, math.inf, "dim heads ffn points encoder_layers box_layers layers box_queries "
                             "queries epochs batch accum short_side long_side processes eval_every eval_batch")
         runtime.check_range(self, 1e-6, math.inf, "scale lr clip")
-        runtime.check_range(self, 0, math.inf, "dn_queries oks_scores oks_scores_from heatmap_weight "
+        runtime.check_range(self, 0, math.inf, "dn_queries oks_score_weight oks_score_from heatmap_weight "
                             "lr_backbone weight_decay warmup ema_warmup workers seed")
         runtime.check_range(self, 0, 1, "label_noise box_noise ema")
         runtime.numbers(self.drop_epochs)
@@ -162,8 +164,9 @@ class Config:
 
 PRESETS: dict[str, Config] = {
     "tiny": Config("r26", frozen_norm=False, freeze=False, levels=3, dim=96, heads=4, ffn=192, points=2,
-                   encoder_layers=2, layers=4, box_layers=1, box_queries=40, queries=10, near_identity=True, init="",
-                   dn_queries=10, oks_scores=8.0, oks_scores_from=2, heatmap_weight=2.0,
+                   encoder_layers=2, layers=4, box_layers=1, box_queries=40, queries=10, near_identity=True,
+                   learned_share=True, init="", dn_queries=10, oks_score_weight=8.0, oks_score_from=2,
+                   heatmap_weight=2.0,
                    epochs=6, batch=16, lr=1e-3, lr_backbone=1e-3, schedule="cosine", warmup=60, drop_epochs="",
                    clip=1.0, ema=0.995, ema_warmup=100, short_side=128, long_side=128, multiscale=False, processes=2,
                    workers=0, eval_every=6, eval_batch=50),
@@ -502,13 +505,13 @@ class Decoder(nn.Module):
         self.coarse_head = None if keypoints == 14 else MLP(dim, dim, dim, 2)
         self.keypoint_content, self.keypoint_size = nn.Embedding(keypoints, dim), nn.Embedding(keypoints, 2)
         self.ksa, self.kca = (PointAttention(dim) if cfg.ksa_kca else None for _ in range(2))
-        self.kca_share = nn.Parameter(torch.zeros(())) if cfg.ksa_kca and cfg.near_identity else None
+        self.kca_share = nn.Parameter(torch.zeros(())) if cfg.ksa_kca and cfg.learned_share else None
 
     def expand(self, x: Tensor, reference: Tensor, poses: Tensor | None, dn: int) -> tuple[Tensor, Tensor]:
         """Human-to-keypoint expansion: of the boxes, the G best get K keypoints each. Tokens and references.
 
         Noisy pose n meets the n-th best box; noise has no other link to a person.
-        Departs: keypoints alone go through K-CA; the paper has it yield their boxes (cBox), too. With `near_identity`,
+        Departs: keypoints alone go through K-CA; the paper has it yield their boxes (cBox), too. With `learned_share`,
         ours, they go `kca_share` of the way: K-CA returns weighted means of all people's points, and a decoder that has
         learned nothing yet learns much slower from points that it did not place itself.
         """
@@ -664,7 +667,11 @@ class DiffusionRegPose(nn.Module):
                 part.requires_grad_(False)
 
     def reset_parameters(self) -> None:
-        """Start values of the release: Xavier in the transformer, sampling points on rays, outputs at zero."""
+        """Start values of the release: Xavier in the transformer, sampling points on rays, outputs at zero.
+
+        Departs: with `near_identity`, ours, K-SA and K-CA change little, and keypoints' embeddings are as large as the
+        content of the person that they are added to, of which Xavier makes them a tenth.
+        """
         decoder = self.decoder
         attention = [decoder.ksa, decoder.kca] if self.cfg.ksa_kca else []
         for part in [self.input_proj, self.encoder, decoder.layers, decoder.position_head, *attention,
@@ -680,7 +687,7 @@ class DiffusionRegPose(nn.Module):
         for head in [self.selection.score, *decoder.score_heads]:
             nn.init.constant_(head.bias, -math.log(99))                    # a prior of 0.01
         if self.cfg.near_identity:
-            nn.init.normal_(decoder.keypoint_content.weight)               # as large as the content of a person
+            nn.init.normal_(decoder.keypoint_content.weight)
             if self.cfg.ksa_kca:
                 decoder.kca.start_near_identity(self.cfg.queries * self.skeleton.num_keypoints)
                 for parameter in decoder.ksa.value.parameters():
@@ -1027,9 +1034,12 @@ def focal_loss(logits: Tensor, positive: Tensor) -> Tensor:
     return (weight * F.binary_cross_entropy_with_logits(logits, positive, reduction="none")).sum()
 
 
-def oks_score_loss(logits: Tensor, quality: Tensor) -> Tensor:
-    """DETRPose's eq. 5, summed: −q (q log p + (1 − q) log(1 − p)) where quality q > 0, −p² log(1 − p) / 4 elsewhere."""
-    weight = torch.where(quality > 0, quality, logits.detach().sigmoid() ** 2 / 4)
+def oks_score_loss(logits: Tensor, matched: Tensor, quality: Tensor) -> Tensor:
+    """DETRPose's eq. 5, summed: −q (q log p + (1 − q) log(1 − p)) where matched, −α p² log(1 − p) elsewhere, α = 0.25.
+
+    logits (B, Q, 2); matched, 0 or 1, and quality q, the OKS where matched and 0 elsewhere, of the same shape
+    """
+    weight = torch.where(matched > 0, quality, 0.25 * logits.detach().sigmoid() ** 2)
     return F.binary_cross_entropy_with_logits(logits, quality, weight, reduction="sum")
 
 
@@ -1045,32 +1055,34 @@ def pose_losses(keypoints: Tensor, true: Targets, sigmas: Tensor) -> dict[str, T
     return dict(keypoints=(difference.abs().sum(-1) * true.visible).sum(-1), oks=1 - similarity)
 
 
-def set_losses(output: Output, pairs: Pairs, people: Targets, sigmas: Tensor, oks_scores: float) -> dict[str, Tensor]:
+def set_losses(output: Output, pairs: Pairs, people: Targets, sigmas: Tensor,
+               oks_score_weight: float) -> dict[str, Tensor]:
     """The weighted loss terms of one output for the pairs that were matched, summed over the batch."""
     logits, boxes, keypoints = (x if x is None else x.float() for x in output)
     image, query, person = pairs
-    true, quality = people.take(person), torch.zeros_like(logits)
-    quality[image, query, PERSON] = 1
-    terms = dict(ce=focal_loss(logits, quality)) | box_losses(boxes[image, query], true.boxes)
+    true, matched = people.take(person), torch.zeros_like(logits)
+    matched[image, query, PERSON] = 1
+    terms = dict(ce=focal_loss(logits, matched)) | box_losses(boxes[image, query], true.boxes)
     if keypoints is not None:
         errors = pose_losses(keypoints[image, query], true, sigmas)
         terms |= {term: value.sum() for term, value in errors.items()}
     weighted = {term: WEIGHTS[term] * value for term, value in terms.items()}
-    if keypoints is not None and oks_scores:
+    if keypoints is not None and oks_score_weight:
+        quality = torch.zeros_like(logits)
         quality[image, query, PERSON] = 1 - errors["oks"].detach()
-        weighted["ce"] = oks_scores * oks_score_loss(logits, quality)
+        weighted["ce"] = oks_score_weight * oks_score_loss(logits, matched, quality)
     return weighted
 
 
 def criterion(result: dict, targets: list[Targets], sigmas: Tensor, shares: int = 1,
-              oks_scores: float = 0.0) -> dict[str, Tensor]:
+              oks_score_weight: float = 0.0) -> dict[str, Tensor]:
     """All weighted loss terms of a training forward, by their names in the release; their sum is minimised.
 
     For every layer (_0, _1, ..., the last without suffix) and the selected cells (_interm), per person:
     2·focal + 5·L1 + 2·(1 − GIoU) and, from the expansion on, 10·Σ v|Δ| + 4·(1 − OKS). For the denoising queries (dn_):
     0.3·focal + 2.5·L1 + (1 − GIoU), per query of an image but, as released, summed over the images; over all of a
     batch, if `shares` says into how many micro-batches and processes it is divided.
-    Departs: with `oks_scores`, ours, that times `oks_score_loss` takes the place of 2·focal where there are poses.
+    Departs: `oks_score_weight`·oks_score_loss, ours, takes the place of 2·focal where there are poses; 0: it does not.
     Computed in float32. No pairs give 0 with a zero gradient.
     """
     people = gather_people(targets)
@@ -1079,7 +1091,7 @@ def criterion(result: dict, targets: list[Targets], sigmas: Tensor, shares: int 
     count = runtime.mean_over_ranks(torch.tensor(float(len(people)), device=sigmas.device)).clamp(min=1)
     losses = {}
     for name, output, pairs in zip(names, outputs, match(outputs, targets, sigmas)):
-        for term, value in set_losses(output, pairs, people, sigmas, oks_scores).items():
+        for term, value in set_losses(output, pairs, people, sigmas, oks_score_weight).items():
             losses[f"loss_{term}{name}"] = value / count
     for name, (logits, boxes) in zip(names, result["dn_layers"]):
         true = result["denoising"]
@@ -1227,7 +1239,7 @@ RENAME = [            # released name → ours, first match wins; what matches n
 IGNORED = {r"^transformer\.decoder\.(class|bbox|pose|pose_hw)_embed\.": "stored twice",
            r"^pose_hw_embed\.[1-9]": "one module, stored four times",
            r"^(betas|\w*alphas_cumprod\w*|posterior_\w+)$": "constants of the diffusion"}
-NEW = r"^(time_embedding|decoder\.(ksa|kca))"      # the 18 tensors that ED-Pose does not have
+NEW = r"^(time_embedding|decoder\.(ksa|kca))\."          # the 18 tensors that ED-Pose does not have
 
 
 def convert_official(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
@@ -1254,7 +1266,10 @@ def build(preset: str, skeleton: str | Skeleton = "coco", **overrides) -> Diffus
 
 
 def load_init(model: DiffusionRegPose, source: str) -> None:
-    """Start weights by file or name: DiffusionRegPose (all), ED-Pose (all but 18 tensors) or torchvision's ResNet."""
+    """Start weights by file or name: DiffusionRegPose (all), ED-Pose (all but 18 tensors) or torchvision's ResNet.
+
+    A K-CA that was trained without `learned_share` moves keypoints all the way: its share is 1.
+    """
     path = Path(source) if Path(source).exists() else weights.fetch(source)
     state = weights.load_tensors(path)
     if "layer1.0.conv1.weight" in state:
@@ -1263,8 +1278,11 @@ def load_init(model: DiffusionRegPose, source: str) -> None:
     groups = {r"^(?!backbone\.)": "not in a ResNet"} if all(name.startswith("backbone.") for name in state) else {}
     if not any(re.match(NEW, name) for name in state):
         groups[NEW] = "not in ED-Pose"
+    share = "decoder.kca_share"
+    if share in model.state_dict() and share not in state:
+        state[share] = torch.tensor(float("decoder.kca.value.weight" in state))
     groups |= {r"num_batches_tracked$": "counts batches of another training",
-               r"^(heatmaps\.|decoder\.kca_share$)": "ours, to train from nothing"}
+               r"^heatmaps\.": "a lesson on the side, which starts anew"}
     weights.load_strict(model, state, groups)
     print(f"start weights from {path}: {len(state)} of {len(model.state_dict())} tensors")
 
@@ -1408,11 +1426,12 @@ def batch_losses(net: nn.Module, model: DiffusionRegPose, images: Tensor, padded
     with runtime.autocast(ranks.device, cfg.amp):
         result = net(images, padded, poses, noise.t, denoising)
     losses = criterion(result | dict(denoising=denoising), targets, model.sigmas, cfg.accum * ranks.world,
-                       cfg.oks_scores if epoch >= cfg.oks_scores_from else 0.0)
+                       cfg.oks_score_weight if epoch >= cfg.oks_score_from else 0.0)
     # what may have no gradient at all gets one of 0, which DistributedDataParallel waits for
     idle = [*model.decoder.size_head.parameters(), model.decoder.keypoint_size.weight, model.noisy_label.weight]
     losses["unused"] = 0 * sum(p.sum() for p in idle)
     if cfg.heatmap_weight:
+        # fractions of the padded map; as everywhere in the grid, a cell that is partly image counts as image
         inside = [replace(t, keypoints=t.keypoints * valid) for t, valid in zip(targets, result["valid"])]
         losses["loss_heatmaps"] = cfg.heatmap_weight * people_heatmap_loss(result["heatmaps"], inside)
     runtime.check_finite(losses)

@@ -26,7 +26,8 @@ Departs  from the release:
          training    the release has none: ours follows the paper, and Lotus where it is silent (batch_losses); its
                      augmentations are those of the release (augment), but hue is a circle (transforms.photometric)
 Tiny     has no Stable Diffusion to start from, and the 4 numbers per 8 × 8 pixels of a random VAE say too little: its
-         encoder learns along with the pose branch (`vae_along`), from latents of deviation 1 (unit_latents)
+         encoder learns along with the pose branch (`vae_along`), from latents of deviation 1 (unit_latents), whose
+         variance of the moment is the unit of the RGB loss (criterion)
 Memory   of tensors alone, computed by tests/test_sdpose.py for crops of 1024x768 and float32 weights: `body`
          predicts one crop and its mirror image in 5.0 GB, in bf16 4.4, and trains a batch of one in 15.7 GB
 
@@ -798,7 +799,7 @@ def criterion(output: dict[str, Tensor], latents: Tensor, target: Tensor, weight
     losses = dict(loss_pose=cfg.pose_weight * pose_loss(output["heatmaps"].float(), target, weights))
     if "latents" in output:
         # a VAE that learns along stretches its latents as the pose branch likes; those of SD have a variance of about 1
-        unit = latents.var() if cfg.vae_along else 1.0
+        unit = latents.var().clamp(min=1e-3) if cfg.vae_along else 1.0
         losses["loss_rgb"] = cfg.rgb_weight * F.mse_loss(output["latents"].float(), latents) / unit
     return losses
 

@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 from common.runtime import UserError
 
-VERSION = {"coco": 3, "crowd": 3, "video": 6, "ood": 3}      # raised when the same seed gives another picture or label
+VERSION = {"coco": 3, "crowd": 3, "video": 7, "ood": 3}      # raised when the same seed gives another picture or label
 ROOT = Path(__file__).resolve().parent / "puppets"
 SIZE = 160                                    # side of the square images in pixels
 COUNTS = {"coco": {"train": 4000, "val": 500}, "crowd": {"val": 300}, "video": {"train": 400, "val": 20},
@@ -731,17 +731,16 @@ def sample_motion(rng: np.random.Generator, person: Person) -> dict:
                 turn=0. if sits else rng.normal(0, 1.5), step=speed * person.height * sideways)
 
 
-def sample_passers(rng: np.random.Generator, person: Person, size: int, frames: int) -> list[tuple]:
-    """Things that cross the picture in front of a person: (thing where it hides the person, in which frame, its step per
-    frame). Fast enough to be elsewhere one frame before and after, so that what they hide is seen there."""
-    joints, passers = joints_of(person).joints, []
-    for t in range(frames):
-        if rng.random() < PASSERS:
-            x, y = joints[rng.integers(len(joints)), :2]
-            thing = sample_thing(rng, size, x, y, person.height * rng.uniform(.25, .45))
-            direction, step = rng.uniform(0, 2 * math.pi), rng.uniform(1.2, 1.8) * max(thing.w, thing.h)
-            passers.append((thing, t, step * math.cos(direction), step * math.sin(direction)))
-    return passers
+def sample_passers(rng: np.random.Generator, person: Person, size: int, t: int) -> list[tuple]:
+    """Things, one or none, that cross the picture and hide a joint of a person in frame t: (thing as it is then, t, its
+    steps to the right and down per frame). It is elsewhere one frame before and after, where the joint is seen."""
+    joints = joints_of(person).joints[:, :2]
+    joints = joints[((joints > 0) & (joints < size)).all(1)]
+    if rng.random() >= PASSERS or not len(joints):
+        return []
+    thing = sample_thing(rng, size, *joints[rng.integers(len(joints))], person.height * rng.uniform(.25, .45))
+    direction, step = rng.uniform(0, 2 * math.pi), rng.uniform(1.2, 1.8) * max(thing.w, thing.h)
+    return [(thing, t, step * math.cos(direction), step * math.sin(direction))]
 
 
 def sample_clip(rng: np.random.Generator, size: int, frames: int):
@@ -751,7 +750,6 @@ def sample_clip(rng: np.random.Generator, size: int, frames: int):
     motions = {id(person): sample_motion(rng, person) for person in people}
     shake = rng.uniform(0, .022) * size * rng.uniform(.4, 1, (2, 2))
     beat, phase = rng.uniform(.3, .9, (2, 2)), rng.uniform(0, 2 * math.pi, (2, 2))
-    passers = [passer for person in people for passer in sample_passers(rng, person, size, frames)]
 
     def moved(layer, t, dx, dy):
         if isinstance(layer, Thing):
@@ -763,15 +761,18 @@ def sample_clip(rng: np.random.Generator, size: int, frames: int):
         return replace(layer, x=layer.x + dx + m["step"] * (t - frames / 2), ground=layer.ground + dy,
                        yaw=layer.yaw + m["turn"] * t, pose=layer.pose + swing * (m["pose"] - layer.pose))
 
+    passers = [passer for person in people for t in range(frames)
+               for passer in sample_passers(rng, moved(person, t, 0, 0), size, t)]
+
     def at(t: float) -> Scene:
         dx, dy = (shake * np.sin(beat * t + phase)).sum(1)
         zoom = 180 / size                                            # pixels of the backdrop's crop per image pixel
-        shot = round(t)                # things that pass stand still while a frame is exposed: blurred, they hide nothing
-        passing = [replace(thing, x=thing.x + dx + (shot - when) * right, y=thing.y + dy + (shot - when) * down)
-                   for thing, when, right, down in passers if abs(shot - when) < 3]
         walls = [(texture, x - dx * zoom, y - dy * zoom, dark, bright) for texture, x, y, dark, bright in still.walls]
-        return replace(still, seed=still.seed + round(t), horizon=still.horizon + dy, walls=walls,
-                       layers=[moved(layer, t, dx, dy) for layer in still.layers] + passing)
+        # what passes stands still while a frame is exposed: blurred, it would hide nothing
+        passing = [replace(thing, x=thing.x + (round(t) - when) * right, y=thing.y + (round(t) - when) * down)
+                   for thing, when, right, down in passers]
+        layers = [moved(layer, t, dx, dy) for layer in [*still.layers, *passing]]
+        return replace(still, seed=still.seed + round(t), horizon=still.horizon + dy, walls=walls, layers=layers)
     return at
 
 

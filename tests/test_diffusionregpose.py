@@ -22,6 +22,7 @@ from PIL import Image
 import diffusionregpose as drp
 from common import runtime, transforms, weights
 from common.datasets import Sample, open_dataset
+from common.heatmaps import people_heatmaps
 from common.loading import collate
 from common.skeletons import Skeleton, flip_from_names, get_skeleton
 from data import puppets
@@ -820,7 +821,7 @@ def test_perfect_outputs_have_no_loss_but_that_of_the_scores():
 def test_scores_can_learn_the_oks_of_their_poses():
     """DETRPose's eq. 5 by hand, with its gradient: q (p − q) where a pose was matched, p² p / 4 elsewhere."""
     targets, result, sigmas = some_targets([2]), random_result(1), torch.full((17,), 0.3)
-    focal, ours = (drp.criterion(result, targets, sigmas, oks_scores=weight) for weight in (0.0, 8.0))
+    focal, ours = (drp.criterion(result, targets, sigmas, oks_score_weight=weight) for weight in (0.0, 8.0))
     assert {name for name in focal if focal[name] != ours[name]} == {"loss_ce"}, "the layers without poses keep theirs"
     logits, _, poses = result["layers"][-1]
     _, query, person = drp.match(result["layers"], targets, sigmas)[-1]
@@ -1093,7 +1094,8 @@ def check_gradients(model: drp.DiffusionRegPose, case, names: dict):
 
 # ------------------------------------------------------------------------------------------ by itself
 
-SMALL = dict(dim=32, heads=4, ffn=32, layers=2, box_queries=12, queries=5, dn_queries=4, short_side=64, long_side=64)
+SMALL = dict(dim=32, heads=4, ffn=32, layers=2, box_queries=12, queries=5, dn_queries=4, short_side=64, long_side=64,
+             oks_score_from=1)
 FLAGS = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
 ALONE = runtime.Ranks(0, 1, torch.device("cpu"))
 
@@ -1106,7 +1108,7 @@ def test_every_ablation_gives_every_parameter_a_finite_gradient(ablation, counts
     model = drp.build("tiny", "crowdpose" if "scale" in ablation else "coco", **SMALL | ablation).train()
     targets, pictures = some_targets(counts, model.skeleton.num_keypoints), [torch.rand(3, 64, w) for w in (64, 48, 40)]
     for _ in range(2):                                  # the first step leaves zero-started heads behind
-        losses = drp.batch_losses(model, model, *drp.pad_images(pictures), targets, ALONE, 0)
+        losses = drp.batch_losses(model, model, *drp.pad_images(pictures), targets, ALONE, 1)
         sum(losses.values()).backward()
         torch.optim.SGD(model.parameters(), 1e-4).step()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -1264,31 +1266,63 @@ def test_frozen_norms_without_start_weights_are_refused():
         drp.train(runtime.resolve(drp.PRESETS["r50"], init=""), args)
 
 
-def test_heatmaps_on_the_side_teach_what_is_before_the_decoder_and_know_the_padding():
-    """Pictures of different shapes, padded to a square: keypoints are fractions of the pictures, heatmaps of the square."""
-    model, targets = drp.build("tiny").train(), some_targets([2, 1])
-    images, padded = drp.pad_images([torch.rand(3, 64, 128), torch.rand(3, 128, 64)])
+def test_heatmaps_on_the_side_teach_what_is_before_the_decoder():
+    model = drp.build("tiny").train()
     with torch.no_grad():
         model.heatmaps.head.weight.normal_(std=0.1)
-    losses = drp.batch_losses(model, model, images, padded, targets, ALONE, 0)
+    losses = drp.batch_losses(model, model, *drp.pad_images([torch.rand(3, 64, 64)]), some_targets([2]), ALONE, 0)
     losses["loss_heatmaps"].backward()
     parts = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert parts == {"backbone", "input_proj", "encoder", "heatmaps"}, "positions act on offsets, which start constant"
-    result = model(images, padded, torch.rand(2, 10, 17, 2), torch.tensor([999, 999]))
-    assert result["heatmaps"].shape == (2, 17, 32, 32) and result["valid"].tolist() == [[1, 0.5], [0.5, 1]]
 
 
-def test_k_ca_of_the_tiny_preset_starts_as_the_identity_and_learns():
+def test_heatmaps_on_the_side_know_the_padding():
+    """Of pictures 128x64 and 64x128, padded to squares: keypoints are fractions of the pictures, heatmaps of the squares.
+    An untaught head says 0 everywhere, so the loss is the square of what it should say."""
+    model, targets = drp.build("tiny").train(), some_targets([2, 1])
+    images, padded = drp.pad_images([torch.rand(3, 64, 128), torch.rand(3, 128, 64)])
+    loss = drp.batch_losses(model, model, images, padded, targets, ALONE, 0)["loss_heatmaps"].item()
+    shares = torch.tensor([[1, 0.5], [0.5, 1]])
+    true = [people_heatmaps(t.keypoints * share, t.visible, (32, 32)) for t, share in zip(targets, shares)]
+    total = sum(maps.square().sum() for maps in true) / sum(t.visible.sum() for t in targets)
+    assert loss == pytest.approx(model.cfg.heatmap_weight * total.item(), rel=1e-5)
+
+
+def test_k_ca_with_a_learned_share_starts_as_the_identity():
+    model = drp.build("tiny").eval()
+    picture, noise, t = torch.rand(1, 3, 128, 128), torch.rand(1, 10, 17, 2), torch.tensor([999])
+
+    def first_keypoints() -> torch.Tensor:
+        found = []
+        hook = model.decoder.layers[1].register_forward_pre_hook(lambda _, args: found.append(args[2]))
+        with torch.no_grad():
+            model(picture, None, noise, t)
+        hook.remove()
+        return found[0]
+
+    start = first_keypoints()
+    model.decoder.kca_share.data.fill_(1.0)
+    moved = first_keypoints()
+    model.decoder.ksa = None                                             # K-CA is left out with it
+    assert (start == first_keypoints()).all() and not (start == moved).all()
     model = drp.build("tiny").train()
-    images, poses = torch.rand(1, 3, 128, 128), torch.rand(2, 1, 10, 17, 2)
-    model.eval()
-    with torch.no_grad():
-        first, second = (model(images, None, noise, torch.tensor([999]))["keypoints"] for noise in poses)
-    assert (first == second).all(), "noise has no say yet"
-    model.train()
-    losses = drp.batch_losses(model, model, *drp.pad_images(list(images)), some_targets([2]), ALONE, 0)
+    losses = drp.batch_losses(model, model, *drp.pad_images(list(picture)), some_targets([2]), ALONE, 0)
     sum(losses.values()).backward()
     assert model.decoder.kca_share.grad != 0
+
+
+def test_a_k_ca_trained_without_a_share_keeps_moving_keypoints_all_the_way(tmp_path):
+    whole, edpose = drp.build("tiny", learned_share=False), drp.build("tiny", ksa_kca=False)
+    for donor, share in ((whole, 1.0), (edpose, 0.0)):
+        torch.save(donor.state_dict(), tmp_path / "donor.pth")
+        model = drp.build("tiny")
+        drp.load_init(model, str(tmp_path / "donor.pth"))
+        assert model.decoder.kca_share.item() == share
+    model.decoder.kca_share.data.fill_(0.3)
+    torch.save(model.state_dict(), tmp_path / "donor.pth")
+    again = drp.build("tiny")
+    drp.load_init(again, str(tmp_path / "donor.pth"))
+    assert again.decoder.kca_share.item() == pytest.approx(0.3)
 
 
 @pytest.mark.slow
