@@ -167,9 +167,9 @@ PRESETS: dict[str, Config] = {
                    encoder_layers=2, layers=4, box_layers=1, box_queries=40, queries=10, near_identity=True,
                    learned_share=True, init="", dn_queries=10, oks_score_weight=8.0, oks_score_from=2,
                    heatmap_weight=2.0,
-                   epochs=6, batch=16, lr=1e-3, lr_backbone=1e-3, schedule="cosine", warmup=60, drop_epochs="",
+                   epochs=7, batch=16, lr=1e-3, lr_backbone=1e-3, schedule="cosine", warmup=60, drop_epochs="",
                    clip=1.0, ema=0.995, ema_warmup=100, short_side=128, long_side=128, multiscale=False, processes=2,
-                   workers=0, eval_every=6, eval_batch=50),
+                   workers=0, eval_every=7, eval_batch=50),
     "r50": Config(),
     "r50-crowdpose": Config(data="data/crowdpose"),                      # the release's numbers are the same
     "r50-edpose": Config(ksa_kca=False, nms="none"),                     # for the weights that the release starts from
