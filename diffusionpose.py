@@ -172,9 +172,9 @@ def _presets() -> dict[str, Config]:
     # a decoder that asks patches which know nothing stays at the mean pose for thousands of steps.
     tiny = replace(b, height=128, width=96, dim=96, depth=4, vit_heads=4, heads=4, stfe_layers=1, decoder_layers=2,
                    stem="conv", patch_weight=1.0, init="", signal_scale=0.1, half_body=0.0, scale_jitter=0.1,
-                   rotation=10.0, sigma=2.0, epochs=12, batch=16, lr=2e-3, lr_backbone=2e-3, weight_decay=0.05,
+                   rotation=10.0, sigma=2.0, epochs=11, batch=16, lr=2e-3, lr_backbone=2e-3, weight_decay=0.05,
                    schedule="cosine", warmup=50, drop_epochs="", ema=0.995, ema_warmup=100, processes=2, workers=0,
-                   eval_every=12, eval_batch=64)
+                   eval_every=11, eval_batch=64)
     return {"tiny": tiny, "s": s, "b": b, "l": l, "h": h}
 
 

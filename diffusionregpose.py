@@ -164,7 +164,7 @@ class Config:
 
 PRESETS: dict[str, Config] = {
     "tiny": Config("r26", frozen_norm=False, freeze=False, levels=3, dim=96, heads=4, ffn=192, points=2,
-                   encoder_layers=2, layers=4, box_layers=1, box_queries=40, queries=10, near_identity=True,
+                   encoder_layers=2, layers=4, box_layers=1, box_queries=40, queries=8, near_identity=True,
                    learned_share=True, init="", dn_queries=10, oks_score_weight=8.0, oks_score_from=2,
                    heatmap_weight=2.0,
                    epochs=7, batch=16, lr=1e-3, lr_backbone=1e-3, schedule="cosine", warmup=60, drop_epochs="",
