@@ -447,7 +447,7 @@ def test_start_weights_are_a_whole_release_edpose_or_a_resnet(tmp_path):
 
 def tiny(**overrides) -> drp.DiffusionRegPose:
     """A tiny model whose heads do not start at zero."""
-    model = drp.build("tiny", **overrides)
+    model = drp.build("tiny", **dict(queries=10) | overrides)
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
@@ -519,15 +519,15 @@ def test_padding_changes_no_selected_box_and_its_content_changes_nothing():
 
 
 def test_batch_without_people_gives_every_parameter_a_gradient():
-    model, cfg = tiny().train(), drp.PRESETS["tiny"]
-    targets = [some_people(0), some_people(0)]
+    model = tiny().train()
+    cfg, targets = model.cfg, [some_people(0), some_people(0)]
     noise = drp.draw_pose_noise([0, 0], 17, cfg, torch.device("cpu"))
     noisy = drp.noise_poses(drp.pad_poses(targets, noise, cfg.padding), noise.t, noise.eps, cfg.scale)
     denoising = model.denoising_queries(targets)
     assert not denoising.known.any() and not denoising.blocked.any()
     result = model(torch.randn(2, 3, 96, 128), None, noisy, noise.t, denoising)
     layers = [x for layer in result["layers"] + result["dn_layers"] for x in layer if x is not None]
-    outputs = [*result["proposals"], *layers]
+    outputs = [*result["proposals"], *layers, result["heatmaps"]]
     sum(x.sum() for x in outputs).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -1290,7 +1290,8 @@ def test_heatmaps_on_the_side_know_the_padding():
 
 def test_k_ca_with_a_learned_share_starts_as_the_identity():
     model = drp.build("tiny").eval()
-    picture, noise, t = torch.rand(1, 3, 128, 128), torch.rand(1, 10, 17, 2), torch.tensor([999])
+    picture, t = torch.rand(1, 3, 128, 128), torch.tensor([999])
+    noise = torch.rand(1, model.cfg.queries, 17, 2)
 
     def first_keypoints() -> torch.Tensor:
         found = []
