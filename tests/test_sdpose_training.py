@@ -167,7 +167,7 @@ def loss_case(file) -> dict:
     case, meta = read_case(file)
     height, width = meta["image_size"]
     count = case["keypoints"].shape[1]
-    cfg = config(meta, pose_weight=1.0, rgb_weight=1.0, tap=2 if count == 133 else 3)
+    cfg = config(meta, pose_weight=1.0, rgb_weight=1.0, vae_along=False, tap=2 if count == 133 else 3)
     image = torch.tanh(normal("input", (2, 3, height, width), meta["seed"]))
     disturbed, (top, bottom, left, right) = image.clone(), case["rect"]
     disturbed[:, :, top:bottom, left:right] = -1
