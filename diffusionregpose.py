@@ -1062,16 +1062,17 @@ def set_losses(output: Output, pairs: Pairs, people: Targets, sigmas: Tensor,
     image, query, person = pairs
     true, matched = people.take(person), torch.zeros_like(logits)
     matched[image, query, PERSON] = 1
-    terms = dict(ce=focal_loss(logits, matched)) | box_losses(boxes[image, query], true.boxes)
+    terms = box_losses(boxes[image, query], true.boxes)
     if keypoints is not None:
         errors = pose_losses(keypoints[image, query], true, sigmas)
         terms |= {term: value.sum() for term, value in errors.items()}
-    weighted = {term: WEIGHTS[term] * value for term, value in terms.items()}
     if keypoints is not None and oks_score_weight:
         quality = torch.zeros_like(logits)
         quality[image, query, PERSON] = 1 - errors["oks"].detach()
-        weighted["ce"] = oks_score_weight * oks_score_loss(logits, matched, quality)
-    return weighted
+        score = oks_score_weight * oks_score_loss(logits, matched, quality)
+    else:
+        score = WEIGHTS["ce"] * focal_loss(logits, matched)
+    return dict(ce=score) | {term: WEIGHTS[term] * value for term, value in terms.items()}
 
 
 def criterion(result: dict, targets: list[Targets], sigmas: Tensor, shares: int = 1,
