@@ -139,10 +139,10 @@ class Config:
 
 
 PRESETS: dict[str, Config] = {
-    "tiny": Config(channels=32, head_dim=32, groups=8, text_dim=64, vae_channels=8, height=128, width=96,
-                   checkpointing=False, init="", pose_weight=50.0, rgb_weight=0.0, sigma=2.0, half_body=0.0, scaling=0.15,
-                   rotation=10.0, rectangle=0.2, vae_along=True, epochs=4, batch=16, lr=2e-3, schedule="cosine",
-                   warmup=30, processes=2, workers=0, eval_every=4, eval_batch=32),
+    "tiny": Config(channels=24, head_dim=24, groups=2, text_dim=64, vae_channels=4, height=128, width=96,
+                   checkpointing=False, init="", pose_weight=50.0, rgb_weight=0.0, sigma=0.75, half_body=0.0,
+                   scaling=0.05, rotation=0.0, rectangle=0.0, vae_along=True, epochs=6, batch=16, lr=2e-3,
+                   schedule="cosine", warmup=30, processes=2, workers=0, eval_every=6, eval_batch=32),
     "body": Config(),
     "wholebody": Config(tap=2, keypoints="wholebody"),
 }

@@ -26,10 +26,10 @@ ALONE = runtime.Ranks(0, 1, torch.device("cpu"))
 
 
 def config(meta: dict, **changes) -> sd.Config:
-    """The tiny preset with the crop size and the sigma of a case, and the reference's VAE, which is twice as wide."""
+    """The tiny preset with the sizes of the reference's, which is wider, and the crop size and the sigma of a case."""
     height, width = meta.get("image_size", (1024, 768))
-    return replace(sd.PRESETS["tiny"], height=height, width=width, sigma=float(meta.get("sigma", 6)), vae_channels=16,
-                   **changes)
+    return replace(sd.PRESETS["tiny"], height=height, width=width, sigma=float(meta.get("sigma", 6)), channels=32,
+                   head_dim=32, groups=8, vae_channels=16, **changes)
 
 
 def in_crop(places: torch.Tensor, cfg: sd.Config) -> torch.Tensor:
