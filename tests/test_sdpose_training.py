@@ -497,7 +497,7 @@ def test_a_random_vae_gets_latents_of_deviation_one_and_learns_along_with_the_po
 @pytest.mark.slow
 def test_both_branches_learn_in_a_few_steps(data):
     torch.manual_seed(0)
-    model = sd.build("tiny", **TINIER, lr=5e-3, rgb_weight=1.0)
+    model = sd.build("tiny", **TINIER, rgb_weight=1.0)
     view = sd.TrainCrops(data, sd.people_to_learn(data, 0, 0), model.cfg, 0)
     crops, keypoints, *_ = zip(*(view[n] for n in range(4)))
     batch = sd.posterior(model, torch.stack(crops)), torch.stack(keypoints)
@@ -509,8 +509,8 @@ def test_both_branches_learn_in_a_few_steps(data):
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
-    assert history[-1]["loss_pose"] < 0.8 * history[0]["loss_pose"]
-    assert history[-1]["loss_rgb"] < 0.3 * history[0]["loss_rgb"]
+    assert history[-1]["loss_pose"] < 0.6 * history[0]["loss_pose"]
+    assert history[-1]["loss_rgb"] < 0.1 * history[0]["loss_rgb"]
 
 
 def test_without_the_rgb_branch_nothing_behind_the_tap_learns():
