@@ -43,7 +43,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -1123,6 +1123,7 @@ def show_styles(model: SDPose, val: PoseDataset, rows: int = 6) -> Image.Image:
 # ---- Cost, summary, main ------------------------------------------------------------------------------------
 
 
+@lru_cache
 def flops(cfg: Config, skeleton: Skeleton) -> dict[str, float]:
     """FLOPs of one crop, 2 per multiply-add: `encode` it, `pose` and `rgb` branch. Nothing is computed."""
     counts = {}

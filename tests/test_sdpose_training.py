@@ -442,7 +442,7 @@ def test_an_image_that_cannot_be_read_gives_way_and_is_named(puppets_folder, tmp
 
 # ------------------------------------------------------------------------------------------ training
 
-SMALL = ("--train --channels 16 --head_dim 16 --vae_channels 8 --height 64 --width 48 --workers 0 --processes 1 "
+SMALL = ("--train --channels 8 --head_dim 8 --vae_channels 4 --height 64 --width 48 --workers 0 --processes 1 "
          "--batch 8 --people 16 --eval_batch 16 --no-vae_along --cache_views 1 --eval_every 9 --no-flip_test").split()
 TINIER = dict(channels=16, head_dim=16, vae_channels=8, height=64, width=48, workers=0)
 
