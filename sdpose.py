@@ -28,7 +28,7 @@ Departs  from the release:
 Tiny     has no Stable Diffusion to start from, and the 4 numbers per 8 × 8 pixels of a random VAE say too little: its
          encoder learns along with the pose branch (`vae_along`), from latents of deviation 1 (unit_latents), whose
          variance of the moment is the unit of the RGB loss (criterion). Gaussians have the paper's share of the crop;
-         crops are not turned and hardly scaled: a quarter of an hour is too short for that to pay
+         crops are not turned and hardly scaled, which in trials of a few minutes cost AP
 Memory   of tensors alone, computed by tests/test_sdpose.py for crops of 1024x768 and float32 weights: `body`
          predicts one crop and its mirror image in 5.0 GB, in bf16 4.4, and trains a batch of one in 15.7 GB
 

@@ -284,7 +284,7 @@ def distribute(model: nn.Module, ranks: Ranks) -> nn.Module:
     if ranks.world == 1:
         return model
     if ranks.device.type == "cpu":
-        return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)     # a copy of them less a step
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return nn.parallel.DistributedDataParallel(model, [ranks.device])
 
