@@ -242,6 +242,7 @@ def launch(train: Callable, config: Any, args: argparse.Namespace, processes: in
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    args.saved = None                                           # sent along, its tensors would be shared memory
     group = torch.multiprocessing.start_processes(
         _one_of_many, (train, config, args, processes, port), processes, join=False, start_method="spawn")
 
@@ -266,7 +267,13 @@ def _one_of_many(rank: int, train: Callable, config: Any, args: argparse.Namespa
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                        MASTER_PORT=str(port))
     torch.set_num_threads(max(1, torch.get_num_threads() // world))
-    run_main(lambda: train(config, args))
+
+    def main() -> None:
+        if args.resume:                                         # a copy of its own: an optimiser goes on in these tensors
+            args.saved = load_checkpoint(find_last(args.resume))
+        train(config, args)
+
+    run_main(main)
 
 
 @contextlib.contextmanager

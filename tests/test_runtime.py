@@ -615,6 +615,25 @@ def train_as_a_rank(data: str, out: str) -> None:
         torch.distributed.barrier()
 
 
+def in_two_processes(*words: str) -> None:
+    """`python detrpose.py --train --processes 2 ...`, as the tiny presets start by default."""
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "detrpose.py", "--train", *words], cwd=root, capture_output=True, text=True,
+                          timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="--processes is for Linux")
+def test_a_resumed_run_of_two_processes_equals_one_that_was_never_cut(puppets_folder, tmp_path):
+    words = [*FLAGS, "--processes", "2", "--schedule", "constant", "--data", str(puppets_folder), "--out"]
+    in_two_processes(*words, str(tmp_path / "whole"))
+    in_two_processes(*words, str(tmp_path / "cut"), "--epochs", "1")
+    in_two_processes("--resume", str(tmp_path / "cut"), "--epochs", "2")
+    resumed, whole = (runtime.load_checkpoint(tmp_path / name / "last.pt") for name in ("cut", "whole"))
+    assert resumed["step"] == 10
+    assert_equal({part: resumed[part] for part in SAME}, {part: whole[part] for part in SAME})
+
+
 def torchrun(function: str, data: Path, out: Path) -> str:
     """Call a function of this file in two processes; what they print."""
     root = Path(__file__).parents[1]
