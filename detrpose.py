@@ -47,12 +47,18 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import metrics, runtime, transforms, weights
-from common.datasets import PoseDataset, Prediction, Sample, open_splits
+from common import metrics, transforms, weights
+from common.cli import check_choice, check_range, launch, parse, parse_numbers, resolve, run_main
+from common.datasets import PoseDataset
+from common.errors import UserError
+from common.predict import predict_all
+from common.ranks import AMP, Ranks, autocast, distribute, init_ranks, mean_over_ranks, micro_batch, rank_zero_first, seed_all
+from common.records import Prediction, Sample
+from common.run import Ema, Loop, check_finite
+from common.splits import open_splits
+from common.weights import count_parameters
 from common.heatmaps import CellHeatmaps, people_heatmap_loss
-from common.loading import predict_all
 from common.skeletons import Skeleton, get_skeleton
-from common.training import Loop
 from kernels.deform_attn import deform_attn
 
 # ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. -----------
@@ -129,24 +135,24 @@ class Config:
 
     def __post_init__(self):
         """Raises UserError for values that no run could use."""
-        runtime.check_choice(self, backbone=BACKBONES, schedule=("constant", "cosine"), amp=runtime.AMP)
-        runtime.check_range(self, 1, 4, "levels")
-        runtime.check_range(self, 1, math.inf, "dim heads encoder_ffn depth layers decoder_ffn points queries "
+        check_choice(self, backbone=BACKBONES, schedule=("constant", "cosine"), amp=AMP)
+        check_range(self, 1, 4, "levels")
+        check_range(self, 1, math.inf, "dim heads encoder_ffn depth layers decoder_ffn points queries "
                             "dn_queries size epochs batch accum processes eval_every eval_batch")
-        runtime.check_range(self, 1e-6, math.inf, "expansion reg_scale lr clip")
-        runtime.check_range(self, 0, math.inf, "lr_backbone weight_decay warmup drop_epoch ema_warmup "
+        check_range(self, 1e-6, math.inf, "expansion reg_scale lr clip")
+        check_range(self, 0, math.inf, "lr_backbone weight_decay warmup drop_epoch ema_warmup "
                             "multiscale aug_from mosaic_until aug_until workers seed ksvf_from score_weight "
                             "heatmap_weight")
-        runtime.check_range(self, 0, 1, "ema jitter zoom_out mosaic")
+        check_range(self, 0, 1, "ema jitter zoom_out mosaic")
         if self.dim % (2 * self.heads) or self.dim % 4:
-            raise runtime.UserError(f"--dim {self.dim} does not split over {self.heads} heads: choose a multiple of "
+            raise UserError(f"--dim {self.dim} does not split over {self.heads} heads: choose a multiple of "
                                     f"{math.lcm(4, 2 * self.heads)}")
         if self.size % 32:
-            raise runtime.UserError(f"--size {self.size}: expected a multiple of 32")
+            raise UserError(f"--size {self.size}: expected a multiple of 32")
         if self.expansion * self.dim < 2:
-            raise runtime.UserError(f"--expansion {self.expansion} leaves nothing of --dim {self.dim}")
+            raise UserError(f"--expansion {self.expansion} leaves nothing of --dim {self.dim}")
         if self.batch % self.accum:
-            raise runtime.UserError(f"--batch {self.batch} does not split into {self.accum} micro-batches (--accum)")
+            raise UserError(f"--batch {self.batch} does not split into {self.accum} micro-batches (--accum)")
 
 
 def _presets() -> dict[str, Config]:
@@ -1033,7 +1039,7 @@ def pair_errors(keypoints: Tensor, pairs: Pairs, people: Targets, sigmas: Tensor
 
 def count_per_rank(count: int, device: torch.device) -> Tensor:
     """The mean of a count over all processes, at least 1: what losses are divided by."""
-    return runtime.mean_over_ranks(torch.tensor(float(count), device=device)).clamp(min=1)
+    return mean_over_ranks(torch.tensor(float(count), device=device)).clamp(min=1)
 
 
 def criterion(result: dict, targets: list[Targets], sigmas: Tensor, ksvf: bool = True,
@@ -1135,7 +1141,7 @@ def convert_official(state: dict[str, Tensor], config: Config) -> dict[str, Tens
     for name, expected in dict(up=0.5, reg_scale=config.reg_scale).items():
         value = state.pop(f"transformer.{name}", None)
         if value is not None and float(value) != expected:
-            raise runtime.UserError(f"the weights have {name} {float(value):g}, this preset {expected:g}: "
+            raise UserError(f"the weights have {name} {float(value):g}, this preset {expected:g}: "
                                     "choose another --preset")
     return weights.rename(state, RENAME)
 
@@ -1143,8 +1149,8 @@ def convert_official(state: dict[str, Tensor], config: Config) -> dict[str, Tens
 def build(preset: str, skeleton: str | Skeleton = "coco", **overrides) -> DETRPose:
     """A model with start weights; overrides are Config fields."""
     if preset not in PRESETS:
-        raise runtime.UserError(f"there is no preset {preset}: choose from {', '.join(PRESETS)}")
-    return DETRPose(runtime.resolve(PRESETS[preset], **overrides), get_skeleton(skeleton))
+        raise UserError(f"there is no preset {preset}: choose from {', '.join(PRESETS)}")
+    return DETRPose(resolve(PRESETS[preset], **overrides), get_skeleton(skeleton))
 
 
 def recognise(state: dict[str, Tensor]) -> tuple[str, int] | None:
@@ -1174,7 +1180,7 @@ def load_init(model: DETRPose, source: str) -> None:
     bad = [f"{name} {tuple(v.shape)} against {tuple(own[name].shape)}" for name, v in chosen.items()
            if v.shape != own[name].shape]
     if bad or not chosen:
-        raise runtime.UserError(f"{path} does not fit this model: " + ("; ".join(bad[:5]) or "no tensor of its names"))
+        raise UserError(f"{path} does not fit this model: " + ("; ".join(bad[:5]) or "no tensor of its names"))
     model.load_state_dict(chosen, strict=False)
     print(f"start weights from {path}: {len(chosen)} of {len(own)} tensors")
 
@@ -1237,7 +1243,7 @@ def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config) -> dict:
                 sizes_px=[picture.size for picture in pictures])
 
 
-def evaluate(model: DETRPose, data: PoseDataset, cfg: Config, ranks: runtime.Ranks) -> tuple[dict, list[Prediction]]:
+def evaluate(model: DETRPose, data: PoseDataset, cfg: Config, ranks: Ranks) -> tuple[dict, list[Prediction]]:
     """Metrics and predictions of a dataset; the images are shared among the processes, all get the result."""
     found = predict_all(partial(predict, fuse(model)), data, partial(input_image, size=cfg.size), cfg.eval_batch,
                         cfg.workers, ranks)
@@ -1273,41 +1279,41 @@ def input_side(cfg: Config, epoch: int, step: int) -> int:
 
 
 def batch_losses(net: nn.Module, images: Tensor, targets: list[Targets], cfg: Config, epoch: int, step: int,
-                 ranks: runtime.Ranks, sigmas: Tensor) -> dict[str, Tensor]:
+                 ranks: Ranks, sigmas: Tensor) -> dict[str, Tensor]:
     """Forward pass and loss terms of one batch. Raises FloatingPointError if one of them is not finite."""
     side = input_side(cfg, epoch, step)
     images = images.to(ranks.device, non_blocking=True, memory_format=torch.channels_last)
     if side != cfg.size:
         images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
     targets = [t.to(ranks.device) for t in targets]
-    with runtime.autocast(ranks.device, cfg.amp):
+    with autocast(ranks.device, cfg.amp):
         result = net(images, targets)
     losses = criterion(result, targets, sigmas, cfg.ksvf and epoch >= cfg.ksvf_from, cfg.score_weight)
     losses["unused"] = result["unused"]
     if cfg.heatmap_weight:
         losses["loss_heatmaps"] = cfg.heatmap_weight * people_heatmap_loss(result["heatmaps"], targets)
-    runtime.check_finite(losses)
+    check_finite(losses)
     return losses
 
 
 def train(cfg: Config, args) -> None:
     """Train, evaluate, keep everything in the run folder. Runs alone or under torchrun; Ctrl-C saves and leaves."""
-    ranks = runtime.init_distributed(args.device)
-    micro = runtime.micro_batch(cfg, ranks)
+    ranks = init_ranks(args.device)
+    micro = micro_batch(cfg, ranks)
     if cfg.frozen_norm and not (cfg.init or args.saved):
-        raise runtime.UserError("frozen norms need start weights: add --init hgnetv2-b4 (or another), or --no-frozen_norm")
-    with runtime.rank_zero_first(ranks):                         # it makes the puppets and fetches start weights
-        data, held_out = open_splits(cfg.data, sigmas=runtime.numbers(cfg.sigmas))
-        runtime.seed_all(cfg.seed)                               # equal start weights on every process
+        raise UserError("frozen norms need start weights: add --init hgnetv2-b4 (or another), or --no-frozen_norm")
+    with rank_zero_first(ranks):                         # it makes the puppets and fetches start weights
+        data, held_out = open_splits(cfg.data, sigmas=parse_numbers(cfg.sigmas))
+        seed_all(cfg.seed)                               # equal start weights on every process
         model = DETRPose(cfg, data.skeleton)
         if cfg.mean_pose and not args.saved:
             start_from_mean_pose(model.selection, data)
         if cfg.init and not args.saved:
             load_init(model, cfg.init)
     model.to(ranks.device, memory_format=torch.channels_last)
-    ema = runtime.Ema(model, cfg.ema, cfg.ema_warmup)
+    ema = Ema(model, cfg.ema, cfg.ema_warmup)
     loop = Loop("detrpose", cfg, args, ranks, data, held_out, model, build_optimizer(model, cfg), ema)
-    net = runtime.distribute(model, ranks)
+    net = distribute(model, ranks)
 
     data = data.training()
     steps = loop.plan(len(data), micro)
@@ -1337,18 +1343,18 @@ def summary(skeleton: str = "coco") -> str:
         fast, side = fuse(model), model.cfg.size
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             fast(torch.zeros(1, 3, side, side))
-        full, deployed = (runtime.count_parameters(m) / 1e6 for m in (model, fast))
+        full, deployed = (count_parameters(m) / 1e6 for m in (model, fast))
         rows.append(f"{preset:8}{side:>7}{full:>11.2f} M{deployed:>9.2f} M{counter.get_total_flops() / 1e9:>9.1f}")
     return "\n".join(rows)
 
 
 def main() -> None:
-    cfg, args = runtime.parse(Config, PRESETS, __doc__)
+    cfg, args = parse(Config, PRESETS, __doc__)
     if args.train:
-        runtime.launch(train, cfg, args, cfg.processes)
+        launch(train, cfg, args)
     else:
         print(f"{__doc__}\n{summary()}")
 
 
 if __name__ == "__main__":
-    runtime.run_main(main)
+    run_main(main)

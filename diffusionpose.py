@@ -57,13 +57,22 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import draw, metrics, runtime, topdown, transforms, vit, weights
-from common.datasets import PoseDataset, Prediction, Sample, open_splits
+from common.nets import vit
+from common import draw, metrics, transforms, weights
+from common.boxes import Boxes, Found, people_to_learn, true_boxes, whole_image
+from common.cli import check_choice, check_range, launch, parse, parse_numbers, resolve, run_main
+from common.datasets import PoseDataset
+from common.errors import UserError
+from common.oks import rescore
+from common.predict import people_by_image, predict_people
+from common.ranks import AMP, Ranks, autocast, distribute, init_ranks, mean_over_ranks, micro_batch, rank_zero_first, seed_all
+from common.records import Prediction, Sample
+from common.run import Ema, Loop, check_finite
+from common.splits import open_splits
 from common.heatmaps import CellHeatmaps
 from common.skeletons import Skeleton, edges, get_skeleton
-from common.training import Loop
 from common.unet import UNet
-from common.vit import PATCH, Attention, CrossAttention, LayerNorm, TransformerBlock, ViT, mlp
+from common.nets.vit import PATCH, Attention, CrossAttention, LayerNorm, TransformerBlock, ViT, mlp
 from kernels.selective_scan import selective_scan
 
 # ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. -----------
@@ -134,25 +143,25 @@ class Config:
 
     def __post_init__(self):
         """Raises UserError for values that no run could use."""
-        runtime.check_choice(self, stfe=("stb", "transformer", "none"), denoiser=("hcdb", "unet"),
-                             stem=("patch", "conv"), schedule=("constant", "cosine"), amp=runtime.AMP)
-        runtime.check_range(self, 1, math.inf, "height width dim depth vit_heads heads stfe_layers decoder_layers "
+        check_choice(self, stfe=("stb", "transformer", "none"), denoiser=("hcdb", "unet"),
+                             stem=("patch", "conv"), schedule=("constant", "cosine"), amp=AMP)
+        check_range(self, 1, math.inf, "height width dim depth vit_heads heads stfe_layers decoder_layers "
                             "ensemble epochs batch accum processes eval_every eval_batch")
-        runtime.check_range(self, 1, TIMES, "steps")
-        runtime.check_range(self, 1e-6, math.inf, "signal_scale lr clip sigma")
-        runtime.check_range(self, 0, math.inf, "alpha patch_weight rotation lr_backbone weight_decay warmup ema_warmup "
+        check_range(self, 1, TIMES, "steps")
+        check_range(self, 1e-6, math.inf, "signal_scale lr clip sigma")
+        check_range(self, 0, math.inf, "alpha patch_weight rotation lr_backbone weight_decay warmup ema_warmup "
                             "workers seed")
-        runtime.check_range(self, 0, 1, "eta half_body scale_jitter ema")
-        runtime.numbers(self.drop_epochs)
+        check_range(self, 0, 1, "eta half_body scale_jitter ema")
+        parse_numbers(self.drop_epochs)
         for name, unit in dict(dim=math.lcm(4, self.vit_heads, self.heads), height=PATCH, width=PATCH).items():
             if getattr(self, name) % unit:
-                raise runtime.UserError(f"--{name} {getattr(self, name)}: expected a multiple of {unit}, for its "
+                raise UserError(f"--{name} {getattr(self, name)}: expected a multiple of {unit}, for its "
                                         f"{'heads' if name == 'dim' else 'patches'}")
         if not self.cf and (self.denoiser == "unet" or self.stfe == "none" or not self.cp):
-            raise runtime.UserError("--no-cf: the denoiser would see nothing of the image; leave --stfe stb, "
+            raise UserError("--no-cf: the denoiser would see nothing of the image; leave --stfe stb, "
                                     "--denoiser hcdb and --cp as they are")
         if self.batch % self.accum:
-            raise runtime.UserError(f"--batch {self.batch} does not split into {self.accum} micro-batches (--accum)")
+            raise UserError(f"--batch {self.batch} does not split into {self.accum} micro-batches (--accum)")
 
     @property
     def grid(self) -> tuple[int, int]:                                  # rows and columns of patches
@@ -580,8 +589,8 @@ class DiffusionPose(nn.Module):
 def build(preset: str, skeleton: str | Skeleton = "posetrack", **overrides) -> DiffusionPose:
     """A model with start values; overrides are Config fields."""
     if preset not in PRESETS:
-        raise runtime.UserError(f"there is no preset {preset}: choose from {', '.join(PRESETS)}")
-    return DiffusionPose(runtime.resolve(PRESETS[preset], **overrides), get_skeleton(skeleton))
+        raise UserError(f"there is no preset {preset}: choose from {', '.join(PRESETS)}")
+    return DiffusionPose(resolve(PRESETS[preset], **overrides), get_skeleton(skeleton))
 
 
 # ---- Start weights: a ViT in four spellings (ViTPose's own, MAE, mmpose, transformers) ----------------------
@@ -606,7 +615,7 @@ def load_init(model: DiffusionPose, source: str) -> None:
     """Start weights by file or name: DiffusionPose (all), or a ViT of ViTPose, MAE, mmpose or transformers."""
     path = Path(source)
     if not path.exists() and path.suffix:
-        raise runtime.UserError(f"there are no start weights {source}: --init takes a file of ViTPose or MAE, of which "
+        raise UserError(f"there are no start weights {source}: --init takes a file of ViTPose or MAE, of which "
                                 "data/README.md says where they are, vitpose-base, or '' to start from nothing")
     path = path if path.exists() else weights.fetch(source)
     state = convert_official(weights.load_tensors(path), model.cfg)
@@ -636,7 +645,7 @@ def true_heatmaps(xy: Tensor, visible: Tensor, size: tuple[int, int], sigma: flo
 def heatmap_loss(pred: Tensor, target: Tensor, visible: Tensor) -> Tensor:
     """‖H − G‖² of a joint's map [P], the mean over the labelled joints of the batch on all processes [C]."""
     squared = (pred - target).square().sum((2, 3))
-    return (squared * visible).sum() / runtime.mean_over_ranks(visible.sum()).clamp(min=1)
+    return (squared * visible).sum() / mean_over_ranks(visible.sum()).clamp(min=1)
 
 
 def soft_argmax(heatmaps: Tensor) -> Tensor:
@@ -764,7 +773,7 @@ class TrainClips(torch.utils.data.Dataset):
             if sample is not None:
                 break
         else:
-            raise runtime.UserError(f"none of the images can be read, e.g. {messages[0]}")
+            raise UserError(f"none of the images can be read, e.g. {messages[0]}")
         joints, box = sample.keypoints[p].astype(float), sample.boxes[p].clip(0, np.tile(sample.size, 2) - 1)
         matrix, mirrored = augment(joints, box, sample.size[0], skeleton, cfg, rng)
         xy, v = transforms.move_points(joints[:, :2], matrix), joints[:, 2] > 0
@@ -805,7 +814,7 @@ def find_heatmaps(model: DiffusionPose, crops: Tensor, boxes: np.ndarray) -> Ten
     """Clips (N, 3, 3, H, W) uint8, of boxes (N, 4) → heatmaps (N, J, Hh, Wh), float32 on the CPU."""
     device = next(model.parameters()).device
     frames, noise = transforms.normalise(crops.to(device) / 255), noise_for(boxes, model).to(device)
-    with runtime.autocast(device, model.cfg.amp):
+    with autocast(device, model.cfg.amp):
         heatmaps = model.sample(frames, noise).float()
         if model.cfg.flip_test and model.skeleton.flip is not None:
             flip = list(model.skeleton.flip)
@@ -827,17 +836,17 @@ def find_poses(model: DiffusionPose, crops: Tensor, boxes: np.ndarray) -> tuple[
 def with_scores(p: Prediction) -> Prediction:
     """Scores as the ancestors count [A]: of a joint its peak · the box's score, of a person the box's · the mean of
     the peaks above 0.2."""
-    return replace(p, scores=metrics.rescore(p.scores, p.keypoint_scores),
+    return replace(p, scores=rescore(p.scores, p.keypoint_scores),
                    keypoint_scores=p.keypoint_scores * p.scores[:, None])
 
 
-def to_batch(pictures: list, image_ids: list, cfg: Config, boxes: list[topdown.Found] | None = None) -> dict:
+def to_batch(pictures: list, image_ids: list, cfg: Config, boxes: list[Found] | None = None) -> dict:
     """RGB pictures, or clips (previous, key, next) of them, and the people in each → what `predict` takes.
 
     Without boxes each picture as a whole is taken for one person.
     """
     clips, people = [clip if isinstance(clip, tuple) else (clip,) * 3 for clip in pictures], []
-    boxes = boxes or [topdown.whole_image(key.size) for _, key, _ in clips]
+    boxes = boxes or [whole_image(key.size) for _, key, _ in clips]
     for clip, image_id, found in zip(clips, image_ids, boxes):
         people += [(image_id, cut_clip(clip, box_matrix(box, cfg), cfg), score, box) for box, score in zip(*found)]
     return dict(people=people, image_ids=image_ids)
@@ -849,7 +858,7 @@ def predict(model: DiffusionPose, batch: dict) -> list[Prediction]:
     for first in range(0, len(people), model.cfg.eval_batch):
         ids, crops, scores, boxes = zip(*people[first:first + model.cfg.eval_batch])
         rows += zip(ids, *find_poses(model, torch.stack(crops), np.stack(boxes)), scores, boxes)
-    return [with_scores(p) for p in topdown.gather_people(rows, batch["image_ids"], model.skeleton.num_keypoints)]
+    return [with_scores(p) for p in people_by_image(rows, batch["image_ids"], model.skeleton.num_keypoints)]
 
 
 def fuse(model: DiffusionPose) -> DiffusionPose:
@@ -860,18 +869,18 @@ def fuse(model: DiffusionPose) -> DiffusionPose:
 LEAST_BOX = 0.2                # score of a detected box that PoseTrack's methods look at [A]
 
 
-def evaluate(model: DiffusionPose, data: PoseDataset, cfg: Config, ranks: runtime.Ranks,
-             boxes: topdown.Boxes | None = None) -> tuple[dict, list[Prediction]]:
+def evaluate(model: DiffusionPose, data: PoseDataset, cfg: Config, ranks: Ranks,
+             boxes: Boxes | None = None) -> tuple[dict, list[Prediction]]:
     """Metrics and predictions of a dataset: PoseTrack's table in percent for its like, else OKS AP.
 
     boxes: where people are; the annotated ones by default, which is several points better than a detector's.
     """
-    boxes = boxes or topdown.true_boxes(data)
+    boxes = boxes or true_boxes(data)
     if data.metric == "posetrack":
         everybody, boxes = boxes.total(), boxes.at_least(LEAST_BOX)
         if boxes.total() < everybody and ranks.rank == 0:
             print(f"{everybody - boxes.total()} of {everybody} person boxes left out: their score is below {LEAST_BOX}")
-    found = topdown.predict_people(partial(find_poses, fuse(model)), data, boxes, partial(cut_box, cfg=cfg),
+    found = predict_people(partial(find_poses, fuse(model)), data, boxes, partial(cut_box, cfg=cfg),
                                    cfg.eval_batch, cfg.workers, ranks)
     found = [with_scores(p) for p in found]
     return metrics.evaluate(found, data), found
@@ -883,7 +892,7 @@ SHOWN_STEPS = 10
 
 
 @torch.no_grad()
-def show_process(model: DiffusionPose, picture: Image.Image | tuple, threshold: float, found: topdown.Found
+def show_process(model: DiffusionPose, picture: Image.Image | tuple, threshold: float, found: Found
                  ) -> dict[str, list[Image.Image]]:
     """For eval.py --process, of each box: `steps`, the noisy maps beside the heatmaps that the network sees in them,
     step by step; `markov`, the pose with and without the Markov layers, and the messages of the last by strength.
@@ -945,11 +954,11 @@ def lr_scale(step: int, steps: int, epoch: int, cfg: Config) -> float:
     scale = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
     if cfg.schedule == "cosine":
         scale *= 0.5 + 0.5 * math.cos(math.pi * step / steps)
-    return scale * 0.1 ** sum(epoch >= drop for drop in runtime.numbers(cfg.drop_epochs) or ())
+    return scale * 0.1 ** sum(epoch >= drop for drop in parse_numbers(cfg.drop_epochs) or ())
 
 
 def batch_losses(net: nn.Module, model: DiffusionPose, clips: Tensor, joints: Tensor, alpha: float,
-                 ranks: runtime.Ranks) -> dict[str, Tensor]:
+                 ranks: Ranks) -> dict[str, Tensor]:
     """Noise of a random time on the true maps of a batch, forward pass of `net`, which is the model or distributes it,
     and the loss terms. Raises FloatingPointError if one of them is not finite."""
     cfg = model.cfg
@@ -958,37 +967,37 @@ def batch_losses(net: nn.Module, model: DiffusionPose, clips: Tensor, joints: Te
     target = true_heatmaps(joints[..., :2] / STRIDE, visible, cfg.heatmap, cfg.sigma)
     t = torch.randint(TIMES, (len(clips),), device=ranks.device)
     x_t = q_sample(target, t, torch.randn_like(target), visible, cfg.signal_scale)
-    with runtime.autocast(ranks.device, cfg.amp):
+    with autocast(ranks.device, cfg.amp):
         pred, *of_patches = net(transforms.normalise(clips / 255), x_t, t)
     losses = criterion(pred, target, visible, limbs(model.skeleton), alpha)
     for maps in of_patches:
         losses["patches"] = cfg.patch_weight * heatmap_loss(maps.float(), target, visible)
-    runtime.check_finite(losses)
+    check_finite(losses)
     return losses
 
 
 def open_clips(cfg: Config) -> tuple[PoseDataset, PoseDataset]:
     """Training and held-out data; of the puppets their clips."""
-    return open_splits(cfg.data, "posetrack" if cfg.data == "puppets" else None, runtime.numbers(cfg.sigmas))
+    return open_splits(cfg.data, "posetrack" if cfg.data == "puppets" else None, parse_numbers(cfg.sigmas))
 
 
 def train(cfg: Config, args) -> None:
     """Train, evaluate, keep everything in the run folder. Runs alone or under torchrun; Ctrl-C saves and leaves."""
-    ranks = runtime.init_distributed(args.device)
-    micro = runtime.micro_batch(cfg, ranks)
-    with runtime.rank_zero_first(ranks):                         # it makes the puppets and fetches start weights
+    ranks = init_ranks(args.device)
+    micro = micro_batch(cfg, ranks)
+    with rank_zero_first(ranks):                         # it makes the puppets and fetches start weights
         data, held_out = open_clips(cfg)
-        runtime.seed_all(cfg.seed)                               # equal start weights on every process
+        seed_all(cfg.seed)                               # equal start weights on every process
         model = DiffusionPose(cfg, data.skeleton)
         if cfg.init and not args.saved:
             load_init(model, cfg.init)
     model.to(ranks.device, memory_format=torch.channels_last)
-    ema = runtime.Ema(model, cfg.ema, cfg.ema_warmup)
+    ema = Ema(model, cfg.ema, cfg.ema_warmup)
     loop = Loop("diffusionpose", cfg, args, ranks, data, held_out, model, build_optimizer(model, cfg), ema)
-    net = runtime.distribute(model, ranks)
+    net = distribute(model, ranks)
 
     data = data.training()
-    people = topdown.people_to_learn(data)
+    people = people_to_learn(data)
     steps = loop.plan(len(people), micro)
     for epoch in loop.epochs():
         net.train()
@@ -1023,12 +1032,12 @@ def summary() -> str:
 
 
 def main() -> None:
-    cfg, args = runtime.parse(Config, PRESETS, __doc__)
+    cfg, args = parse(Config, PRESETS, __doc__)
     if args.train:
-        runtime.launch(train, cfg, args, cfg.processes)
+        launch(train, cfg, args)
     else:
         print(f"{__doc__}\n{summary()}")
 
 
 if __name__ == "__main__":
-    runtime.run_main(main)
+    run_main(main)

@@ -54,13 +54,19 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import draw, metrics, runtime, transforms, weights
-from common.backbones import ConvNorm, ResNet
-from common.datasets import PoseDataset, Prediction, Sample, open_crowd, open_splits
+from common import draw, metrics, transforms, weights
+from common.cli import check_choice, check_range, launch, parse, parse_numbers, resolve, run_main
+from common.datasets import PoseDataset
+from common.errors import UserError
+from common.nets.resnet import ConvNorm, ResNet
+from common.predict import predict_all
+from common.ranks import AMP, Ranks, autocast, distribute, init_ranks, mean_over_ranks, micro_batch, rank_zero_first, seed_all
+from common.records import Prediction, Sample
+from common.run import Ema, Loop, RunFolder, check_finite, goes_on
+from common.splits import open_crowd, open_splits
+from common.weights import count_parameters
 from common.heatmaps import CellHeatmaps, people_heatmap_loss
-from common.loading import predict_all
 from common.skeletons import Skeleton, get_skeleton, words
-from common.training import Loop
 from kernels.deform_attn import deform_attn_offsets
 
 # ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. -----------
@@ -140,26 +146,26 @@ class Config:
         if self.as_released:
             for name, value in dict(uniform_t=False, padding="noise", keypoint_completion=False).items():
                 object.__setattr__(self, name, value)
-        runtime.check_choice(self, backbone=BACKBONES, padding=PADDINGS, nms=NMS, schedule=("constant", "cosine"),
-                             amp=runtime.AMP)
-        runtime.check_range(self, 1, 4, "levels")
-        runtime.check_range(self, 1, 1000, "steps")
-        runtime.check_range(self, 1, math.inf, "dim heads ffn points encoder_layers box_layers layers box_queries "
+        check_choice(self, backbone=BACKBONES, padding=PADDINGS, nms=NMS, schedule=("constant", "cosine"),
+                             amp=AMP)
+        check_range(self, 1, 4, "levels")
+        check_range(self, 1, 1000, "steps")
+        check_range(self, 1, math.inf, "dim heads ffn points encoder_layers box_layers layers box_queries "
                             "queries epochs batch accum short_side long_side processes eval_every eval_batch")
-        runtime.check_range(self, 1e-6, math.inf, "scale lr clip")
-        runtime.check_range(self, 0, math.inf, "dn_queries oks_score_weight oks_score_from heatmap_weight "
+        check_range(self, 1e-6, math.inf, "scale lr clip")
+        check_range(self, 0, math.inf, "dn_queries oks_score_weight oks_score_from heatmap_weight "
                             "lr_backbone weight_decay warmup ema_warmup workers seed")
-        runtime.check_range(self, 0, 1, "label_noise box_noise ema")
-        runtime.numbers(self.drop_epochs)
+        check_range(self, 0, 1, "label_noise box_noise ema")
+        parse_numbers(self.drop_epochs)
         if self.dim % (4 * self.heads) or self.dim % 32:
-            raise runtime.UserError(f"--dim {self.dim} does not split over {self.heads} heads: choose a multiple of "
+            raise UserError(f"--dim {self.dim} does not split over {self.heads} heads: choose a multiple of "
                                     f"{math.lcm(32, 4 * self.heads)}")
         if self.layers <= self.box_layers:
-            raise runtime.UserError(f"--layers {self.layers}: choose more than the {self.box_layers} --box_layers")
+            raise UserError(f"--layers {self.layers}: choose more than the {self.box_layers} --box_layers")
         if self.queries > self.box_queries:
-            raise runtime.UserError(f"--queries {self.queries}: no more than the {self.box_queries} --box_queries")
+            raise UserError(f"--queries {self.queries}: no more than the {self.box_queries} --box_queries")
         if self.batch % self.accum:
-            raise runtime.UserError(f"--batch {self.batch} does not split into {self.accum} micro-batches (--accum)")
+            raise UserError(f"--batch {self.batch} does not split into {self.accum} micro-batches (--accum)")
 
 
 PRESETS: dict[str, Config] = {
@@ -706,7 +712,7 @@ class DiffusionRegPose(nn.Module):
         masks = [F.interpolate(padded[None].float(), x.shape[-2:])[0].bool() for x in maps]
         grid = make_grid(masks)
         if grid.padded.shape[1] < self.cfg.queries:
-            raise runtime.UserError(f"an image of {images.shape[3]}x{images.shape[2]} pixels has no "
+            raise UserError(f"an image of {images.shape[3]}x{images.shape[2]} pixels has no "
                                     f"{self.cfg.queries} places for people: choose a larger --short_side")
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1)
         return Encoded(tokens, cell_positions(masks, self.cfg.dim), grid)
@@ -1089,7 +1095,7 @@ def criterion(result: dict, targets: list[Targets], sigmas: Tensor, shares: int 
     people = gather_people(targets)
     outputs = [*result["layers"], (*result["proposals"], None)]
     names = [*(f"_{l}" for l in range(len(result["layers"]) - 1)), "", "_interm"]
-    count = runtime.mean_over_ranks(torch.tensor(float(len(people)), device=sigmas.device)).clamp(min=1)
+    count = mean_over_ranks(torch.tensor(float(len(people)), device=sigmas.device)).clamp(min=1)
     losses = {}
     for name, output, pairs in zip(names, outputs, match(outputs, targets, sigmas)):
         for term, value in set_losses(output, pairs, people, sigmas, oks_score_weight).items():
@@ -1161,7 +1167,7 @@ def detect(model: DiffusionRegPose, pictures: list[Tensor], noise: Tensor, steps
     """The outputs of each DDIM step for normalised pictures and their noise (B, G, K, 2)."""
     device = next(model.parameters()).device
     images, padded = pad_images(pictures)
-    with runtime.autocast(device, model.cfg.amp):
+    with autocast(device, model.cfg.amp):
         return sample(model, images.to(device), padded.to(device), steps, noise.to(device))
 
 
@@ -1262,8 +1268,8 @@ def recognise(state: dict[str, Tensor]) -> tuple[str, int] | None:
 def build(preset: str, skeleton: str | Skeleton = "coco", **overrides) -> DiffusionRegPose:
     """A model with start weights; overrides are Config fields."""
     if preset not in PRESETS:
-        raise runtime.UserError(f"there is no preset {preset}: choose from {', '.join(PRESETS)}")
-    return DiffusionRegPose(runtime.resolve(PRESETS[preset], **overrides), get_skeleton(skeleton))
+        raise UserError(f"there is no preset {preset}: choose from {', '.join(PRESETS)}")
+    return DiffusionRegPose(resolve(PRESETS[preset], **overrides), get_skeleton(skeleton))
 
 
 def load_init(model: DiffusionRegPose, source: str) -> None:
@@ -1361,7 +1367,7 @@ def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config) -> dict:
 
 
 def evaluate(model: DiffusionRegPose, data: PoseDataset, cfg: Config,
-             ranks: runtime.Ranks) -> tuple[dict, list[Prediction]]:
+             ranks: Ranks) -> tuple[dict, list[Prediction]]:
     """Metrics and predictions of a dataset; the images are shared among the processes, all get the result."""
     found = predict_all(partial(predict, fuse(model)), data, partial(input_image, cfg=cfg), cfg.eval_batch,
                         cfg.workers, ranks, join=list)
@@ -1408,11 +1414,11 @@ def lr_scale(step: int, steps: int, epoch: int, cfg: Config) -> float:
     scale = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
     if cfg.schedule == "cosine":
         scale *= 0.5 + 0.5 * math.cos(math.pi * step / steps)
-    return scale * 0.1 ** sum(epoch >= drop for drop in runtime.numbers(cfg.drop_epochs) or ())
+    return scale * 0.1 ** sum(epoch >= drop for drop in parse_numbers(cfg.drop_epochs) or ())
 
 
 def batch_losses(net: nn.Module, model: DiffusionRegPose, images: Tensor, padded: Tensor, targets: list[Targets],
-                 ranks: runtime.Ranks, epoch: int) -> dict[str, Tensor]:
+                 ranks: Ranks, epoch: int) -> dict[str, Tensor]:
     """Forward pass of `net`, which is the model or distributes it, and loss terms of one batch.
 
     Raises FloatingPointError if one of them is not finite.
@@ -1424,7 +1430,7 @@ def batch_losses(net: nn.Module, model: DiffusionRegPose, images: Tensor, padded
     noise = draw_pose_noise([len(t) for t in targets], model.skeleton.num_keypoints, cfg, ranks.device)
     poses = noise_poses(pad_poses(targets, noise, cfg.padding), noise.t, noise.eps, cfg.scale)
     denoising = model.denoising_queries(targets)
-    with runtime.autocast(ranks.device, cfg.amp):
+    with autocast(ranks.device, cfg.amp):
         result = net(images, padded, poses, noise.t, denoising)
     losses = criterion(result | dict(denoising=denoising), targets, model.sigmas, cfg.accum * ranks.world,
                        cfg.oks_score_weight if epoch >= cfg.oks_score_from else 0.0)
@@ -1435,28 +1441,28 @@ def batch_losses(net: nn.Module, model: DiffusionRegPose, images: Tensor, padded
         # fractions of the padded map; as everywhere in the grid, a cell that is partly image counts as image
         inside = [replace(t, keypoints=t.keypoints * valid) for t, valid in zip(targets, result["valid"])]
         losses["loss_heatmaps"] = cfg.heatmap_weight * people_heatmap_loss(result["heatmaps"], inside)
-    runtime.check_finite(losses)
+    check_finite(losses)
     return losses
 
 
 def train(cfg: Config, args) -> None:
     """Train, evaluate, keep everything in the run folder. Runs alone or under torchrun; Ctrl-C saves and leaves."""
-    ranks = runtime.init_distributed(args.device)
-    micro = runtime.micro_batch(cfg, ranks)
+    ranks = init_ranks(args.device)
+    micro = micro_batch(cfg, ranks)
     if cfg.frozen_norm and not (cfg.init or args.saved):
-        raise runtime.UserError("frozen norms need start weights: add --init resnet50 (or another), or "
+        raise UserError("frozen norms need start weights: add --init resnet50 (or another), or "
                                 "--no-frozen_norm")
-    with runtime.rank_zero_first(ranks):                         # it makes the puppets and fetches start weights
-        data, held_out = open_splits(cfg.data, sigmas=runtime.numbers(cfg.sigmas))
-        runtime.seed_all(cfg.seed)                               # equal start weights on every process
+    with rank_zero_first(ranks):                         # it makes the puppets and fetches start weights
+        data, held_out = open_splits(cfg.data, sigmas=parse_numbers(cfg.sigmas))
+        seed_all(cfg.seed)                               # equal start weights on every process
         model = DiffusionRegPose(cfg, data.skeleton)
         if cfg.init and not args.saved:
             load_init(model, cfg.init)
     model.to(ranks.device, memory_format=torch.channels_last)
-    ema = runtime.Ema(model, cfg.ema, cfg.ema_warmup)
+    ema = Ema(model, cfg.ema, cfg.ema_warmup)
     loop = Loop("diffusionregpose", cfg, args, ranks, data, held_out, model, build_optimizer(model, cfg), ema)
-    completion = start_completion(data, cfg, loop.run)
-    net = runtime.distribute(model, ranks)
+    completion = start_completion(data, cfg, loop.folder)
+    net = distribute(model, ranks)
 
     data = data.training()
     steps = loop.plan(len(data), micro)
@@ -1478,17 +1484,17 @@ def train(cfg: Config, args) -> None:
             loop.record(table, predictions)
             if loop.last and cfg.data == "puppets":
                 table, _ = evaluate(ema.module, open_crowd(data.skeleton, ranks), cfg, ranks)
-                loop.run.say(f"puppets in crowds, E/M/H: easy, medium and hard\n{metrics.format_table(table)}")
+                loop.folder.say(f"puppets in crowds, E/M/H: easy, medium and hard\n{metrics.format_table(table)}")
 
 
-def start_completion(data: PoseDataset, cfg: Config, run: runtime.Run) -> KeypointCompletion | None:
+def start_completion(data: PoseDataset, cfg: Config, run: RunFolder) -> KeypointCompletion | None:
     """The completion of a training set, shown in completion.png; None if it is off or has nothing to learn from."""
     completion = learn_completion(data) if cfg.keypoint_completion else None
     if cfg.keypoint_completion and not completion:
         run.say("no keypoint completion: there are not two people with all their keypoints")
     elif completion and run.writes:
-        with runtime.goes_on(run.folder / "completion.png"):
-            draw.draw_completion(data, completion).save(run.folder / "completion.png")
+        with goes_on(run.path / "completion.png"):
+            draw.draw_completion(data, completion).save(run.path / "completion.png")
     return completion
 
 
@@ -1503,19 +1509,19 @@ def summary() -> str:
         noise = torch.zeros(1, model.cfg.queries, model.skeleton.num_keypoints, 2)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.zeros(1, 3, height, width), None, noise, torch.tensor([999]))
-        every, learned = sum(p.numel() for p in model.parameters()) / 1e6, runtime.count_parameters(model) / 1e6
+        every, learned = sum(p.numel() for p in model.parameters()) / 1e6, count_parameters(model) / 1e6
         rows.append(f"{preset:14}{f'{width}x{height}':>9}{every:>11.2f} M{learned:>9.2f} M"
                     f"{counter.get_total_flops() / 1e9:>9.1f}")
     return "\n".join(rows)
 
 
 def main() -> None:
-    cfg, args = runtime.parse(Config, PRESETS, __doc__)
+    cfg, args = parse(Config, PRESETS, __doc__)
     if args.train:
-        runtime.launch(train, cfg, args, cfg.processes)
+        launch(train, cfg, args)
     else:
         print(f"{__doc__}\n{summary()}")
 
 
 if __name__ == "__main__":
-    runtime.run_main(main)
+    run_main(main)

@@ -33,9 +33,16 @@ from PIL import Image, ImageSequence
 from torch import nn
 from tqdm import tqdm
 
-from common import draw, metrics, runtime, stable_diffusion, topdown, weights
-from common.datasets import BadImage, PoseDataset, Prediction, default_splits, load_image, open_dataset
-from common.runtime import UserError, resolve
+from common import draw, metrics, stable_diffusion, weights
+from common.boxes import Boxes, Found, NOBODY, boxes_of, detect, in_image, read_boxes, read_results, true_boxes, whole_image
+from common.cli import Parser, parse_numbers, resolve, run_main
+from common.datasets import PoseDataset
+from common.errors import UserError
+from common.ranks import Ranks, init_ranks, rank_zero_first
+from common.records import BadImage, Prediction, load_image
+from common.run import make_folder
+from common.splits import default_splits, open_dataset
+from common.weights import read_own
 
 METHODS = ("detrpose", "diffusionregpose", "querypose", "diffusionpose", "sdpose")
 SKELETON_OF = {17: "coco", 14: "crowdpose", 15: "posetrack", 133: "wholebody"}       # of weights alone, by keypoints
@@ -65,7 +72,7 @@ def load_model(source: str, method: str, preset: str) -> tuple[ModuleType, nn.Mo
         if known and known.method not in METHODS:
             raise UserError(f"{source} is of method {known.method}; known are {', '.join(METHODS)}")
         path = weights.fetch(source)                    # or UserError: did you mean ...
-    saved = runtime.read_own(path)
+    saved = read_own(path)
     return from_run(saved, method, preset, path) if saved else from_release(path, method, preset)
 
 
@@ -120,7 +127,7 @@ def with_settings(module: ModuleType, model: nn.Module, settings: list[str]) -> 
             values[name] = {"true": True, "false": False}[text] if kind is bool else kind(text)
         except (KeyError, ValueError):
             raise UserError(f"--set {setting}: expected {name}={'true or false' if kind is bool else 'a number'}") from None
-    model.cfg = runtime.resolve(model.cfg, **values)
+    model.cfg = resolve(model.cfg, **values)
     return model
 
 
@@ -142,15 +149,15 @@ def is_top_down(module: ModuleType) -> bool:
     return getattr(module, "TOP_DOWN", False)
 
 
-def boxes_in_data(data: PoseDataset, args: argparse.Namespace, ranks: runtime.Ranks) -> topdown.Boxes:
+def boxes_in_data(data: PoseDataset, args: argparse.Namespace, ranks: Ranks) -> Boxes:
     """The people of a dataset to look at: of --boxes or --detector, else the annotated ones."""
     if args.boxes:
-        return topdown.read_boxes(args.boxes, data)
+        return read_boxes(args.boxes, data)
     if args.detector:
-        with runtime.rank_zero_first(ranks):            # it fetches
+        with rank_zero_first(ranks):            # it fetches
             find = load_detector(args.detector, ranks.device)
-        return topdown.detect(find, data, ranks, args.detector)
-    return topdown.true_boxes(data)
+        return detect(find, data, ranks, args.detector)
+    return true_boxes(data)
 
 
 def boxes_in_pictures(names: list[str], args: argparse.Namespace, device: torch.device) -> Callable:
@@ -160,19 +167,19 @@ def boxes_in_pictures(names: list[str], args: argparse.Namespace, device: torch.
     """
     if args.detector:
         find = load_detector(args.detector, device)
-        return lambda picture, name: topdown.boxes_of(find(picture, name), args.threshold, picture.size)
+        return lambda picture, name: boxes_of(find(picture, name), args.threshold, picture.size)
     if not args.boxes:
         print("each picture as a whole is taken for one person: --boxes FILE.json or --detector CHECKPOINT say where "
               "people are")
-        return lambda picture, name: topdown.whole_image(picture.size)
-    people = topdown.read_results(args.boxes)
+        return lambda picture, name: whole_image(picture.size)
+    people = read_results(args.boxes)
     if not any(key.split("#")[0] in (name, Path(name).stem) for key in people for name in names):
         raise UserError(f"{args.boxes} has boxes for {', '.join(sorted(people)[:3])}, ..., but for none of the "
                         f"pictures ({', '.join(names[:3])}): its image_id has to be a picture's name")
 
-    def chosen(picture: Image.Image, name: str) -> topdown.Found:
-        boxes, scores = people.get(name, people.get(Path(name).stem, topdown.NOBODY))
-        good = topdown.in_image(boxes, picture.size)
+    def chosen(picture: Image.Image, name: str) -> Found:
+        boxes, scores = people.get(name, people.get(Path(name).stem, NOBODY))
+        good = in_image(boxes, picture.size)
         if not good.all():
             tqdm.write(f"{name}: {(~good).sum()} boxes left out, outside of the picture or without area")
         return boxes[good], scores[good]
@@ -184,18 +191,18 @@ def boxes_in_pictures(names: list[str], args: argparse.Namespace, device: torch.
 # ---------------------------------------------------------------------------------------------------------
 
 
-def evaluate_dataset(module: ModuleType, model: nn.Module, args: argparse.Namespace, ranks: runtime.Ranks) -> None:
+def evaluate_dataset(module: ModuleType, model: nn.Module, args: argparse.Namespace, ranks: Ranks) -> None:
     """Print the table of metrics, errors per keypoint and images per second; write results.json."""
-    with runtime.rank_zero_first(ranks):
+    with rank_zero_first(ranks):
         data = open_dataset(args.data, args.split or default_splits(args.data)[1], model.skeleton,
-                            runtime.numbers(args.sigmas))
+                            parse_numbers(args.sigmas))
     if ranks.rank == 0:
         print(data.report())
-        runtime.make_folder(args.out)                   # before the work, not after it
+        make_folder(args.out)                   # before the work, not after it
     chosen = {name: getattr(args, name) for name in ("workers", "eval_batch") if getattr(args, name) is not None}
     boxes = [boxes_in_data(data, args, ranks)] if is_top_down(module) else []
     start = time.perf_counter()
-    table, predictions = module.evaluate(model, data, runtime.resolve(model.cfg, **chosen), ranks, *boxes)
+    table, predictions = module.evaluate(model, data, resolve(model.cfg, **chosen), ranks, *boxes)
     seconds = time.perf_counter() - start
     if ranks.rank > 0:
         return
@@ -274,7 +281,7 @@ def draw_pictures(module: ModuleType, model: nn.Module, args: argparse.Namespace
     """Draw the people of each picture into args.out; a GIF becomes a GIF, --gif joins everything into one."""
     if args.process and not hasattr(module, "show_process"):
         raise UserError(f"{module.__name__} has nothing to show with --process")
-    pictures, out = find_pictures(args.images), runtime.make_folder(args.out)
+    pictures, out = find_pictures(args.images), make_folder(args.out)
     if any(out.samefile(path.parent) for path in pictures):
         raise UserError(f"--out {out} holds the pictures themselves: choose another folder for the drawn ones")
     model, names = module.fuse(model).to(device), output_names(pictures)
@@ -331,7 +338,7 @@ def keep_confident(p: Prediction, threshold: float) -> Prediction:
 
 
 def main() -> None:
-    parser = runtime.Parser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("checkpoint", help="a run's .pt file or folder, a released file, or a released name")
     parser.add_argument("--method", default="", help=f"of a released file: {', '.join(METHODS)} (default: guessed)")
     parser.add_argument("--preset", default="", help="of a released file (default: guessed from its tensors)")
@@ -353,8 +360,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     args = parser.parse_args()
 
-    ranks = runtime.init_distributed(args.device)
-    with runtime.rank_zero_first(ranks):                # it fetches
+    ranks = init_ranks(args.device)
+    with rank_zero_first(ranks):                # it fetches
         module, model, trained_for = load_model(args.checkpoint, args.method, args.preset)
     if (args.boxes or args.detector) and not is_top_down(module):
         raise UserError(f"{module.__name__} finds people by itself: leave --boxes and --detector out")
@@ -372,4 +379,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runtime.run_main(main)
+    run_main(main)

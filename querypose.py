@@ -52,12 +52,20 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import draw, metrics, runtime, transforms, weights
-from common.backbones import ConvNorm, HRNet, ResNet, Swin
-from common.datasets import PoseDataset, Prediction, Sample, open_crowd, open_splits
-from common.loading import predict_all
+from common import draw, metrics, transforms, weights
+from common.cli import check_choice, check_range, launch, parse, parse_numbers, resolve, run_main
+from common.datasets import PoseDataset
+from common.errors import UserError
+from common.nets.hrnet import HRNet
+from common.nets.resnet import ConvNorm, ResNet
+from common.nets.swin import Swin
+from common.predict import predict_all
+from common.ranks import AMP, Ranks, autocast, distribute, init_ranks, mean_over_ranks, micro_batch, rank_zero_first, seed_all
+from common.records import Prediction, Sample
+from common.run import Ema, Loop, check_finite
+from common.splits import open_crowd, open_splits
+from common.weights import count_parameters
 from common.skeletons import Skeleton, get_skeleton, words
-from common.training import Loop
 
 # ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. -----------
 
@@ -127,25 +135,25 @@ class Config:
 
     def __post_init__(self):
         """Raises UserError for values that no run could use."""
-        runtime.check_choice(self, backbone=(*RESNETS, *HRNETS, "swin_l"), query=("part", "instance"),
+        check_choice(self, backbone=(*RESNETS, *HRNETS, "swin_l"), query=("part", "instance"),
                              interaction=INTERACTIONS, update=UPDATES, scheme=SCHEMES, schedule=("constant", "cosine"),
-                             amp=runtime.AMP)
-        runtime.check_range(self, 1, math.inf, "dim heads ffn dynamic stages queries box_roi pose_roi convs "
+                             amp=AMP)
+        check_range(self, 1, math.inf, "dim heads ffn dynamic stages queries box_roi pose_roi convs "
                             "conv_width part_dim epochs batch accum short_side long_side processes eval_every "
                             "eval_batch")
-        runtime.check_range(self, 1e-6, math.inf, "lr lr_flow clip")
-        runtime.check_range(self, 0, math.inf, "lr_backbone weight_decay warmup ema_warmup workers seed")
-        runtime.check_range(self, 0, 1, "ema")
-        runtime.numbers(self.drop_epochs)
+        check_range(self, 1e-6, math.inf, "lr lr_flow clip")
+        check_range(self, 0, math.inf, "lr_backbone weight_decay warmup ema_warmup workers seed")
+        check_range(self, 0, 1, "ema")
+        parse_numbers(self.drop_epochs)
         for name in ("dim", "part_dim"):
             if getattr(self, name) % self.heads:
-                raise runtime.UserError(f"--{name} {getattr(self, name)} does not split over {self.heads} heads: "
+                raise UserError(f"--{name} {getattr(self, name)} does not split over {self.heads} heads: "
                                         f"choose a multiple of {self.heads}")
         if self.matched and self.full and self.iterate:
-            raise runtime.UserError("--matched: with --full --iterate the boxes depend on the poses of all queries; "
+            raise UserError("--matched: with --full --iterate the boxes depend on the poses of all queries; "
                                     "add --no-full or --no-iterate")
         if self.batch % self.accum:
-            raise runtime.UserError(f"--batch {self.batch} does not split into {self.accum} micro-batches (--accum)")
+            raise UserError(f"--batch {self.batch} does not split into {self.accum} micro-batches (--accum)")
 
 
 
@@ -859,8 +867,8 @@ def recognise(state: dict[str, Tensor]) -> tuple[str, int] | None:
 def build(preset: str, skeleton: str | Skeleton = "coco", **overrides) -> QueryPose:
     """A model with start weights; overrides are Config fields."""
     if preset not in PRESETS:
-        raise runtime.UserError(f"there is no preset {preset}: choose from {', '.join(PRESETS)}")
-    return QueryPose(runtime.resolve(PRESETS[preset], **overrides), get_skeleton(skeleton))
+        raise UserError(f"there is no preset {preset}: choose from {', '.join(PRESETS)}")
+    return QueryPose(resolve(PRESETS[preset], **overrides), get_skeleton(skeleton))
 
 
 def backbone_names(state: dict[str, Tensor], resnet: bool) -> dict[str, Tensor]:
@@ -995,7 +1003,7 @@ def criterion(stages: list[Output], matchings: list[Pairs], targets: list[Target
     negative. No people give 0 with a zero gradient, but for the focal loss.
     """
     people = gather_people(targets)
-    count = runtime.mean_over_ranks(torch.tensor(float(len(people)), device=people.boxes.device)).clamp(min=1)
+    count = mean_over_ranks(torch.tensor(float(len(people)), device=people.boxes.device)).clamp(min=1)
     losses = {}
     for s, (output, pairs) in enumerate(zip(stages, matchings), 1):
         name = "" if s == len(stages) else f"_{s - 1}"
@@ -1023,7 +1031,7 @@ def detect(model: QueryPose, pictures: list[Tensor]) -> Output:
     """What the last stage says of normalised pictures; on the CPU, in float32."""
     device = next(model.parameters()).device
     images, sizes = pad_images(pictures)
-    with runtime.autocast(device, model.cfg.amp):
+    with autocast(device, model.cfg.amp):
         output = model(images.to(device), sizes.to(device))["stages"][-1]
     return Output(*(x.float().cpu() for x in output))
 
@@ -1155,7 +1163,7 @@ def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config) -> dict:
                 sizes_px=[picture.size for picture in pictures])
 
 
-def evaluate(model: QueryPose, data: PoseDataset, cfg: Config, ranks: runtime.Ranks) -> tuple[dict, list[Prediction]]:
+def evaluate(model: QueryPose, data: PoseDataset, cfg: Config, ranks: Ranks) -> tuple[dict, list[Prediction]]:
     """Metrics and predictions of a dataset; the images are shared among the processes, all get the result.
 
     Departs  the release passes results through a soft-NMS that takes the boxes' lower sides for scores. Many boxes end
@@ -1231,11 +1239,11 @@ def lr_scale(step: int, steps: int, epoch: int, cfg: Config) -> float:
     scale = min(1.0, 0.01 + 0.99 * step / cfg.warmup) if cfg.warmup else 1.0
     if cfg.schedule == "cosine":
         scale *= 0.5 + 0.5 * math.cos(math.pi * step / steps)
-    return scale * 0.1 ** sum(epoch >= drop for drop in runtime.numbers(cfg.drop_epochs) or ())
+    return scale * 0.1 ** sum(epoch >= drop for drop in parse_numbers(cfg.drop_epochs) or ())
 
 
 def batch_losses(net: nn.Module, model: QueryPose, images: Tensor, sizes: Tensor, targets: list[Targets],
-                 ranks: runtime.Ranks) -> dict[str, Tensor]:
+                 ranks: Ranks) -> dict[str, Tensor]:
     """Forward pass of `net`, which is the model or distributes it, and loss terms of one batch.
 
     With `matched`, boxes of all stages are matched before any pose is computed.
@@ -1251,32 +1259,32 @@ def batch_losses(net: nn.Module, model: QueryPose, images: Tensor, sizes: Tensor
             needed[image, query] = True
         return needed
 
-    with runtime.autocast(ranks.device, model.cfg.amp):
+    with autocast(ranks.device, model.cfg.amp):
         stages = net(images, sizes.to(ranks.device), choose if model.cfg.matched else None)["stages"]
     matchings = matchings or match([output[:2] for output in stages], targets)
     losses = criterion(stages, matchings, targets, model.flow.log_prob)
     losses["unused"] = 0 * model.parts.sum()         # a gradient for DistributedDataParallel, where nothing reads them
-    runtime.check_finite(losses)
+    check_finite(losses)
     return losses
 
 
 def train(cfg: Config, args) -> None:
     """Train, evaluate, keep everything in the run folder. Runs alone or under torchrun; Ctrl-C saves and leaves."""
-    ranks = runtime.init_distributed(args.device)
-    micro = runtime.micro_batch(cfg, ranks)
+    ranks = init_ranks(args.device)
+    micro = micro_batch(cfg, ranks)
     if cfg.frozen_norm and not (cfg.init or args.saved):
-        raise runtime.UserError("frozen norms need start weights: add --init resnet50 (or another), or "
+        raise UserError("frozen norms need start weights: add --init resnet50 (or another), or "
                                 "--no-frozen_norm")
-    with runtime.rank_zero_first(ranks):                         # it makes the puppets and fetches start weights
-        data, held_out = open_splits(cfg.data, sigmas=runtime.numbers(cfg.sigmas))
-        runtime.seed_all(cfg.seed)                               # equal start weights on every process
+    with rank_zero_first(ranks):                         # it makes the puppets and fetches start weights
+        data, held_out = open_splits(cfg.data, sigmas=parse_numbers(cfg.sigmas))
+        seed_all(cfg.seed)                               # equal start weights on every process
         model = QueryPose(cfg, data.skeleton)
         if cfg.init and not args.saved:
             load_init(model, cfg.init)
     model.to(ranks.device, memory_format=torch.channels_last)
-    ema = runtime.Ema(model, cfg.ema, cfg.ema_warmup)
+    ema = Ema(model, cfg.ema, cfg.ema_warmup)
     loop = Loop("querypose", cfg, args, ranks, data, held_out, model, build_optimizer(model, cfg), ema)
-    net = runtime.distribute(model, ranks)
+    net = distribute(model, ranks)
 
     data = data.training()
     steps = loop.plan(len(data), micro)
@@ -1297,7 +1305,7 @@ def train(cfg: Config, args) -> None:
             loop.record(table, predictions)
             if loop.last and cfg.data == "puppets":
                 table, _ = evaluate(ema.module, open_crowd(data.skeleton, ranks), cfg, ranks)
-                loop.run.say(f"puppets in crowds, E/M/H: easy, medium and hard\n{metrics.format_table(table)}")
+                loop.folder.say(f"puppets in crowds, E/M/H: easy, medium and hard\n{metrics.format_table(table)}")
 
 
 def flops(model: QueryPose, width: int, height: int) -> float:
@@ -1315,19 +1323,19 @@ def summary() -> str:
             model = build(preset).eval()
         height = min(model.cfg.short_side, 480)
         width = min(height * 4 // 3, model.cfg.long_side)
-        every, learned = sum(p.numel() for p in model.parameters()) / 1e6, runtime.count_parameters(model) / 1e6
+        every, learned = sum(p.numel() for p in model.parameters()) / 1e6, count_parameters(model) / 1e6
         rows.append(f"{preset:16}{f'{width}x{height}':>9}{every:>11.2f} M{learned:>9.2f} M"
                     f"{flops(model, width, height) / 1e9:>9.1f}")
     return "\n".join(rows)
 
 
 def main() -> None:
-    cfg, args = runtime.parse(Config, PRESETS, __doc__)
+    cfg, args = parse(Config, PRESETS, __doc__)
     if args.train:
-        runtime.launch(train, cfg, args, cfg.processes)
+        launch(train, cfg, args)
     else:
         print(f"{__doc__}\n{summary()}")
 
 
 if __name__ == "__main__":
-    runtime.run_main(main)
+    run_main(main)

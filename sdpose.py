@@ -40,6 +40,7 @@ Memory   of tensors alone, computed by tests/test_sdpose.py for crops of 1024x76
     python eval.py runs/<run> --data data/coco --split ood --boxes detections.json
 """
 import math
+import time
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -58,12 +59,18 @@ from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from common import draw, metrics, runtime, stable_diffusion, topdown, transforms, weights
-from common.datasets import PoseDataset, Prediction, Sample, open_dataset, open_splits
-from common.loading import train_loader
+from common import draw, metrics, stable_diffusion, transforms, weights
+from common.boxes import Boxes, Found, people_to_learn, true_boxes, whole_image
+from common.cli import check_choice, check_range, launch, parse, parse_numbers, resolve, run_main
+from common.datasets import PoseDataset
+from common.errors import UserError
+from common.oks import oks_nms, rescore
+from common.predict import people_by_image, predict_people, train_loader
+from common.ranks import AMP, Ranks, autocast, distribute, gather_lists, init_ranks, mean_over_ranks, micro_batch, rank_zero_first, seed_all
+from common.records import Prediction, Sample
+from common.run import Loop, RunFolder, check_finite, goes_on
+from common.splits import open_dataset, open_splits
 from common.skeletons import Skeleton, get_skeleton, halves
-from common.topdown import people_to_learn
-from common.training import Loop
 
 # ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. -----------
 
@@ -119,23 +126,23 @@ class Config:
 
     def __post_init__(self):
         """Raises UserError for values that no run could use."""
-        runtime.check_choice(self, target=("clean", "input"), schedule=("constant", "cosine"), amp=runtime.AMP)
-        runtime.check_range(self, 1, math.inf, "epochs batch accum processes eval_every eval_batch "
+        check_choice(self, target=("clean", "input"), schedule=("constant", "cosine"), amp=AMP)
+        check_range(self, 1, math.inf, "epochs batch accum processes eval_every eval_batch "
                             "channels head_dim groups text_dim vae_channels height width")
-        runtime.check_range(self, 1e-9, math.inf, "pose_weight sigma lr clip")
-        runtime.check_range(self, 0, math.inf, "rgb_weight cache_views people weight_decay warmup "
+        check_range(self, 1e-9, math.inf, "pose_weight sigma lr clip")
+        check_range(self, 0, math.inf, "rgb_weight cache_views people weight_decay warmup "
                             "workers seed")
         for names, low, high in (("half_body rectangle", 0, 1), ("scaling", 0, 0.9), ("rotation", 0, 180), ("tap", 2, 3)):
-            runtime.check_range(self, low, high, names)
+            check_range(self, low, high, names)
         if self.batch % self.accum:
-            raise runtime.UserError(f"--batch {self.batch} does not split into {self.accum} micro-batches (--accum)")
+            raise UserError(f"--batch {self.batch} does not split into {self.accum} micro-batches (--accum)")
         if self.vae_along and (self.init or self.cache_views):
-            raise runtime.UserError("--vae_along is for a random VAE, whose latents change as it learns: leave out --init "
+            raise UserError("--vae_along is for a random VAE, whose latents change as it learns: leave out --init "
                                     "and --cache_views")
         for name, parts in dict(channels=math.lcm(self.head_dim, self.groups), vae_channels=self.groups,
                                 height=8, width=8).items():          # a latent cell is 8 pixels wide
             if getattr(self, name) % parts:
-                raise runtime.UserError(f"--{name} {getattr(self, name)} does not split: choose a multiple of "
+                raise UserError(f"--{name} {getattr(self, name)} does not split: choose a multiple of "
                                         f"{parts}")
 
 
@@ -555,8 +562,8 @@ class SDPose(nn.Module):
 def build(preset: str, skeleton: str | Skeleton = "coco", **overrides) -> SDPose:
     """A model with start weights; overrides are Config fields."""
     if preset not in PRESETS:
-        raise runtime.UserError(f"there is no preset {preset}: choose from {', '.join(PRESETS)}")
-    return SDPose(runtime.resolve(PRESETS[preset], **overrides), get_skeleton(skeleton))
+        raise UserError(f"there is no preset {preset}: choose from {', '.join(PRESETS)}")
+    return SDPose(resolve(PRESETS[preset], **overrides), get_skeleton(skeleton))
 
 
 # ---- The released weights: folders unet/, vae/, text_encoder/ and, but in Stable Diffusion's own, decoder/ -----
@@ -578,7 +585,7 @@ def convert_official(state: dict[str, Tensor], config: Config) -> dict[str, Tens
     """Tensors of a release's folder under this file's names. Raises UserError for a head of another feature tap."""
     found = recognise(state)
     if found and PRESETS[found[0]].tap != config.tap:
-        raise runtime.UserError(f"these weights have a head for {found[1]} keypoints that reads up block "
+        raise UserError(f"these weights have a head for {found[1]} keypoints that reads up block "
                                 f"{PRESETS[found[0]].tap}, not {config.tap}: choose --preset {found[0]}")
     return {name: value.flatten(1) if re.search(r"^vae\..*\.to_(q|k|v|out\.0)\.weight$", name) else value
             for name, value in weights.rename(state, RENAME).items()}
@@ -591,7 +598,7 @@ def load_init(model: SDPose, source: str) -> None:
     """
     release = weights.RELEASES.get(source)
     if not Path(source).is_dir() and (release is None or release.method != "sdpose"):
-        raise runtime.UserError(f"--init: there is no folder {source}: put Stable Diffusion 2 there (unet/, vae/, "
+        raise UserError(f"--init: there is no folder {source}: put Stable Diffusion 2 there (unet/, vae/, "
                                 "text_encoder/), or name sdpose-body; --init '' starts from nothing")
     folder = Path(source) if Path(source).is_dir() else weights.fetch(source)
     state, own = stable_diffusion.load_release(folder, head=False), model.state_dict()
@@ -822,7 +829,7 @@ def average_heatmaps(model: SDPose, crops: Tensor) -> Tensor:
     both = cfg.flip_test and flip is not None
     views = torch.cat([crops, crops.flip(3)]) if both else crops
     noise = torch.randn(len(views), LATENT, cfg.height // 8, cfg.width // 8).to(crops) if cfg.sample else None
-    with runtime.autocast(crops.device, cfg.amp, keep_casts=False):      # each weight is used once: 1.7 GB less
+    with autocast(crops.device, cfg.amp, keep_casts=False):      # each weight is used once: 1.7 GB less
         maps = model.heatmaps(model.latents(views, noise)).float()
     if not both:
         return maps
@@ -844,20 +851,20 @@ def poses(model: SDPose, crops: Tensor, boxes: np.ndarray) -> tuple[np.ndarray, 
 def finish(found: Prediction, model: SDPose) -> Prediction:
     """Scores of people, box score · mean keypoint score over 0.2, and whoever resembles a better one (OKS over 0.9)
     left out; the area for that is the region's that was cut out."""
-    scores = metrics.rescore(found.scores, found.keypoint_scores)
+    scores = rescore(found.scores, found.keypoint_scores)
     areas = fix_aspect(box_region(found.boxes)[1], model.cfg).prod(-1)
-    keep = metrics.oks_nms(found.keypoints, scores, areas, model.skeleton.sigmas)
+    keep = oks_nms(found.keypoints, scores, areas, model.skeleton.sigmas)
     return Prediction(found.image_id, found.keypoints[keep], found.keypoint_scores[keep], scores[keep],
                       found.boxes[keep])
 
 
 def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config,
-             boxes: list[topdown.Found] | None = None) -> dict:
+             boxes: list[Found] | None = None) -> dict:
     """RGB pictures and the people in each, (boxes (P, 4), scores (P,)) → what `predict` takes.
 
     Without boxes each picture as a whole is taken for one person.
     """
-    boxes = boxes or [topdown.whole_image(picture.size) for picture in pictures]
+    boxes = boxes or [whole_image(picture.size) for picture in pictures]
     people = [(image_id, input_crop(picture, box, cfg), box, score) for picture, image_id, found
               in zip(pictures, image_ids, boxes) for box, score in zip(*found)]
     return dict(people=people, image_ids=image_ids)
@@ -871,20 +878,20 @@ def predict(model: SDPose, batch: dict) -> list[Prediction]:
         ids, crops, boxes, scores = zip(*people[first:first + model.cfg.eval_batch])
         keypoints, certain = poses(model, torch.stack(crops), np.stack(boxes))
         rows += zip(ids, keypoints, certain, scores, boxes)
-    found = topdown.gather_people(rows, batch["image_ids"], model.skeleton.num_keypoints)
+    found = people_by_image(rows, batch["image_ids"], model.skeleton.num_keypoints)
     return [finish(one, model) for one in found]
 
 
-def evaluate(model: SDPose, data: PoseDataset, cfg: Config, ranks: runtime.Ranks,
-             boxes: topdown.Boxes | None = None) -> tuple[dict, list[Prediction]]:
+def evaluate(model: SDPose, data: PoseDataset, cfg: Config, ranks: Ranks,
+             boxes: Boxes | None = None) -> tuple[dict, list[Prediction]]:
     """Metrics and predictions of a dataset, of its annotated boxes unless others are given; crops are shared among the
     processes, all get the result. Whole-body data have six evaluations."""
-    boxes = boxes or topdown.true_boxes(data)
+    boxes = boxes or true_boxes(data)
     crops = boxes.total()
     views = 1 + (model.cfg.flip_test and model.skeleton.flip is not None)
     if ranks.rank == 0 and crops:
         say_cost(model, f"{crops} crops x {views}", crops * views / ranks.world, 1)
-    found = topdown.predict_people(
+    found = predict_people(
         partial(poses, fuse(model)), data, boxes, partial(sample_crop, model.cfg),
         cfg.eval_batch, cfg.workers, ranks)
     found = [finish(one, model) for one in found]
@@ -924,20 +931,20 @@ class TrainCrops(Dataset):
             if udp_encode(keypoints[:, :2], keypoints[:, 2], cfg)[1].sum() >= (8 if count == 133 else min(3, count)):
                 crops = [crop, clean] if cfg.rgb_weight and cfg.target == "clean" else [crop]
                 return torch.stack(list(map(to_tensor, crops))), keypoints, sample.image_id, skipped
-        raise runtime.UserError("of 100 crops none shows enough keypoints to learn from: lower --scaling or --rotation"
+        raise UserError("of 100 crops none shows enough keypoints to learn from: lower --scaling or --rotation"
                                 + (f", mend {skipped[0]}" if skipped else ""))
 
 
 def posterior(model: SDPose, crops: Tensor) -> Tensor:
     """Crops (B, S, 3, H, W) uint8 → mean and log variance of their latents, (B, S, 8, h, w)."""
     images = normalise(crops.to(model.text.device, non_blocking=True).flatten(0, 1))
-    with runtime.autocast(images.device, model.cfg.amp):
+    with autocast(images.device, model.cfg.amp):
         return torch.cat(model.posterior(images), 1).float().unflatten(0, crops.shape[:2])
 
 
 @torch.no_grad()
-def make_cache(model: SDPose, views: list[TrainCrops], cfg: Config, ranks: runtime.Ranks,
-               run: runtime.Run) -> list[list]:
+def make_cache(model: SDPose, views: list[TrainCrops], cfg: Config, ranks: Ranks,
+               run: RunFolder) -> list[list]:
     """Per view a list of what TrainCrops gives, with posteriors (S, 8, h, w) in place of crops.
 
     The frozen VAE costs more than the U-Net, and new augmentations would need it at every step: a fixed number of
@@ -957,9 +964,9 @@ def make_cache(model: SDPose, views: list[TrainCrops], cfg: Config, ranks: runti
             posteriors[rows], labels[rows] = posterior(model, crops).cpu(), torch.stack(keypoints)
             ids += zip(rows, images)
             run.bad_files(sum(skipped, []))
-        posteriors, labels = (runtime.mean_over_ranks(part.to(ranks.device)).cpu() * ranks.world
+        posteriors, labels = (mean_over_ranks(part.to(ranks.device)).cpu() * ranks.world
                               for part in (posteriors, labels))         # the sum: others filled the rows that are 0
-        ids = [image for _, image in sorted(runtime.gather_lists(ids))]
+        ids = [image for _, image in sorted(gather_lists(ids))]
         cached.append(list(zip(posteriors, labels, ids, [[]] * count)))
     return cached
 
@@ -1017,14 +1024,14 @@ def batch_losses(net: nn.Module, model: SDPose, crops: Tensor, keypoints: Tensor
             moments.append(posterior(model, crops[:, s:s + 1]))
     mean, log_variance = torch.cat(moments, 1).chunk(2, 2)
     z = LATENT_SCALE * (mean + (log_variance / 2).exp() * torch.randn_like(mean))           # (B, S, 4, h, w)
-    with runtime.autocast(device, cfg.amp):
+    with autocast(device, cfg.amp):
         output = net(z[:, 0].contiguous(memory_format=torch.channels_last), cfg.rgb_weight > 0)
     losses = criterion(output, z[:, -1].detach(), target, weights, cfg)
-    runtime.check_finite(losses)
+    check_finite(losses)
     return losses
 
 
-def prepare(model: SDPose, data: PoseDataset, cfg: Config, ranks: runtime.Ranks, run: runtime.Run,
+def prepare(model: SDPose, data: PoseDataset, cfg: Config, ranks: Ranks, run: RunFolder,
             fresh: bool) -> Callable[[int], Dataset]:
     """The crops of each epoch, as a function of its number."""
     people = people_to_learn(data, cfg.people, cfg.seed)
@@ -1039,19 +1046,19 @@ def prepare(model: SDPose, data: PoseDataset, cfg: Config, ranks: runtime.Ranks,
 
 def train(cfg: Config, args) -> None:
     """Train, evaluate, keep everything in the run folder. Runs alone or under torchrun; Ctrl-C saves and leaves."""
-    ranks = runtime.init_distributed(args.device)
-    micro = runtime.micro_batch(cfg, ranks)
-    with runtime.rank_zero_first(ranks):                         # it makes the puppets and fetches start weights
-        data, held_out = open_splits(cfg.data, cfg.keypoints or None, runtime.numbers(cfg.sigmas))
-        runtime.seed_all(cfg.seed)                               # equal start weights on every process
+    ranks = init_ranks(args.device)
+    micro = micro_batch(cfg, ranks)
+    with rank_zero_first(ranks):                         # it makes the puppets and fetches start weights
+        data, held_out = open_splits(cfg.data, cfg.keypoints or None, parse_numbers(cfg.sigmas))
+        seed_all(cfg.seed)                               # equal start weights on every process
         model = SDPose(cfg, data.skeleton)
         if cfg.init and not args.saved:
             load_init(model, cfg.init)
     freeze_unused(model, cfg)
     model.to(ranks.device, memory_format=torch.channels_last)
     loop = Loop("sdpose", cfg, args, ranks, data, held_out, model, build_optimizer(model, cfg))
-    crops_of = prepare(model, data.training(), cfg, ranks, loop.run, fresh=not args.resume)
-    net = runtime.distribute(model, ranks)
+    crops_of = prepare(model, data.training(), cfg, ranks, loop.folder, fresh=not args.resume)
+    net = distribute(model, ranks)
 
     steps = loop.plan(len(crops_of(0)), micro)
     if ranks.rank == 0:
@@ -1071,15 +1078,15 @@ def train(cfg: Config, args) -> None:
                 return
         if loop.evaluates():
             table, predictions = evaluate(model, held_out, cfg, ranks)
-            loop.record(table, predictions, f", {topdown.true_boxes(held_out)}")
+            loop.record(table, predictions, f", {true_boxes(held_out)}")
             if loop.last and cfg.data == "puppets":
-                with runtime.rank_zero_first(ranks):             # it draws them
+                with rank_zero_first(ranks):             # it draws them
                     unseen = open_dataset("puppets", "ood", data.skeleton)
                 tables = {"val": table, "ood": evaluate(model, unseen, cfg, ranks)[0]}
-                loop.run.say(f"puppets, and the same in styles never seen\n{metrics.format_table(tables)}")
+                loop.folder.say(f"puppets, and the same in styles never seen\n{metrics.format_table(tables)}")
                 if ranks.rank == 0 and data.skeleton.name == "coco":        # others have no pictures in two styles
-                    with runtime.goes_on(loop.run.folder / "styles.png"):
-                        show_styles(model, held_out).save(loop.run.folder / "styles.png")
+                    with goes_on(loop.folder.path / "styles.png"):
+                        show_styles(model, held_out).save(loop.folder.path / "styles.png")
 
 
 # ---- Pictures: what the two branches see ---------------------------------------------------------------------
@@ -1094,7 +1101,7 @@ def to_picture(image: Tensor) -> Image.Image:
 
 @torch.no_grad()
 def show_process(model: SDPose, image: Image.Image, threshold: float,
-                 boxes: topdown.Found | None = None) -> dict[str, list[Image.Image]]:
+                 boxes: Found | None = None) -> dict[str, list[Image.Image]]:
     """For eval.py --process, a row per person: `heatmaps`, the crop and the heatmaps of all keypoints over it; `rgb`,
     the crop, what the RGB branch makes of it, and what the VAE alone would."""
     heatmaps, rgb = [], []
@@ -1111,7 +1118,7 @@ def show_process(model: SDPose, image: Image.Image, threshold: float,
 def show_styles(model: SDPose, val: PoseDataset, rows: int = 6) -> Image.Image:
     """The same puppets in the style of the training set and in four that were never seen, with the poses found."""
     from data import puppets                # here, because real data does not need it
-    tiles, boxes = [], topdown.true_boxes(val)
+    tiles, boxes = [], true_boxes(val)
     for i in [i for i in range(len(val)) if len(boxes.of(val[i].image_id)[1])][:rows]:
         sample, people = val.load(i)[0], boxes.of(val[i].image_id)
         for picture in [sample.image, *puppets.restyle(i)] if sample else []:
@@ -1137,13 +1144,31 @@ def flops(cfg: Config, skeleton: Skeleton) -> dict[str, float]:
     return counts
 
 
+def measured_speed(device: torch.device, amp: str) -> float:
+    """FLOP per second of a convolution, to say before long work about how long it takes."""
+    conv, x = nn.Conv2d(256, 256, 3, padding=1).to(device), torch.zeros(1, 256, 64, 64, device=device)
+    for _ in range(2):                                          # the first call sets things up
+        start = time.perf_counter()
+        with torch.no_grad(), autocast(device, amp):
+            conv(x).sum().item()
+        seconds = time.perf_counter() - start
+    return 2 * 9 * 256 ** 2 * 64 ** 2 / seconds
+
+
+def say_hours(what: str, flop: float, device: torch.device, amp: str) -> None:
+    """Before long work: its FLOPs and about how long it takes; short work is not worth a word."""
+    seconds = flop / measured_speed(device, amp)
+    if seconds > 120:
+        print(f"{what}: {flop / 1e12:,.0f} TFLOP, about {seconds / 3600:.1f} hours at the speed of this machine")
+
+
 def say_cost(model: SDPose, what: str, crops: float, passes: int) -> None:
     """Before long work on so many crops: what it costs. passes: of the U-Net, backward counts twice; 1 is prediction."""
     cfg, cost = model.cfg, flops(model.cfg, model.skeleton)
     rgb = passes > 1 and cfg.rgb_weight > 0
     encoded = 1 if passes == 1 else 0 if cfg.cache_views else 1 + (rgb and cfg.target == "clean")
     flop = crops * (encoded * cost["encode"] + passes * (cost["pose"] + rgb * cost["rgb"]))
-    runtime.say_hours(what, flop, model.text.device, cfg.amp)
+    say_hours(what, flop, model.text.device, cfg.amp)
 
 
 def summary() -> str:
@@ -1161,12 +1186,12 @@ def summary() -> str:
 
 
 def main() -> None:
-    cfg, args = runtime.parse(Config, PRESETS, __doc__)
+    cfg, args = parse(Config, PRESETS, __doc__)
     if args.train:
-        runtime.launch(train, cfg, args, cfg.processes)
+        launch(train, cfg, args)
     else:
         print(f"{__doc__}\n{summary()}")
 
 
 if __name__ == "__main__":
-    runtime.run_main(main)
+    run_main(main)

@@ -1,8 +1,7 @@
-"""Readers that turn every dataset's files into one record, `Sample`.
+"""COCO-like annotation files, each image of which becomes a `Sample`; PoseTrack's are read by common/posetrack.py.
 
 Use      dataset = open_dataset("data/coco", "val"); print(dataset.report()); sample, message = dataset.load(0)
-Layouts  COCO, CrowdPose, Human-Art, COCO-OOD, COCO-WholeBody, the embedded puppets, and your own keypoints in
-         COCO's format: see `layouts` below and data/README.md. PoseTrack is read by common/posetrack.py.
+         where `open_dataset` is that of common/splits.py
 Checks   The annotation file is checked once, when it is opened. What cannot be used is skipped, what can be mended
          is mended; both are counted and named in `report()`. Image files are opened only when they are loaded.
 Units    pixels, origin at the top left corner. Boxes are x, y, w, h in files, x1, y1, x2, y2 in a `Sample`.
@@ -13,88 +12,15 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from common.runtime import Ranks, UserError, rank_zero_first
+from common.errors import UserError
+from common.records import BOX_TO_AREA, BadImage, Sample, load_image
 from common.skeletons import SKELETONS, Skeleton, get_skeleton, skeleton_from_category, words
-
-BOX_TO_AREA = 0.53          # a person's outline fills about half of the box: the area where a file has none
-
-
-@dataclass
-class Sample:
-    """One image with its people: P people, K keypoints, all in pixels of `image`, origin at the top left."""
-    image: Path | Image.Image
-    image_id: int | str
-    size: tuple[int, int]                   # (w, h)
-    keypoints: np.ndarray                   # (P, K, 3) float32: x, y, v (0 not labelled, 1 hidden, 2 visible)
-    boxes: np.ndarray                       # (P, 4) float32: x1, y1, x2, y2
-    areas: np.ndarray                       # (P,) float32, px²
-    iscrowd: np.ndarray                     # (P,) bool: the box is a group, nobody in it has keypoints
-    frames: tuple = ()                      # clips: the neighbouring frames, paths or pictures like `image`
-    track_ids: np.ndarray | None = None     # clips: (P,) int64
-
-
-@dataclass
-class Prediction:
-    """The people found in one image, in pixels of the original image; scores are in [0, 1], best first or not."""
-    image_id: int | str
-    keypoints: np.ndarray                   # (P, K, 2): x, y
-    keypoint_scores: np.ndarray             # (P, K)
-    scores: np.ndarray                      # (P,)
-    boxes: np.ndarray | None = None         # (P, 4): x1, y1, x2, y2
-
-
-# ---------------------------------------------------------------- pictures
-
-class BadImage(UserError):
-    """An image that cannot be read; says which and why."""
-
-    def __init__(self, path: Path | str, reason: str):
-        super().__init__(path, reason)      # both in `args`, so that it survives the way back from a loader worker
-
-    def __str__(self) -> str:
-        return f"cannot read image {self.args[0]}: {self.args[1]}"
-
-
-def load_image(image: Path | str | Image.Image, size: tuple[int, int] | None = None,
-               rotate: bool = False) -> Image.Image:
-    """A fully decoded 8-bit RGB picture, from whatever the file holds. Raises `BadImage`.
-
-    Gray, palette, CMYK and 16-bit pictures are converted, transparency is dropped, of an animation the first frame
-    counts. Cameras store a rotation beside the pixels (EXIF), which some annotation tools see and others do not:
-    with `size`, the (w, h) of the annotation file, it is applied only if that leads to this size. A photo without
-    annotation wants `rotate=True`.
-    """
-    name = getattr(image, "filename", "") or "picture" if isinstance(image, Image.Image) else image
-    try:
-        picture = image if isinstance(image, Image.Image) else Image.open(image)
-        picture.load()
-        if rotate or (size is not None and picture.size != tuple(size)):
-            upright = ImageOps.exif_transpose(picture)
-            picture = upright if rotate or upright.size == tuple(size) else picture
-        return to_rgb(picture)
-    except FileNotFoundError:
-        raise BadImage(name, "there is no such file") from None
-    except Image.UnidentifiedImageError:
-        raise BadImage(name, "this is not an image, or of a kind that Pillow does not know") from None
-    except Exception as error:              # decoders raise all kinds of errors on damaged files
-        raise BadImage(name, str(error) or type(error).__name__) from None
-
-
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Any PIL mode to 8-bit RGB. PIL would cut 16-bit gray off at 255; we scale it."""
-    if picture.mode == "I" or picture.mode.startswith("I;16"):
-        gray = np.asarray(picture).astype(np.float64)
-        scale = 257 if gray.max(initial=0) > 255 else 1
-        picture = Image.fromarray((gray / scale).round().clip(0, 255).astype(np.uint8))
-    if picture.mode == "P":
-        picture = picture.convert("RGBA")   # a palette may hold transparency, which RGB warns about
-    return picture.convert("RGB")
 
 
 # ---------------------------------------------------------------- one annotation file
@@ -448,98 +374,3 @@ class PoseDataset:
             more = ", ..." if count > len(first) else ""
             lines.append(f"  {count} {reason} ({', '.join(map(str, first))}{more})")
         return "\n".join(lines)
-
-
-# ---------------------------------------------------------------- folders
-
-def layouts(split: str) -> list[tuple[str, list[str], list[str]]]:
-    """(name, annotation files, image folders) of the known layouts; the first one that has such a file counts."""
-    word = {"train": "training", "val": "validation"}.get(split, split)
-    coco = f"annotations/person_keypoints_{split}2017.json"
-    return [
-        ("coco", [coco], [f"{split}2017", f"images/{split}2017", "images", *["val2017oil"] * (split == "val")]),
-        ("ood", ["annotations/person_keypoints_val2017.json"] if split == "ood" else [], ["val2017oil"]),
-        ("crowdpose", [f"json/crowdpose_{split}.json", f"annotations/crowdpose_{split}.json"], ["images"]),
-        ("humanart", [f"annotations/{word}_humanart.json", f"HumanArt/annotations/{word}_humanart.json"],
-         [".", "HumanArt"]),
-        ("wholebody", [f"annotations/coco_wholebody_{split}_v1.0.json"], [f"{split}2017", f"images/{split}2017"]),
-        ("custom", [f"annotations/person_keypoints_{split}.json", f"annotations/{split}.json", f"{split}.json",
-                    f"{split}/_annotations.coco.json"], [f"images/{split}", split, "images", "."]),
-    ]
-
-
-def find_layout(folder: Path, split: str, first: str = "") -> tuple[str, list[Path], list[Path]] | None:
-    """(name, annotation files, image folders) found in a folder; if several fit, the layout named `first` counts."""
-    for name, files, folders in sorted(layouts(split), key=lambda layout: layout[0] != first):
-        found = [folder / file for file in files if (folder / file).is_file()]
-        if found:
-            return name, found[:1], [folder / images for images in folders]
-    if split == "trainval":                                 # CrowdPose trains on both; some have them in one file
-        parts = [find_layout(folder, part, first) for part in ("train", "val")]
-        if all(part and part[0] == "crowdpose" for part in parts):
-            return "crowdpose", parts[0][1] + parts[1][1], parts[0][2]
-    return None
-
-
-def default_splits(data: str) -> tuple[str, str]:
-    """The splits that a dataset's papers train and evaluate on."""
-    found = data != "puppets" and (find_layout(Path(data), "trainval") or find_layout(Path(data), "test"))
-    return ("trainval", "test") if found and found[0] == "crowdpose" else ("train", "val")
-
-
-def open_dataset(data: str, split: str, skeleton: str | dict | Skeleton | None = None,
-                 sigmas: Sequence[float] | None = None) -> PoseDataset:
-    """A split of 'puppets', which are made on first use, or of a folder whose layout is known.
-
-    split: 'train', 'val', 'test', 'trainval' (CrowdPose), 'ood' (val in other styles), 'crowd' (puppets). With the
-    skeleton 'posetrack', train and val of the puppets are clips.
-    Raises `UserError` with one line if there is no such thing.
-    """
-    wanted = get_skeleton(skeleton).name if skeleton is not None else ""
-    if data == "puppets":
-        stills = "video" if wanted == "posetrack" else "coco"
-        parts = {"train": stills, "val": stills, "crowd": "crowd", "ood": "ood"}
-        if split not in parts:
-            raise UserError(f"puppets have no split '{split}': choose one of {', '.join(parts)}")
-        from data import puppets            # here, because real data does not need it
-        folder = puppets.make(puppets.ROOT, parts[split])
-        file_split = split if split != "crowd" else "test" if wanted == "crowdpose" else "val"
-    else:
-        folder, file_split = Path(data), split
-        if not folder.is_dir():
-            raise UserError(f"there is no data folder {folder}: data/README.md says what goes where; "
-                            "--data puppets needs no download")
-        if not any(folder.iterdir()):
-            raise UserError(f"{folder} is empty: data/README.md says what goes where")
-    from common import posetrack            # here, because it builds on this file
-    found, videos = find_layout(folder, file_split, wanted), posetrack.find_posetrack(folder, file_split)
-    if videos and (found is None or wanted == "posetrack"):
-        clips = posetrack.PoseTrackDataset(split, videos, folder, skeleton, sigmas)
-        clips.name = "puppets" if data == "puppets" else clips.name
-        return clips
-    if found is None:
-        looked = [file for _, files, _ in layouts(file_split) for file in files] + [f"annotations/{file_split}/*.json"]
-        there = [*folder.glob("*.json"), *folder.glob("*/*.json")]
-        there = sorted(str(path.relative_to(folder)) for path in there)
-        raise UserError(f"{folder} has no annotation file for split '{split}': looked for {', '.join(looked)}; "
-                        f"JSON files there: {', '.join(there[:5]) or 'none'}")
-    name, files, folders = found
-    dataset = PoseDataset(name, split, files, folders, skeleton, sigmas)
-    dataset.name = "puppets" if data == "puppets" else dataset.name
-    return dataset
-
-
-def open_splits(data: str, skeleton: str | None = None,
-                sigmas: Sequence[float] | None = None) -> tuple[PoseDataset, PoseDataset]:
-    """What to train on and what to evaluate on, both with the keypoints of the former. Raises UserError."""
-    train, val = default_splits(data)
-    learned = open_dataset(data, train, skeleton, sigmas)
-    return learned, open_dataset(data, val, learned.skeleton)
-
-
-def open_crowd(skeleton: Skeleton, ranks: Ranks) -> PoseDataset:
-    """The puppets' crowd split with CrowdPose's index of crowding, which only its file of 14 keypoints has."""
-    with rank_zero_first(ranks):            # it draws them
-        crowd, index = (open_dataset("puppets", "crowd", kind) for kind in (skeleton, "crowdpose"))
-    crowd.crowd_index, crowd.metric = index.crowd_index, "crowdpose"
-    return crowd

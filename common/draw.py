@@ -9,14 +9,13 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-if TYPE_CHECKING:                       # common.runtime draws, and these import it: a circle at run time
-    from common.datasets import PoseDataset, Prediction
-    from common.skeletons import Skeleton
+from common.datasets import PoseDataset
+from common.records import Prediction
+from common.skeletons import Skeleton
 
 Colour = tuple[int, int, int]
 LEFT, RIGHT = ((40, 150, 255), (60, 230, 150)), ((255, 180, 40), (255, 60, 100))

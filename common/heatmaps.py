@@ -1,4 +1,4 @@
-"""Heatmaps as a lesson on the side, for networks that start from nothing.
+"""An auxiliary heatmap loss, for networks that start from nothing.
 
 Where queries answer, a loss reaches the features only through the few places that queries looked at, and they look at
 the right places only when the features are good. Asked for heatmaps, every cell learns at once what is near it.
@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from common import runtime
+from common.ranks import mean_over_ranks
 
 SIGMA = 1.5                # of the Gaussians of `people_heatmaps`, in cells of the heatmaps
 
@@ -47,4 +47,4 @@ def people_heatmap_loss(maps: Tensor, targets: list) -> Tensor:
     """
     true = torch.stack([people_heatmaps(t.keypoints, t.visible, maps.shape[2:]) for t in targets])
     labelled = sum(t.visible.sum() for t in targets).float()
-    return (maps.float() - true).square().sum() / runtime.mean_over_ranks(labelled).clamp(min=1)
+    return (maps.float() - true).square().sum() / mean_over_ranks(labelled).clamp(min=1)

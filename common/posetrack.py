@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.datasets import BOX_TO_AREA, BadImage, PoseDataset, Prediction, Sample, load_image, load_json, numbers
-from common.runtime import UserError
+from common.datasets import PoseDataset, load_json, numbers
+from common.errors import UserError
+from common.records import BOX_TO_AREA, BadImage, Prediction, Sample, load_image
 from common.skeletons import POSETRACK, Skeleton, words
 
 HEAD_SHARE, MATCH_DISTANCE = 0.6, 0.5       # head size over its box's diagonal; a match is half of that away

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from common.runtime import UserError
+from common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from common import runtime, weights
+from common import weights
+from common.errors import UserError
+from common.run import goes_on
+from common.weights import save_checkpoint
 
 STEMS = ("diffusion_pytorch_model", "decoder", "model", "pytorch_model")
 EMPTY_TEXT = "empty_text.pt"       # beside the folders: 8 KB in place of a text encoder of 1.4 GB
@@ -57,16 +60,16 @@ def empty_text(folder: Path) -> Tensor:
         return weights.load_tensors(kept)["text"]
     file = release_file(folder, "text_encoder")
     if file is None:
-        raise runtime.UserError(f"{folder} has no text_encoder/model.safetensors and no {EMPTY_TEXT} that was made of "
+        raise UserError(f"{folder} has no text_encoder/model.safetensors and no {EMPTY_TEXT} that was made of "
                                 "it: put either there; it is needed once, for the embedding of the empty text")
     state = {name: value.float() for name, value in weights.load_tensors(file).items() if value.is_floating_point()}
     try:
         vocabulary, width = state["text_model.embeddings.token_embedding.weight"].shape
         text = encode_text(state, torch.tensor([[vocabulary - 2, vocabulary - 1]]), max(1, width // 64))
     except KeyError as missing:
-        raise runtime.UserError(f"{file} is no CLIP text encoder: it has no {missing}") from None
-    with runtime.goes_on(kept):
-        runtime.save_checkpoint(kept, dict(text=text))
+        raise UserError(f"{file} is no CLIP text encoder: it has no {missing}") from None
+    with goes_on(kept):
+        save_checkpoint(kept, dict(text=text))
     return text
 
 
@@ -83,6 +86,6 @@ def load_release(folder: str | Path, head: bool = True) -> dict[str, Tensor]:
             state |= {f"{part}.{name}": value for name, value in weights.load_tensors(file).items()}
         elif head or part != "decoder":
             wanted = f"{part}/{STEMS[part == 'decoder']}.safetensors"
-            raise runtime.UserError(f"{folder} has no {wanted}: a release has the folders unet, vae, text_encoder and "
+            raise UserError(f"{folder} has no {wanted}: a release has the folders unet, vae, text_encoder and "
                                     "decoder; fetch that file again")
     return state | dict(text=empty_text(folder))

@@ -20,8 +20,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
-from common.datasets import Sample
-from common.runtime import UserError
+from common.errors import UserError
+from common.records import Sample
 from common.skeletons import Skeleton, words
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]

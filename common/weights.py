@@ -8,6 +8,7 @@ Environment  POSE_CACHE             folder that keeps what was fetched; default:
              POSE_WEIGHTS_URL       a mirror to use for the authors' addresses, laid out like the cache folder
              https_proxy, no_proxy  as in every other program
 """
+import contextlib
 import difflib
 import hashlib
 import os
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from tqdm import tqdm
 
-from common.runtime import UserError
+from common.errors import UserError
 
 
 # ---------------------------------------------------------------------- what can be asked for by name
@@ -380,6 +381,51 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"cannot read weights from {path}: {reason}") from None
 
 
+# ---------------------------------------------------------------------- checkpoints of ours
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Write tensors and plain values beside `path`, then rename: a kill or a full disk leaves the old file whole.
+
+    Raises UserError when the disk is full or the folder cannot be written; the file from before is then intact.
+    """
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:                    # torch makes a RuntimeError of a failed write
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        before = ", what was saved there before is intact" if path.exists() else ""
+        raise UserError(f"cannot save {path} (is the disk full?): {reason}{before}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint of ours: a dict with method, preset, config, skeleton, model, ... and no code.
+
+    Raises UserError for a missing, truncated or foreign file.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    content = read_own(path)
+    if content is None:
+        raise UserError(f"{path} is no checkpoint of ours, or it is cut short or damaged")
+    return content
+
+
+def read_own(path: Path) -> dict | None:
+    """A checkpoint of ours, or None if the file is something else (released weights, a damaged file)."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:                                           # whoever reads it next says what it is
+        return None
+    ours = isinstance(content, dict) and {"method", "preset", "config", "skeleton", "model"} <= content.keys()
+    return content if ours else None
+
+
 # ---------------------------------------------------------------------- into a model
 def rename(state: dict[str, Tensor], table: list[tuple[str, str]]) -> dict[str, Tensor]:
     """New names by a table of (pattern, replacement), re.sub's rules; the first pattern found in a name wins."""
@@ -413,3 +459,8 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], ignored: dict[str, s
             f"{len(keys)} {kind}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
             for kind, keys in offenders.items() if keys))
     model.load_state_dict(theirs, strict=False)            # not strict: the ignored names are absent
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers that learn."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -48,7 +48,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from common.runtime import UserError
+from common.errors import UserError
 
 VERSION = {"coco": 3, "crowd": 3, "video": 7, "ood": 3}      # raised when the same seed gives another picture or label
 ROOT = Path(__file__).resolve().parent / "puppets"

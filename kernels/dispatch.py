@@ -24,7 +24,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from common.runtime import UserError
+from common.errors import UserError
 
 OLDEST = (8, 0)                 # compute capability of the A100: the oldest that the tests compile for
 MODES = ("auto", "triton", "torch")

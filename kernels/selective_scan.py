@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from common.runtime import UserError
+from common.errors import UserError
 from kernels.dispatch import choose, tl, triton
 
 Maybe = Optional[Tensor]    # an argument that may be absent

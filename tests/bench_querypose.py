@@ -14,7 +14,7 @@ import time
 import torch
 
 import querypose
-from common import runtime
+from common.cli import resolve
 
 WIDTH, HEIGHT = 640, 480
 
@@ -32,7 +32,7 @@ def compare(preset: str, pairs: int) -> str:
     image, size = torch.randn(1, 3, HEIGHT, WIDTH), torch.tensor([[WIDTH, HEIGHT]])
 
     def run(prune: bool):
-        model.cfg = runtime.resolve(model.cfg, prune=prune)
+        model.cfg = resolve(model.cfg, prune=prune)
         return model(image, size)["stages"][-1]
 
     plain, pruned = run(False), run(True)

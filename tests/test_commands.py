@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common import runtime
+from common.weights import load_checkpoint
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[1]
@@ -52,13 +52,13 @@ def test_a_training_is_stopped_by_sigterm_resumed_killed_and_evaluated(puppets_f
     code, out, _ = finish(process)
     assert code == 0 and f"stopped and saved; go on with --resume {folder}" in out
     assert "train: 24 images" in out and "AP50" in out
-    stopped = runtime.load_checkpoint(folder / "last.pt")
+    stopped = load_checkpoint(folder / "last.pt")
 
     process = start("detrpose.py", "--resume", folder)                      # with the flags of the run
     wait_for_a_save(process, folder)
     process.kill()
     process.communicate()
-    killed = runtime.load_checkpoint(folder / "last.pt")
+    killed = load_checkpoint(folder / "last.pt")
     assert killed["step"] > stopped["step"] and killed["config"]["epochs"] == 500
     steps = [row["step"] for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "AP" in row]
     assert steps == sorted(set(steps))

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 import data
-from common.datasets import BadImage, default_splits, load_image, open_dataset
-from common.runtime import UserError
+from common.errors import UserError
+from common.records import BadImage, load_image
+from common.splits import default_splits, open_dataset
 from common.skeletons import SKELETONS
 from tests.conftest import REFERENCE
 

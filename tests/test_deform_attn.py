@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.runtime import UserError
+from common.errors import UserError
 from kernels import bench, deform_attn as msda, dispatch
 from kernels.deform_attn import deform_attn, deform_attn_offsets, deform_attn_plain
 from tests.conftest import REFERENCE

@@ -14,9 +14,14 @@ from PIL import Image
 from torch import nn
 
 import detrpose
-from common import runtime, transforms, weights
-from common.datasets import Sample
-from common.loading import collate
+from common import transforms, weights
+from common.cli import resolve
+from common.errors import UserError
+from common.predict import collate
+from common.ranks import init_ranks, seed_all
+from common.records import Sample
+from common.run import Ema
+from common.weights import count_parameters
 from common.skeletons import get_skeleton
 from detrpose import Targets
 from tests.conftest import REFERENCE
@@ -267,12 +272,12 @@ def test_every_released_tensor_is_used_or_ignored_by_name(file):
     model = detrpose.build(preset, skeleton)
     weights.load_strict(model, detrpose.convert_official(state, model.cfg), {})
     stored = 2                      # the release counts `up` and `reg_scale`, which are constants here
-    assert runtime.count_parameters(model) == manifest["num_parameters"] - stored
+    assert count_parameters(model) == manifest["num_parameters"] - stored
     # the release's own deployment leaves these norms unfolded, which keeps one scale per channel
     csp = [layer for layer in model.modules() if isinstance(layer, detrpose.CSPLayer)]
     unfolded = [*model.encoder.input_proj, *model.encoder.lateral_convs, *(c for m in csp for c in (m.conv1, m.conv2))]
     scales = sum(module.conv.out_channels for module in unfolded)
-    assert runtime.count_parameters(detrpose.fuse(model)) == manifest["num_parameters_deploy"] - stored - scales
+    assert count_parameters(detrpose.fuse(model)) == manifest["num_parameters_deploy"] - stored - scales
 
 
 # ------------------------------------------------------------------------------------------ training
@@ -470,7 +475,7 @@ def test_a_batch_without_people_has_a_finite_loss_that_reaches_every_parameter()
 
 @pytest.mark.parametrize("counts", [[2, 1], [0, 0]], ids=str)
 def test_heatmaps_on_the_side_teach_backbone_and_encoder_alone(counts):
-    model, alone = detrpose.build("tiny", **SMALL | dict(heatmap_weight=2.0)).train(), runtime.init_distributed("cpu")
+    model, alone = detrpose.build("tiny", **SMALL | dict(heatmap_weight=2.0)).train(), init_ranks("cpu")
     with torch.no_grad():
         model.heatmaps.head.weight.normal_(std=0.1)
     losses = detrpose.batch_losses(model, torch.rand(2, 3, 64, 64), some_people(counts), model.cfg, 0, 0, alone, model.sigmas)
@@ -525,7 +530,7 @@ def test_noisy_poses_have_the_similarity_that_was_drawn():
 
 
 def test_the_mean_pose_start_puts_a_person_around_every_cell(puppets_folder):
-    from common.datasets import open_dataset
+    from common.splits import open_dataset
     data = open_dataset(str(puppets_folder), "train")
     model = detrpose.build("tiny", **SMALL)
     detrpose.start_from_mean_pose(model.selection, data)
@@ -553,7 +558,7 @@ def test_start_weights_come_from_dfine_and_hgnetv2_files_of_the_right_size(tmp_p
     backbone = {n.removeprefix("backbone."): v for n, v in state.items() if n.startswith("backbone.")}
     torch.save(backbone, tmp_path / "hgnet.pth")
     detrpose.load_init(detrpose.build("s"), str(tmp_path / "hgnet.pth"))
-    with pytest.raises(runtime.UserError, match="does not fit"):
+    with pytest.raises(UserError, match="does not fit"):
         detrpose.load_init(detrpose.build("m"), str(tmp_path / "hgnet.pth"))
 
 
@@ -562,7 +567,7 @@ def test_a_whole_model_as_start_weights_must_fit_but_for_the_heatmaps_on_the_sid
     torch.save(dict(model=donor.state_dict()), tmp_path / "whole.pth")
     detrpose.load_init(model, str(tmp_path / "whole.pth"))
     assert all(torch.equal(model.state_dict()[name], value) for name, value in donor.state_dict().items())
-    with pytest.raises(runtime.UserError, match="not in the weights: decoder.layers.2"):
+    with pytest.raises(UserError, match="not in the weights: decoder.layers.2"):
         detrpose.load_init(detrpose.build("tiny", **SMALL | dict(layers=3)), str(tmp_path / "whole.pth"))
 
 
@@ -573,16 +578,16 @@ def test_in_eval_mode_there_are_no_training_outputs_to_pair_wrongly():
 
 
 def test_weights_of_another_size_are_refused_by_name(tmp_path):
-    with pytest.raises(runtime.UserError, match="reg_scale"):
+    with pytest.raises(UserError, match="reg_scale"):
         detrpose.convert_official({"transformer.reg_scale": torch.tensor([8])}, detrpose.PRESETS["l"])
-    with pytest.raises(runtime.UserError, match="no preset"):
+    with pytest.raises(UserError, match="no preset"):
         detrpose.build("huge")
 
 
 def test_frozen_norms_without_start_weights_are_refused():
     args = argparse.Namespace(device="cpu", saved=None)
-    with pytest.raises(runtime.UserError, match="frozen norms need start weights"):
-        detrpose.train(runtime.resolve(detrpose.PRESETS["s"], init=""), args)
+    with pytest.raises(UserError, match="frozen norms need start weights"):
+        detrpose.train(resolve(detrpose.PRESETS["s"], init=""), args)
 
 
 def test_predictions_are_people_in_pixels_of_the_original():
@@ -598,8 +603,8 @@ def test_predictions_are_people_in_pixels_of_the_original():
 @pytest.mark.slow
 def test_the_tiny_preset_learns_eight_puppets_by_heart(puppets_folder):
     """A model that cannot overfit has a bug: the loss of the final poses falls below a fifth of its start."""
-    from common.datasets import open_dataset
-    cfg = runtime.resolve(detrpose.PRESETS["tiny"], jitter=0.0)
+    from common.splits import open_dataset
+    cfg = resolve(detrpose.PRESETS["tiny"], jitter=0.0)
     data = open_dataset(str(puppets_folder), "train").training()
     torch.manual_seed(0)
     model = detrpose.DETRPose(cfg, data.skeleton).train()
@@ -622,16 +627,16 @@ def test_the_tiny_preset_learns_the_photos_of_the_coco_sample_by_heart(pose_data
 
     Without mirroring: pictures as they are. Without KSVF, whose scores need good poses first (see the preset).
     """
-    from common.datasets import open_dataset
-    cfg = runtime.resolve(detrpose.PRESETS["tiny"], queries=20, batch=14, ksvf=False, ema=0.99)
+    from common.splits import open_dataset
+    cfg = resolve(detrpose.PRESETS["tiny"], queries=20, batch=14, ksvf=False, ema=0.99)
     photos = open_dataset(str(pose_data / "coco"), "train")
-    data, ranks, steps = photos.training(), runtime.init_distributed("cpu"), 700
+    data, ranks, steps = photos.training(), init_ranks("cpu"), 700
     data.skeleton = replace(data.skeleton, flip=None)
-    runtime.seed_all(0)
+    seed_all(0)
     model = detrpose.DETRPose(cfg, data.skeleton)
     detrpose.start_from_mean_pose(model.selection, data)
     model.to(memory_format=torch.channels_last).train()
-    ema, optimizer = runtime.Ema(model, cfg.ema, cfg.ema_warmup), detrpose.build_optimizer(model, cfg)
+    ema, optimizer = Ema(model, cfg.ema, cfg.ema_warmup), detrpose.build_optimizer(model, cfg)
     items = [detrpose.TrainImages(data, cfg, 0)[i] for i in range(len(data))]
     for step in range(steps):
         for group in optimizer.param_groups:

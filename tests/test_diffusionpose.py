@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import diffusionpose as dp
-from common import vit, weights
-from common.runtime import UserError
+from common.nets import vit
+from common import weights
+from common.errors import UserError
 from common.skeletons import SKELETONS, Skeleton, get_skeleton
 from tests.conftest import REFERENCE
 from tests.test_querypose import close, fill, normal, watch

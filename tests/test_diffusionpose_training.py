@@ -14,15 +14,20 @@ import torch
 from PIL import Image
 
 import diffusionpose as dp
-from common import posetrack, runtime, topdown, transforms
-from common.datasets import Sample, open_dataset
-from common.runtime import UserError
+from common import posetrack, transforms
+from common.boxes import NOBODY, people_to_learn, read_boxes, true_boxes
+from common.cli import parse, resolve
+from common.errors import UserError
+from common.ranks import Ranks, seed_all
+from common.records import Sample
+from common.run import RunFolder
+from common.splits import open_dataset
 from common.skeletons import COCO, POSETRACK, SKELETONS
 from data import puppets
 from tests.test_diffusionpose import SMALL, golden, read, small
 
 TRAIN = dict(workers=0, processes=1, batch=6, eval_batch=8, warmup=2, drop_epochs="", eval_every=1, sigma=1.0)
-ALONE = runtime.Ranks(0, 1, torch.device("cpu"))
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +37,7 @@ def clips(tmp_path_factory) -> Path:
 
 
 def config(**overrides) -> dp.Config:
-    return runtime.resolve(dp.PRESETS["tiny"], **SMALL | TRAIN | overrides)
+    return resolve(dp.PRESETS["tiny"], **SMALL | TRAIN | overrides)
 
 
 # ---------------------------------------------------------------- losses
@@ -247,14 +252,14 @@ def test_scores_do_not_depend_on_the_batch_and_the_seed_is_the_box(clips):
 def test_pictures_of_any_size_are_predicted_as_the_dataset_is(clips):
     data, model = open_dataset(str(clips), "val"), small().eval()
     sample, _ = data.load(4)
-    boxes = topdown.true_boxes(data)
+    boxes = true_boxes(data)
     expected = next(p for p in dp.evaluate(model, data, config(), ALONE)[1] if p.image_id == sample.image_id)
     clip = (sample.frames[0], sample.image, sample.frames[1])
     found = dp.predict(model, dp.to_batch([clip], [sample.image_id], model.cfg, [boxes.of(sample.image_id)]))[0]
     assert np.allclose(found.keypoints, expected.keypoints, atol=1e-3) and np.allclose(found.scores, expected.scores, atol=1e-5)
     alone = dp.predict(model, dp.to_batch([Image.new("L", (7, 300)).convert("RGB")], ["x"], model.cfg))[0]
     assert alone.keypoints.shape == (1, 15, 2) and alone.boxes.tolist() == [[0, 0, 7, 300]]
-    nobody = dp.predict(model, dp.to_batch([clip], ["x"], model.cfg, [topdown.NOBODY]))[0]
+    nobody = dp.predict(model, dp.to_batch([clip], ["x"], model.cfg, [NOBODY]))[0]
     assert nobody.keypoints.shape == (0, 15, 2)
 
 
@@ -264,7 +269,7 @@ def test_a_perfect_network_gets_nearly_everything_right_with_any_number_of_steps
     truth = {}
     for i in range(len(data)):
         sample = data[i]
-        for joints, box in zip(sample.keypoints, topdown.true_boxes(data).of(sample.image_id)[0]):
+        for joints, box in zip(sample.keypoints, true_boxes(data).of(sample.image_id)[0]):
             xy = transforms.move_points(joints[:, :2].astype(float), dp.box_matrix(box, model.cfg)) / dp.STRIDE
             truth[box.tobytes()] = dp.true_heatmaps(torch.tensor(xy)[None], torch.ones(1, 15), model.cfg.heatmap, 1.0)[0]
     asked = []
@@ -279,7 +284,7 @@ def test_weak_detections_are_left_out_of_posetrack_and_counted(clips, tmp_path, 
     image_id = data[3].image_id
     boxes = [dict(image_id=image_id, bbox=[5, 5, 30, 40], score=score) for score in (0.9, 0.1)]
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
-    _, found = dp.evaluate(model, data, config(), ALONE, topdown.read_boxes(str(tmp_path / "boxes.json"), data))
+    _, found = dp.evaluate(model, data, config(), ALONE, read_boxes(str(tmp_path / "boxes.json"), data))
     people = {p.image_id: len(p.scores) for p in found}
     assert people.pop(image_id) == 1 and not any(people.values())
     assert "1 of 2 person boxes left out: their score is below 0.2" in capsys.readouterr().out
@@ -312,7 +317,7 @@ ROWS = dict(re.findall(r"^ +([567] \S.*?) +[\d.]+ *(--.*)?$", dp.__doc__, re.MUL
 def test_every_row_of_the_tables_is_a_command_that_trains_a_step(row):
     """The flags as the docstring has them, through the parser; only a row with the Markov loss has its term."""
     size = [word for name, value in SMALL.items() for word in (f"--{name}", str(value)) if value != ""]
-    cfg, _ = runtime.parse(dp.Config, dp.PRESETS, "", ["--train", *size, *ROWS[row].split()])
+    cfg, _ = parse(dp.Config, dp.PRESETS, "", ["--train", *size, *ROWS[row].split()])
     model, joints = dp.DiffusionPose(cfg, POSETRACK), torch.rand(2, 15, 3) * 40
     optimizer, before = dp.build_optimizer(model, cfg), {name: p.clone() for name, p in model.named_parameters()}
     losses = dp.batch_losses(model, model, torch.randint(0, 256, (2, 3, 3, 64, 48), dtype=torch.uint8),
@@ -352,14 +357,14 @@ def test_the_learning_rate_warms_up_and_drops():
 
 def test_a_tiny_model_learns_two_clips_and_tells_them_apart_in_pure_noise(clips):
     data = open_dataset(str(clips), "train").training()
-    model, people = dp.build("tiny", "posetrack", **SMALL | dict(sigma=2.0)), topdown.people_to_learn(data)[[0, -1]]
+    model, people = dp.build("tiny", "posetrack", **SMALL | dict(sigma=2.0)), people_to_learn(data)[[0, -1]]
     boxes, known = np.stack([data[i].boxes[p] for i, p in people]), [data[i].keypoints[p] for i, p in people]
     clip = torch.stack([dp.cut_box(data.load(i)[0], box, model.cfg) for (i, _), box in zip(people, boxes)])
     joints = torch.tensor(np.stack([np.c_[transforms.move_points(k[:, :2], dp.box_matrix(box, model.cfg)), k[:, 2] > 0]
                                     for k, box in zip(known, boxes)])).float()
     optimizer = torch.optim.AdamW(model.parameters(), 6e-3, weight_decay=0)
     for step in range(120):
-        runtime.seed_all(0, step)
+        seed_all(0, step)
         optimizer.zero_grad()
         sum(dp.batch_losses(model, model, clip, joints, 0.1 * (step > 20), ALONE).values()).backward()
         optimizer.step()
@@ -376,7 +381,7 @@ def train(data: Path, out: Path, *flags) -> dict:
     words = flags if "--resume" in flags else (
         "--train", *[word for name, value in (SMALL | TRAIN).items() for word in (f"--{name}", str(value)) if value != ""],
         "--epochs", "2", "--batch", "2", "--accum", "2", "--device", "cpu", "--data", str(data), "--out", str(out), *flags)
-    dp.train(*runtime.parse(dp.Config, dp.PRESETS, "", list(words)))
+    dp.train(*parse(dp.Config, dp.PRESETS, "", list(words)))
     return torch.load(out / "last.pt", weights_only=True)
 
 
@@ -401,7 +406,7 @@ def test_a_run_that_is_cut_and_resumed_ends_with_the_same_bits(clips, whole_run,
         return losses(*args)
 
     monkeypatch.setattr(dp, "batch_losses", cut)
-    monkeypatch.setattr(runtime.Run, "draw", lambda *args: None)
+    monkeypatch.setattr(RunFolder, "draw", lambda *args: None)
     with suppress(KeyboardInterrupt):
         train(clips, tmp_path / "run")
     monkeypatch.setattr(dp, "batch_losses", losses)
@@ -459,7 +464,7 @@ def test_stills_of_coco_are_clips_that_stand_still(puppets_folder):
     data = open_dataset(str(puppets_folder), "val")
     table, found = dp.evaluate(small("coco").eval(), data, config(), ALONE)
     assert {"AP", "AR"} <= table.keys() and len(found) == len(data) and data.skeleton == COCO
-    clip, joints, *_ = dp.TrainClips(data.training(), topdown.people_to_learn(data.training()), config(), 0)[0]
+    clip, joints, *_ = dp.TrainClips(data.training(), people_to_learn(data.training()), config(), 0)[0]
     assert torch.equal(clip[0], clip[1]) and torch.equal(clip[1], clip[2]) and joints.shape == (17, 3)
 
 

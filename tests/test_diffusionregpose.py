@@ -20,10 +20,15 @@ import torch.nn.functional as F
 from PIL import Image
 
 import diffusionregpose as drp
-from common import runtime, transforms, weights
-from common.datasets import Sample, open_dataset
+from common import transforms, weights
+from common.cli import parse, resolve
+from common.errors import UserError
+from common.predict import collate
+from common.ranks import Ranks, seed_all
+from common.records import Sample
+from common.run import RunFolder
+from common.splits import open_dataset
 from common.heatmaps import people_heatmaps
-from common.loading import collate
 from common.skeletons import Skeleton, flip_from_names, get_skeleton
 from data import puppets
 from diffusionregpose import Targets
@@ -334,7 +339,7 @@ def test_times_of_ddim(steps, times):
 
 
 def test_padding_comes_after_the_true_poses():
-    cfg, people = runtime.resolve(drp.PRESETS["tiny"], queries=6), [3, 0, 8]
+    cfg, people = resolve(drp.PRESETS["tiny"], queries=6), [3, 0, 8]
     targets = [some_people(n) for n in people]
     noise = drp.draw_pose_noise(people, 17, cfg, torch.device("cpu"))
     for padding in drp.PADDINGS:
@@ -408,9 +413,9 @@ def test_every_released_tensor_is_used_or_ignored_by_name(file):
     counts = [sum(p.numel() for p in fresh.parameters() if p.requires_grad or every) for every in (True, False)]
     assert counts == {17: [49_660_196, 49_437_796], 14: [49_527_324, 49_304_924]}[keypoints]
     key = "transformer.decoder.hw.weight"
-    with pytest.raises(runtime.UserError, match="keypoint_size"):
+    with pytest.raises(UserError, match="keypoint_size"):
         weights.load_strict(model, drp.convert_official({k: v for k, v in state.items() if k != key}, model.cfg), {})
-    with pytest.raises(runtime.UserError, match="unheard_of"):
+    with pytest.raises(UserError, match="unheard_of"):
         weights.load_strict(model, drp.convert_official(state | {"unheard_of": state[key]}, model.cfg), {})
 
 
@@ -438,7 +443,7 @@ def test_start_weights_are_a_whole_release_edpose_or_a_resnet(tmp_path):
         assert name == "release" or "decoder.ksa.key.weight" not in equal
     bare = drp.build("r50-edpose")
     weights.load_strict(bare, drp.convert_official(edpose, bare.cfg), {})
-    with pytest.raises(runtime.UserError, match="holds no tensors"):
+    with pytest.raises(UserError, match="holds no tensors"):
         drp.load_init(model, str(tmp_path / "average.pth"))
 
 
@@ -558,18 +563,18 @@ def test_point_attention_equals_its_formula_with_gradients():
     (dict(padding="zeros"), "choose from empty"), (dict(dim=100), "multiple of"), (dict(layers=1), "box_layers"),
     (dict(queries=50), "box_queries"), (dict(drop_epochs="a"), "commas"), (dict(batch=3, accum=2), "accum")])
 def test_config_names_what_is_wrong(wrong, message):
-    with pytest.raises(runtime.UserError, match=message):
+    with pytest.raises(UserError, match=message):
         drp.build("tiny", **wrong)
 
 
 def test_as_released_sets_what_it_stands_for():
-    cfg = runtime.resolve(drp.PRESETS["r50"], as_released=True)
+    cfg = resolve(drp.PRESETS["r50"], as_released=True)
     assert (cfg.uniform_t, cfg.padding, cfg.keypoint_completion) == (False, "noise", False)
     assert (drp.draw_pose_noise([1, 0], 17, cfg, torch.device("cpu")).t == 0).all()
 
 
 def test_image_without_room_for_people_is_refused():
-    with pytest.raises(runtime.UserError, match="larger --short_side"):
+    with pytest.raises(UserError, match="larger --short_side"):
         tiny().encode_image(torch.zeros(1, 3, 16, 16))
 
 
@@ -1097,7 +1102,7 @@ def check_gradients(model: drp.DiffusionRegPose, case, names: dict):
 SMALL = dict(dim=32, heads=4, ffn=32, layers=2, box_queries=12, queries=5, dn_queries=4, short_side=64, long_side=64,
              oks_score_from=1)
 FLAGS = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
-ALONE = runtime.Ranks(0, 1, torch.device("cpu"))
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("counts", [[2, 0, 1], [0, 0, 0]])
@@ -1120,7 +1125,7 @@ def test_two_halves_of_a_batch_have_the_loss_of_the_whole(monkeypatch):
     known = SimpleNamespace(boxes=torch.rand(2, 4, 4), known=torch.ones(2, 4, dtype=torch.bool))
     result |= dict(dn_layers=[(torch.randn(2, 4, 2), torch.rand(2, 4, 4))] * 2, denoising=known)
     whole = drp.criterion(result, targets, sigmas)
-    monkeypatch.setattr(runtime, "mean_over_ranks", lambda count: torch.tensor(1.5))
+    monkeypatch.setattr(drp, "mean_over_ranks", lambda count: torch.tensor(1.5))
     halves = []
     for b in (0, 1):
         part = {name: [tuple(None if x is None else x[b:b + 1] for x in output) for output in result[name]]
@@ -1189,7 +1194,7 @@ def train(data: Path, out: Path, *flags: str) -> dict:
     words = flags if "--resume" in flags else (
         "--train", *FLAGS, "--processes", "1", "--eval_every", "1", "--epochs", "2", "--batch", "4", "--accum", "2",
         "--device", "cpu", "--data", str(data), "--out", str(out), *flags)
-    drp.train(*runtime.parse(drp.Config, drp.PRESETS, "", list(words)))
+    drp.train(*parse(drp.Config, drp.PRESETS, "", list(words)))
     return torch.load(out / "last.pt", weights_only=True)
 
 
@@ -1215,8 +1220,8 @@ def test_a_run_that_is_cut_and_resumed_ends_with_the_same_bits(how, step, puppet
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drp, "batch_losses", cut)
-        patch.setattr(runtime.Run, "draw", lambda *args: None)
-        patch.setattr(runtime.Run, "save_is_due", lambda self: len(calls) == 4)
+        patch.setattr(RunFolder, "draw", lambda *args: None)
+        patch.setattr(RunFolder, "save_is_due", lambda self: len(calls) == 4)
         with suppress(KeyboardInterrupt):
             train(puppets_folder, tmp_path / "run")
         patch.setattr(drp, "batch_losses", losses)
@@ -1256,14 +1261,14 @@ def test_a_training_set_without_a_whole_person_says_so_and_trains_without_comple
 def test_a_loss_that_is_not_finite_stops_with_its_name_and_the_images(puppets_folder, tmp_path, monkeypatch):
     losses = drp.criterion
     monkeypatch.setattr(drp, "criterion", lambda *args: losses(*args) | dict(loss_oks=torch.tensor(math.nan)))
-    with pytest.raises(runtime.UserError, match=r"loss_oks not finite at step 0, images \["):
+    with pytest.raises(UserError, match=r"loss_oks not finite at step 0, images \["):
         train(puppets_folder, tmp_path / "run")
 
 
 def test_frozen_norms_without_start_weights_are_refused():
     args = SimpleNamespace(device="cpu", saved=None)
-    with pytest.raises(runtime.UserError, match="frozen norms need start weights"):
-        drp.train(runtime.resolve(drp.PRESETS["r50"], init=""), args)
+    with pytest.raises(UserError, match="frozen norms need start weights"):
+        drp.train(resolve(drp.PRESETS["r50"], init=""), args)
 
 
 def test_heatmaps_on_the_side_teach_what_is_before_the_decoder():
@@ -1335,7 +1340,7 @@ def test_the_tiny_preset_learns_eight_puppets_by_heart(puppets_folder):
     (images, padded), targets, _ = collate([images[i] for i in range(8)], drp.pad_images)
     optimizer, values = drp.build_optimizer(model, model.cfg), []
     for step in range(200):
-        runtime.seed_all(step)
+        seed_all(step)
         losses = drp.batch_losses(model, model, images, padded, targets, ALONE, 0)
         sum(losses.values()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), model.cfg.clip)

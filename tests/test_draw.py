@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.datasets import Prediction, open_dataset
+from common.records import Prediction
+from common.splits import open_dataset
 from common.draw import (HOLLOW, LINES, SOLID, colours, contact_sheet, draw_completion, draw_ellipses, draw_people,
                          draw_predictions, plot_curves, save_gif, side_of, states, ticks)
 from common.skeletons import SKELETONS, get_skeleton

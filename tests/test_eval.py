@@ -18,8 +18,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import detrpose
-from common import runtime, weights
-from common.datasets import Prediction, open_dataset
+from common import weights
+from common.cli import parse, run_main
+from common.errors import UserError
+from common.records import Prediction
+from common.splits import open_dataset
 from data import puppets
 from tests.conftest import TINY
 from tests.test_detrpose import official_state
@@ -33,7 +36,7 @@ def run(puppets_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
     words = [*TINY, "--train", "--batch", "23", "--epochs", "1", "--data", str(puppets_folder), "--out", str(folder)]
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    detrpose.train(*runtime.parse(detrpose.Config, detrpose.PRESETS, "", words))
+    detrpose.train(*parse(detrpose.Config, detrpose.PRESETS, "", words))
     for number, handler in before.items():
         signal.signal(number, handler)
     for name, part in ("best.pt", "model"), ("last.pt", "ema"):
@@ -53,7 +56,7 @@ def call(monkeypatch, tmp_path, capsys):
         out = [] if "--out" in words else ["--out", "drawn"]
         monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words), *out])
         try:
-            runtime.run_main(evaluation.main)
+            run_main(evaluation.main)
             code = 0
         except SystemExit as end:
             code = end.code
@@ -306,7 +309,7 @@ def test_settings_that_only_prediction_reads_are_changed_and_others_refused():
     assert (changed.steps, changed.ensemble, changed.nms, changed.dim) == (4, True, "plain", 96)
     for setting, message in {"dim=32": "can change now is steps, ensemble", "steps": "a number", "steps=two": "a number",
                              "ensemble=4": "true or false", "steps=0": "at least|from 1", "nms=best": "choose"}.items():
-        with pytest.raises(runtime.UserError, match=message):
+        with pytest.raises(UserError, match=message):
             evaluation.with_settings(diffusionregpose, model, [setting])
-    with pytest.raises(runtime.UserError, match="nothing"):
+    with pytest.raises(UserError, match="nothing"):
         evaluation.with_settings(detrpose, model, ["steps=4"])

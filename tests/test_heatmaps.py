@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+
 from common.heatmaps import SIGMA, CellHeatmaps, people_heatmap_loss, people_heatmaps
 
 

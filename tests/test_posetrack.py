@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from common import posetrack
-from common.datasets import Prediction, open_dataset
+from common.errors import UserError
+from common.records import Prediction
+from common.splits import open_dataset
 from common.posetrack import Frame, Person, frames_of, mean_ap
-from common.runtime import UserError
 from common.skeletons import POSETRACK
 from data import puppets
 from tests.conftest import REFERENCE

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from common.errors import UserError
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.runtime import UserError
 from data import puppets
 from data.puppets import COCO, FRAMES, INDEX, JOINTS, Canvas, Person, Scene, Thing, annotate, joints_of, make
 

@@ -20,10 +20,16 @@ import torch.nn.functional as F
 from PIL import Image
 
 import querypose as qp
-from common import runtime, transforms, weights
-from common.backbones import HRNet, Swin, WindowAttention
-from common.datasets import Sample, open_dataset
-from common.loading import collate
+from common import transforms, weights
+from common.cli import parse, parse_numbers, resolve
+from common.errors import UserError
+from common.nets.hrnet import HRNet
+from common.nets.swin import Swin, WindowAttention
+from common.predict import collate
+from common.ranks import Ranks
+from common.records import Sample
+from common.run import RunFolder
+from common.splits import open_dataset
 from common.skeletons import get_skeleton
 from data import puppets
 from tests.conftest import REFERENCE
@@ -226,7 +232,7 @@ def test_keypoint_stage_equals_the_release(file):
     pyramid, state, maps = stage_pyramid(case), stage_state(seed), []
     for form, prefix, parts in (("full", "full", given), ("light", "light", given),
                                 ("light", "light_first_stage", first)):
-        cfg = runtime.resolve(qp.PRESETS["r50"], full=form == "full")
+        cfg = resolve(qp.PRESETS["r50"], full=form == "full")
         stage = load_stage(qp.KeypointStage(cfg, qp.keypoint_parts(get_skeleton("coco"), "c")), state,
                            "keypoint_stages.0.")
         if maps:
@@ -464,7 +470,7 @@ def test_pruned_prediction_equals_the_plain_one(form, monkeypatch):
     model, (images, sizes) = small(matched=False, prune=False, **form).eval(), picture()
     with torch.no_grad():
         plain = model(images, sizes)["stages"][-1]
-        model.cfg = runtime.resolve(model.cfg, prune=True)
+        model.cfg = resolve(model.cfg, prune=True)
         pruned = model(images, sizes)["stages"][-1]
     assert torch.equal(plain.logits, pruned.logits) and torch.equal(plain.boxes, pruned.boxes)
     kept = torch.zeros(2, 6, dtype=torch.bool).scatter(1, plain.logits.topk(4).indices, True)
@@ -597,7 +603,7 @@ def test_start_weights_of_a_resnet(spelling, tmp_path, capsys):
     assert f"{len(own)} of" in capsys.readouterr().out
     del state["layer1.0.conv2.weight" if spelling == "torchvision" else "res2.0.conv2.weight"]
     torch.save(state, tmp_path / "resnet.pth")
-    with pytest.raises(runtime.UserError, match="not in the weights"):
+    with pytest.raises(UserError, match="not in the weights"):
         qp.load_init(model, str(tmp_path / "resnet.pth"))
 
 
@@ -630,11 +636,11 @@ def test_start_weights_of_hrnet_and_swin(net, foreign, lacking, monkeypatch):
 def test_mistakes_are_named():
     for change, text in ((dict(matched=True, full=True), "--matched"), (dict(part_dim=30), "multiple of 4"),
                          (dict(backbone="r101"), "choose from"), (dict(scheme="e"), "choose from a, b, c, d")):
-        with pytest.raises(runtime.UserError, match=text):
+        with pytest.raises(UserError, match=text):
             qp.build("tiny", **change)
-    with pytest.raises(runtime.UserError, match="there is no preset"):
+    with pytest.raises(UserError, match="there is no preset"):
         qp.build("r101")
-    with pytest.raises(runtime.UserError, match="do not fit the model|not in"):
+    with pytest.raises(UserError, match="do not fit the model|not in"):
         state = qp.convert_official({"part_query.weight": torch.empty(7, 128)}, qp.PRESETS["r50"])
         weights.load_strict(small(), state, {})
 
@@ -1020,7 +1026,7 @@ def check_gradients(model: qp.QueryPose, case, full: bool):
 
 SIDES = dict(short_side=64, long_side=64)
 FLAGS = [word for name, value in (SMALL | SIDES).items() for word in (f"--{name}", str(value))]
-ALONE = runtime.Ranks(0, 1, torch.device("cpu"))
+ALONE = Ranks(0, 1, torch.device("cpu"))
 FORMS = [dict(), dict(matched=False), dict(full=True, matched=False), dict(full=True, iterate=False),
          dict(query="instance", interaction="mhsa"), dict(update="none")]
 
@@ -1103,7 +1109,7 @@ def test_the_learning_rate_warms_up_from_a_hundredth_then_falls_as_a_cosine_or_d
     rates = [qp.lr_scale(step, 1000, 0, cosine) for step in range(1000)]
     assert rates[0] == pytest.approx(0.01) and max(rates) > 0.85 and rates[-1] < 1e-4
     assert [qp.lr_scale(step, 10, 0, drops) for step in (0, 500, 1000, 9999)] == pytest.approx([0.01, 0.505, 1, 1])
-    first, second = map(int, runtime.numbers(drops.drop_epochs))
+    first, second = map(int, parse_numbers(drops.drop_epochs))
     scales = [qp.lr_scale(9999, 10, epoch, drops) for epoch in (first - 1, first, second)]
     assert scales == pytest.approx([1, 0.1, 0.01])
 
@@ -1146,7 +1152,7 @@ def train(data: Path, out: Path, *flags: str) -> dict:
     words = flags if "--resume" in flags else (
         "--train", *FLAGS, "--processes", "1", "--eval_every", "1", "--epochs", "2", "--batch", "4", "--accum", "2",
         "--device", "cpu", "--data", str(data), "--out", str(out), *flags)
-    qp.train(*runtime.parse(qp.Config, qp.PRESETS, "", list(words)))
+    qp.train(*parse(qp.Config, qp.PRESETS, "", list(words)))
     return torch.load(out / "last.pt", weights_only=True)
 
 
@@ -1172,8 +1178,8 @@ def test_a_run_that_is_cut_and_resumed_ends_with_the_same_bits(how, step, puppet
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(qp, "batch_losses", cut)
-        patch.setattr(runtime.Run, "draw", lambda *args: None)
-        patch.setattr(runtime.Run, "save_is_due", lambda self: len(calls) == 4)
+        patch.setattr(RunFolder, "draw", lambda *args: None)
+        patch.setattr(RunFolder, "save_is_due", lambda self: len(calls) == 4)
         with suppress(KeyboardInterrupt):
             train(puppets_folder, tmp_path / "run")
         patch.setattr(qp, "batch_losses", losses)
@@ -1201,14 +1207,14 @@ def test_a_run_leaves_its_pictures_and_a_checkpoint_that_eval_understands(whole_
 def test_a_loss_that_is_not_finite_stops_with_its_name_and_the_images(puppets_folder, tmp_path, monkeypatch):
     losses = qp.criterion
     monkeypatch.setattr(qp, "criterion", lambda *args: losses(*args) | dict(loss_kps=torch.tensor(math.nan)))
-    with pytest.raises(runtime.UserError, match=r"loss_kps not finite at step 0, images \["):
+    with pytest.raises(UserError, match=r"loss_kps not finite at step 0, images \["):
         train(puppets_folder, tmp_path / "run")
 
 
 def test_frozen_norms_without_start_weights_are_refused():
     args = SimpleNamespace(device="cpu", saved=None)
-    with pytest.raises(runtime.UserError, match="frozen norms need start weights"):
-        qp.train(runtime.resolve(qp.PRESETS["r50"], init=""), args)
+    with pytest.raises(UserError, match="frozen norms need start weights"):
+        qp.train(resolve(qp.PRESETS["r50"], init=""), args)
 
 
 @pytest.mark.parametrize("preset, millions, cost", [

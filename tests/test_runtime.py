@@ -18,10 +18,14 @@ import torch
 from torch import nn
 
 import detrpose
-from common import runtime
-from common.datasets import open_dataset
-from common.loading import collate
-from common.runtime import UserError
+from common import run
+from common.cli import field_help, launch, parse, run_main
+from common.errors import UserError
+from common.predict import collate
+from common.ranks import Ranks, distribute, epoch_batches, gather_lists, init_ranks, mean_over_ranks, pick_device, seed_all
+from common.run import Ema, RunFolder, Stopper
+from common.splits import open_dataset
+from common.weights import load_checkpoint, save_checkpoint
 from tests.conftest import TINY
 
 
@@ -40,21 +44,21 @@ PRESETS = {"tiny": Config(size=16, lr_backbone=0.2), "big": Config(size=32, lr_b
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     """No pictures (they take longer than the training), and the signal handlers of before."""
-    monkeypatch.setattr(runtime.Run, "draw", lambda *args: None)
+    monkeypatch.setattr(RunFolder, "draw", lambda *args: None)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-def parse(*argv: str):
-    return runtime.parse(Config, PRESETS, "A method.", list(argv))
+def parsed(*argv: str):
+    return parse(Config, PRESETS, "A method.", list(argv))
 
 
 def last_line(capsys, call) -> str:
     """The single line with which `call` ends under run_main, exit code 2."""
     with pytest.raises(SystemExit) as end:
-        runtime.run_main(call)
+        run_main(call)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert end.value.code == 2 and len(lines) == 1
     return lines[0]
@@ -67,8 +71,8 @@ def test_every_field_is_a_flag_whose_help_is_its_comment(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "500")
     for config, presets in (Config, PRESETS), (detrpose.Config, detrpose.PRESETS):
         with pytest.raises(SystemExit) as end:
-            runtime.parse(config, presets, "A method.", ["--help"])
-        text, comments = capsys.readouterr().out, runtime.field_help(config)
+            parse(config, presets, "A method.", ["--help"])
+        text, comments = capsys.readouterr().out, field_help(config)
         assert end.value.code == 0 and comments.keys() == {field.name for field in fields(config)}
         for name, comment in comments.items():
             assert f"--{name}" in text and f"{comment} (default " in text
@@ -76,17 +80,17 @@ def test_every_field_is_a_flag_whose_help_is_its_comment(capsys, monkeypatch):
 
 def test_flags_take_dashes_or_underscores_and_values_after_an_equals_sign():
     for spelling in ("--lr-backbone 2", "--lr_backbone 2", "--lr-backbone=2"):
-        assert parse(*spelling.split())[0].lr_backbone == 2
-    assert parse("--no-fdr")[0].fdr is parse("--no_fdr")[0].fdr is False and parse("--fdr")[0].fdr is True
-    assert parse("--amp", "with-dash")[0].amp == "with-dash" and parse("--amp=a-b")[0].amp == "a-b"
+        assert parsed(*spelling.split())[0].lr_backbone == 2
+    assert parsed("--no-fdr")[0].fdr is parsed("--no_fdr")[0].fdr is False and parsed("--fdr")[0].fdr is True
+    assert parsed("--amp", "with-dash")[0].amp == "with-dash" and parsed("--amp=a-b")[0].amp == "a-b"
 
 
 def test_precedence_is_class_preset_checkpoint_command_line(tmp_path):
     saved = dict(method="test_runtime", preset="big", skeleton={}, model={}, config=dict(size=64, amp="bf16"))
     torch.save(saved, tmp_path / "last.pt")
-    assert parse()[0] == Config(16, 0.2, True, "no")                        # tiny changes two fields of the class
-    assert parse("--preset", "big", "--size", "5")[0] == Config(5, 0.3, True, "no")
-    config, args = parse("--resume", str(tmp_path), "--amp", "fp16")
+    assert parsed()[0] == Config(16, 0.2, True, "no")                        # tiny changes two fields of the class
+    assert parsed("--preset", "big", "--size", "5")[0] == Config(5, 0.3, True, "no")
+    config, args = parsed("--resume", str(tmp_path), "--amp", "fp16")
     assert (config.size, config.amp, args.preset, args.train) == (64, "fp16", "big", True)
 
 
@@ -103,7 +107,7 @@ def test_precedence_is_class_preset_checkpoint_command_line(tmp_path):
     ("--size 100", "multiple of 32"), ("--batch 6 --accum 4", "does not split into 4 micro-batches"),
     ("--resume nowhere", "there is no checkpoint nowhere"), ("--init", "expected one argument")])
 def test_a_wrong_command_line_is_one_line_that_says_what_to_do(argv, message, capsys):
-    line = last_line(capsys, lambda: runtime.parse(detrpose.Config, detrpose.PRESETS, "", argv.split()))
+    line = last_line(capsys, lambda: parse(detrpose.Config, detrpose.PRESETS, "", argv.split()))
     assert message in line
 
 
@@ -113,19 +117,19 @@ def test_a_wrong_command_line_is_one_line_that_says_what_to_do(argv, message, ca
 def test_a_device_that_is_not_there_is_one_line(device, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=message):
-        runtime.pick_device(device)
-    assert runtime.pick_device("auto") == torch.device("cpu")
+        pick_device(device)
+    assert pick_device("auto") == torch.device("cpu")
 
 
 def test_errors_of_loader_processes_memory_and_disk_are_one_line_too(capsys):
     def fail(error):
         raise error
-    wrapped = "Caught UserError in DataLoader worker process 0.\nTraceback\n  x\ncommon.runtime.UserError: no image"
+    wrapped = "Caught UserError in DataLoader worker process 0.\nTraceback\n  x\ncommon.UserError: no image"
     assert last_line(capsys, lambda: fail(UserError(wrapped))) == "error: no image"
     assert "smaller --batch" in last_line(capsys, lambda: fail(torch.OutOfMemoryError("CUDA out of memory. Tried")))
     assert "No space left" in last_line(capsys, lambda: fail(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(SystemExit) as end:
-        runtime.run_main(lambda: fail(KeyboardInterrupt()))
+        run_main(lambda: fail(KeyboardInterrupt()))
     assert end.value.code == 130
 
 
@@ -137,16 +141,16 @@ def test_a_lost_peer_is_silent_because_it_has_spoken_and_a_killed_process_is_exp
         raise torch.multiprocessing.ProcessExitedException("", 1, 99, exit_code=-9, signal_name="SIGKILL")
 
     with pytest.raises(RuntimeError):
-        runtime.run_main(lose)                                              # alone it would be a riddle
-    monkeypatch.setattr(runtime.dist, "is_initialized", lambda: True)
+        run_main(lose)                                              # alone it would be a riddle
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     with pytest.raises(SystemExit) as end:
-        runtime.run_main(lose)
+        run_main(lose)
     assert end.value.code == 1 and capsys.readouterr().err == ""
     monkeypatch.setattr(sys, "platform", "linux")                           # elsewhere `launch` is a plain call
     group = type("Group", (), dict(join=killed, pids=lambda self: []))()
     monkeypatch.setattr(torch.multiprocessing, "start_processes", lambda *args, **options: group)
     args = type("Args", (), dict(device="cpu"))
-    assert "ended by SIGKILL: was the memory full?" in last_line(capsys, lambda: runtime.launch(None, None, args, 2))
+    assert "ended by SIGKILL: was the memory full?" in last_line(capsys, lambda: launch(None, detrpose.PRESETS["tiny"], args))
 
 
 # ------------------------------------------------------------------------------------------ seeds, order, average
@@ -154,24 +158,24 @@ def test_a_lost_peer_is_silent_because_it_has_spoken_and_a_killed_process_is_exp
 
 def test_seeds_are_a_function_of_the_numbers_alone():
     def draws(*where):
-        runtime.seed_all(*where)
+        seed_all(*where)
         return random.random(), np.random.rand(), torch.rand(()).item()
     assert draws(0, 3, 1) == draws(0, 3, 1)
     assert len({draws(*where) for where in ((0, 3, 1), (0, 31), (1, 3, 1), (0, 3), (3, 0, 1))}) == 5
     assert draws(0)[1] == pytest.approx(0.309532208)                          # the same on every machine and every day
 
 
-def rank(i: int, world: int) -> runtime.Ranks:
-    return runtime.Ranks(i, world, torch.device("cpu"))
+def rank(i: int, world: int) -> Ranks:
+    return Ranks(i, world, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("count, step", [(23, 4), (24, 8), (100, 12), (3, 8), (1, 4)])
 def test_the_images_of_a_step_do_not_depend_on_the_number_of_processes(count, step):
-    alone = runtime.epoch_batches(count, step, 1, 0, 5, rank(0, 1))
-    assert alone != runtime.epoch_batches(count, step, 1, 0, 6, rank(0, 1)) or count == 1
-    assert alone != runtime.epoch_batches(count, step, 1, 1, 5, rank(0, 1)) or count == 1
+    alone = epoch_batches(count, step, 1, 0, 5, rank(0, 1))
+    assert alone != epoch_batches(count, step, 1, 0, 6, rank(0, 1)) or count == 1
+    assert alone != epoch_batches(count, step, 1, 1, 5, rank(0, 1)) or count == 1
     for world, accum in ((2, 1), (4, 1), (1, 4), (2, 2)):
-        each = [runtime.epoch_batches(count, step // world // accum, accum, 0, 5, rank(i, world)) for i in range(world)]
+        each = [epoch_batches(count, step // world // accum, accum, 0, 5, rank(i, world)) for i in range(world)]
         assert all(len(batches) == len(alone) * accum for batches in each)
         for k, whole in enumerate(alone):
             parts = [part for batches in each for part in batches[k * accum:(k + 1) * accum]]
@@ -179,18 +183,18 @@ def test_the_images_of_a_step_do_not_depend_on_the_number_of_processes(count, st
 
 
 def test_an_epoch_has_every_image_at_most_once_and_a_tiny_set_fills_a_step():
-    batches = runtime.epoch_batches(23, 2, 2, 0, 0, rank(0, 1))
+    batches = epoch_batches(23, 2, 2, 0, 0, rank(0, 1))
     assert len(batches) == 10 and len(set(sum(batches, []))) == 20          # 3 of 23 wait for the next epoch
-    seen = {i for epoch in range(9) for batch in runtime.epoch_batches(23, 2, 2, 0, epoch, rank(0, 1)) for i in batch}
+    seen = {i for epoch in range(9) for batch in epoch_batches(23, 2, 2, 0, epoch, rank(0, 1)) for i in batch}
     assert seen == set(range(23))
-    assert runtime.epoch_batches(1, 2, 2, 0, 0, rank(0, 1)) == [[0, 0], [0, 0]]
-    small = runtime.epoch_batches(3, 4, 2, 0, 0, rank(0, 1))
+    assert epoch_batches(1, 2, 2, 0, 0, rank(0, 1)) == [[0, 0], [0, 0]]
+    small = epoch_batches(3, 4, 2, 0, 0, rank(0, 1))
     assert len(small) == 2 and sorted(np.bincount(sum(small, []))) == [2, 3, 3]
 
 
 def test_the_average_follows_its_formula_and_copies_what_is_no_fraction():
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    ema = runtime.Ema(model, decay=0.9, warmup=5)
+    ema = Ema(model, decay=0.9, warmup=5)
     expected, history = ema.module[0].weight.clone(), []
     for n in range(1, 8):
         with torch.no_grad():
@@ -209,7 +213,7 @@ def test_the_average_follows_its_formula_and_copies_what_is_no_fraction():
 
 def test_one_process_is_its_own_mean_and_its_own_list():
     value = torch.tensor([1.0, 2.0])
-    assert torch.equal(runtime.mean_over_ranks(value), value) and runtime.gather_lists([1, "a"]) == [1, "a"]
+    assert torch.equal(mean_over_ranks(value), value) and gather_lists([1, "a"]) == [1, "a"]
 
 
 # ------------------------------------------------------------------------------------------ checkpoints
@@ -226,7 +230,7 @@ def plain(value) -> bool:
 @pytest.fixture
 def old(tmp_path):
     """A file that was saved before, which nothing may spoil."""
-    runtime.save_checkpoint(tmp_path / "last.pt", dict(step=1, model=torch.ones(5)))
+    save_checkpoint(tmp_path / "last.pt", dict(step=1, model=torch.ones(5)))
     yield tmp_path / "last.pt"
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"], "no half file is left"
@@ -241,9 +245,9 @@ def full_disk(content, file):
     ("torch", "save", full_disk), ("os", "replace", lambda *args: full_disk(0, io.BytesIO())),
     ("os", "fsync", lambda *args: full_disk(0, io.BytesIO()))])
 def test_a_save_that_fails_keeps_the_old_file_and_says_so(old, monkeypatch, where, name, fail):
-    monkeypatch.setattr(getattr(runtime, where), name, fail)
+    monkeypatch.setattr({"os": os, "torch": torch}[where], name, fail)
     with pytest.raises(UserError, match=r"cannot save .*last.pt.*No space left.*before is intact"):
-        runtime.save_checkpoint(old, dict(step=2))
+        save_checkpoint(old, dict(step=2))
     monkeypatch.undo()
 
 
@@ -253,7 +257,7 @@ def test_a_really_full_disk_keeps_the_old_file(old):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))              # as `ulimit -f`
     try:
         with pytest.raises(UserError, match="cannot save .*File too large.*intact"):
-            runtime.save_checkpoint(old, dict(step=2, model=torch.ones(100_000)))
+            save_checkpoint(old, dict(step=2, model=torch.ones(100_000)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -264,7 +268,7 @@ def test_a_kill_in_the_middle_of_a_save_keeps_the_old_file(old, monkeypatch):
         raise KeyboardInterrupt
     monkeypatch.setattr(torch, "save", kill)
     with pytest.raises(KeyboardInterrupt):
-        runtime.save_checkpoint(old, dict(step=2))
+        save_checkpoint(old, dict(step=2))
     monkeypatch.undo()
 
 
@@ -282,10 +286,10 @@ def test_what_is_no_checkpoint_of_ours_is_refused_and_never_run(tmp_path, monkey
     Path("text.pt").write_text("hello")
     torch.save(good | {"more": Hostile()}, "hostile.pt")
     torch.save({"model": {}}, "foreign.pt")
-    assert runtime.load_checkpoint(Path("good.pt"))["preset"] == "p"
+    assert load_checkpoint(Path("good.pt"))["preset"] == "p"
     for name in ("cut", "empty", "text", "hostile", "foreign"):
         with pytest.raises(UserError, match=f"{name}.pt is no checkpoint of ours, or it is cut short"):
-            runtime.load_checkpoint(Path(f"{name}.pt"))
+            load_checkpoint(Path(f"{name}.pt"))
     assert not Path("ran").exists()
 
 
@@ -297,7 +301,7 @@ FLAGS = [*TINY, "--train", "--epochs", "2", "--batch", "4", "--accum", "2", "--d
 def train(data: Path, out: Path, *flags: str) -> dict:
     """Train in this process; the content of last.pt."""
     words = flags if "--resume" in flags else (*FLAGS, "--data", str(data), "--out", str(out), *flags)
-    detrpose.train(*runtime.parse(detrpose.Config, detrpose.PRESETS, "", list(words)))
+    detrpose.train(*parse(detrpose.Config, detrpose.PRESETS, "", list(words)))
     return torch.load(out / "last.pt", weights_only=True)
 
 
@@ -306,7 +310,7 @@ def whole_run(puppets_folder, tmp_path_factory) -> Path:
     """The folder of a run that was never cut."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime.Run, "draw", lambda *args: None)
+        patch.setattr(RunFolder, "draw", lambda *args: None)
         train(puppets_folder, folder)
     return folder
 
@@ -335,7 +339,7 @@ class Killed(BaseException):
 
 def cut(monkeypatch, how: str):
     """Let the next run end early, in its 4th step of 5 (after a save in the 2nd), or in or after the first evaluation."""
-    losses, evaluate, save, calls = detrpose.batch_losses, detrpose.evaluate, runtime.Run.save, []
+    losses, evaluate, save, calls = detrpose.batch_losses, detrpose.evaluate, RunFolder.save, []
 
     def step(*args):
         calls.append(0)
@@ -357,8 +361,8 @@ def cut(monkeypatch, how: str):
 
     monkeypatch.setattr(detrpose, "batch_losses", step)
     monkeypatch.setattr(detrpose, "evaluate", evaluation)
-    monkeypatch.setattr(runtime.Run, "save", saving)
-    monkeypatch.setattr(runtime.Run, "save_is_due", lambda self: len(calls) == 4)
+    monkeypatch.setattr(RunFolder, "save", saving)
+    monkeypatch.setattr(RunFolder, "save_is_due", lambda self: len(calls) == 4)
 
 
 @pytest.mark.parametrize("how, step, workers", [
@@ -388,7 +392,7 @@ def short_run(puppets_folder, tmp_path_factory):
     """The folder of a finished run of one epoch with one step; take a copy to change it."""
     folder = tmp_path_factory.mktemp("short") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime.Run, "draw", lambda *args: None)
+        patch.setattr(RunFolder, "draw", lambda *args: None)
         train(puppets_folder, folder, "--epochs", "1", "--batch", "22")
     return folder
 
@@ -447,14 +451,14 @@ def test_a_full_disk_is_a_warning_during_the_run_and_an_error_at_its_end(puppets
             raise UserError(f"cannot save {path}")
         real(path, content)
 
-    real = runtime.save_checkpoint
-    monkeypatch.setattr(runtime, "save_checkpoint", save)
+    real = save_checkpoint
+    monkeypatch.setattr(run, "save_checkpoint", save)
     with pytest.raises(SystemExit) as end:
-        runtime.run_main(lambda: train(puppets_folder, tmp_path / "run", *flags))
+        run_main(lambda: train(puppets_folder, tmp_path / "run", *flags))
     captured = capsys.readouterr()
     assert end.value.code == 2 and captured.err.count("warning: ") == len(saves) - 2 >= 3 and "epoch 2" in captured.out
     monkeypatch.undo()
-    monkeypatch.setattr(runtime.Run, "draw", lambda *args: None)
+    monkeypatch.setattr(RunFolder, "draw", lambda *args: None)
     assert train(puppets_folder, tmp_path / "run", "--resume", str(tmp_path / "run"))["step"] == 2
 
 
@@ -462,10 +466,10 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(puppets_folder, tmp_p
     def write(name, text, mode):
         raise OSError(errno.ENOSPC, "No space left on device")
     args = dict(preset="tiny", out=str(tmp_path / "run"), resume="", saved=None)
-    run = runtime.Run("detrpose", detrpose.PRESETS["tiny"], type("Args", (), args), rank(0, 1))
-    shutil.rmtree(run.folder)
-    run.log(step=1, loss=2.0)
-    assert "log.jsonl is not written" in capsys.readouterr().err and run.rows == [dict(step=1, loss=2.0)]
+    folder = RunFolder("detrpose", detrpose.PRESETS["tiny"], type("Args", (), args), rank(0, 1))
+    shutil.rmtree(folder.path)
+    folder.log(step=1, loss=2.0)
+    assert "log.jsonl is not written" in capsys.readouterr().err and folder.rows == [dict(step=1, loss=2.0)]
 
 
 @pytest.mark.parametrize("what", ["loss_keypoints", "the gradient"])
@@ -487,7 +491,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_name_and_the_images(what, pupp
     assert f"{what} not finite at step 6" in line and f"{tmp_path / 'last.pt'} is from before" in line and "--lr" in line
     assert len(ids) == 4 and ids <= set(open_dataset(str(puppets_folder), "train").ids.tolist())
     monkeypatch.undo()
-    saved = runtime.load_checkpoint(tmp_path / "last.pt")
+    saved = load_checkpoint(tmp_path / "last.pt")
     assert saved["step"] == 5 and all(value.isfinite().all() for value in saved["model"].values())
 
 
@@ -542,7 +546,7 @@ def test_images_without_people_are_left_out_of_training_and_kept_in_evaluation(p
 
 @pytest.mark.parametrize("flags", [[], ["--no-pose_denoising"], ["--no-ksvf", "--no-fdr", "--no-pose_lqe"]])
 def test_a_batch_without_people_has_a_finite_loss_and_a_gradient_everywhere(flags):
-    cfg, _ = runtime.parse(detrpose.Config, detrpose.PRESETS, "", [*TINY, *flags])
+    cfg, _ = parse(detrpose.Config, detrpose.PRESETS, "", [*TINY, *flags])
     model = detrpose.DETRPose(cfg, detrpose.get_skeleton("coco")).train()
     nobody = detrpose.Targets(*(torch.zeros(0, *shape) for shape in ((17, 2), (17,), (4,), ())))
     losses = detrpose.batch_losses(model, torch.rand(2, 3, 64, 64), [nobody, nobody], cfg, 0, 0, rank(0, 1), model.sigmas)
@@ -556,8 +560,8 @@ def test_a_batch_without_people_has_a_finite_loss_and_a_gradient_everywhere(flag
 
 
 def test_one_ctrl_c_asks_and_a_second_one_is_immediate(monkeypatch):
-    stop, clock = runtime.Stopper(), [100.0]
-    monkeypatch.setattr(runtime.time, "monotonic", lambda: clock[0])
+    stop, clock = Stopper(), [100.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
     assert not stop(rank(0, 1))
     signal.raise_signal(signal.SIGINT)
     signal.raise_signal(signal.SIGINT)                  # torchrun hands on the same Ctrl-C that the terminal sends
@@ -568,18 +572,18 @@ def test_one_ctrl_c_asks_and_a_second_one_is_immediate(monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
 
-def one_step(data: str, ranks: runtime.Ranks) -> dict:
+def one_step(data: str, ranks: Ranks) -> dict:
     """Gradients of a first step on 8 images and the evaluation, shared by the processes; norms are constants."""
     words = [*TINY, "--no-pose_denoising", "--frozen_norm", "--batch", "8", "--jitter", "0", "--data", data]
-    cfg, _ = runtime.parse(detrpose.Config, detrpose.PRESETS, "", words)
-    runtime.seed_all(0)
+    cfg, _ = parse(detrpose.Config, detrpose.PRESETS, "", words)
+    seed_all(0)
     model = detrpose.DETRPose(cfg, detrpose.get_skeleton("coco"))
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)                # the outputs start at zero
-    net = runtime.distribute(model.train(), ranks)
+    net = distribute(model.train(), ranks)
     [module.eval() for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     images = detrpose.TrainImages(open_dataset(data, "train").training(), cfg, epoch=0)
-    batch = runtime.epoch_batches(len(images), 8 // ranks.world, 1, 0, 0, ranks)[0]
+    batch = epoch_batches(len(images), 8 // ranks.world, 1, 0, 0, ranks)[0]
     tensors, targets, _ = collate([images[i] for i in batch])
     losses = detrpose.batch_losses(net, tensors, targets, cfg, 0, 0, ranks, model.sigmas)
     sum(losses.values()).backward()
@@ -589,7 +593,7 @@ def one_step(data: str, ranks: runtime.Ranks) -> dict:
 
 
 def step_as_a_rank(data: str, out: str) -> None:
-    ranks = runtime.init_distributed("cpu")
+    ranks = init_ranks("cpu")
     result = one_step(data, ranks)
     if ranks.rank == 0:
         torch.save(result, f"{out}/step.pt")
@@ -597,7 +601,7 @@ def step_as_a_rank(data: str, out: str) -> None:
 
 def train_as_a_rank(data: str, out: str) -> None:
     """A run in which only the second process is asked to stop, in the 7th step; the same to its end; one never cut."""
-    ranks = runtime.init_distributed("cpu")
+    ranks = init_ranks("cpu")
     losses, calls = detrpose.batch_losses, []
 
     def step(*args):
@@ -606,10 +610,10 @@ def train_as_a_rank(data: str, out: str) -> None:
             signal.raise_signal(signal.SIGTERM)
         return losses(*args)
 
-    detrpose.batch_losses, runtime.Run.draw = step, lambda *args: None
+    detrpose.batch_losses, RunFolder.draw = step, lambda *args: None
     words = [*FLAGS, "--accum", "1", "--data", data, "--out"]
     for part in [*words, f"{out}/cut"], ["--resume", f"{out}/cut"], [*words, f"{out}/whole"]:
-        detrpose.train(*runtime.parse(detrpose.Config, detrpose.PRESETS, "", part))
+        detrpose.train(*parse(detrpose.Config, detrpose.PRESETS, "", part))
         if ranks.rank == 0 and not Path(out, "stopped").exists():
             shutil.copytree(f"{out}/cut", f"{out}/stopped")
         torch.distributed.barrier()
@@ -629,7 +633,7 @@ def test_a_resumed_run_of_two_processes_equals_one_that_was_never_cut(puppets_fo
     in_two_processes(*words, str(tmp_path / "whole"))
     in_two_processes(*words, str(tmp_path / "cut"), "--epochs", "1")
     in_two_processes("--resume", str(tmp_path / "cut"), "--epochs", "2")
-    resumed, whole = (runtime.load_checkpoint(tmp_path / name / "last.pt") for name in ("cut", "whole"))
+    resumed, whole = (load_checkpoint(tmp_path / name / "last.pt") for name in ("cut", "whole"))
     assert resumed["step"] == 10
     assert_equal({part: resumed[part] for part in SAME}, {part: whole[part] for part in SAME})
 
@@ -667,7 +671,7 @@ def test_two_processes_stop_together_name_what_either_skipped_and_resume_exactly
     [path.write_bytes(b"") for path in spoiled]
     out = torchrun("train_as_a_rank", data, tmp_path)
     names = "stopped", "cut", "whole"
-    stopped, resumed, whole = (runtime.load_checkpoint(tmp_path / name / "last.pt") for name in names)
+    stopped, resumed, whole = (load_checkpoint(tmp_path / name / "last.pt") for name in names)
     assert (stopped["step"], stopped["done"], resumed["step"]) == (7, 2, 10)
     assert "stopped and saved; go on with --resume" in out
     assert_equal({part: resumed[part] for part in SAME}, {part: whole[part] for part in SAME})

@@ -13,16 +13,20 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import sdpose as sd
-from common import metrics, runtime, stable_diffusion, topdown
-from common.datasets import Prediction, open_dataset
-from common.runtime import UserError
+from common import metrics, stable_diffusion
+from common.boxes import NOBODY, boxes_of, detect, read_boxes, true_boxes, whole_image
+from common.cli import parse, resolve, run_main
+from common.errors import UserError
+from common.ranks import Ranks
+from common.records import Prediction
+from common.splits import open_dataset
 from common.skeletons import get_skeleton
 from data import puppets
 from tests.test_runtime import assert_equal
 from tests.test_sdpose import close, golden, normal, read_case, reference_model, write_release
 
 COCO = get_skeleton("coco")
-ALONE = runtime.Ranks(0, 1, torch.device("cpu"))
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def config(meta: dict, **changes) -> sd.Config:
@@ -223,7 +227,7 @@ def test_gradients_and_an_optimiser_step_equal_the_reference(file):
 def test_the_rgb_loss_does_not_grow_with_latents_that_a_learning_vae_stretches():
     output, latents = dict(heatmaps=torch.zeros(2, 17, 4, 3), latents=torch.randn(2, 4, 2, 2)), torch.randn(2, 4, 2, 2)
     target = torch.zeros(2, 17, 4, 3), torch.ones(2, 17)
-    for cfg, same in ((runtime.resolve(sd.PRESETS["tiny"], rgb_weight=1.0), True), (sd.PRESETS["body"], False)):
+    for cfg, same in ((resolve(sd.PRESETS["tiny"], rgb_weight=1.0), True), (sd.PRESETS["body"], False)):
         small, large = (sd.criterion(output | dict(latents=size * output["latents"]), size * latents, *target, cfg)["loss_rgb"]
                         for size in (1.0, 3.0))
         assert (large.item() == pytest.approx(small.item(), rel=1e-5)) == same
@@ -286,7 +290,7 @@ def test_sampled_latents_change_from_call_to_call_and_means_do_not():
 def test_nobody_in_a_picture_is_an_empty_prediction():
     model, picture = sd.build("tiny").eval(), Image.new("RGB", (64, 48))
     found = sd.predict(model, sd.to_batch([picture, picture], ["a", "b"], model.cfg,
-                                          [topdown.NOBODY, topdown.whole_image(picture.size)]))
+                                          [NOBODY, whole_image(picture.size)]))
     assert [p.keypoints.shape for p in found] == [(0, 17, 2), (1, 17, 2)] and found[0].boxes.shape == (0, 4)
 
 
@@ -344,7 +348,7 @@ def write(path, content) -> str:
 
 
 def test_true_boxes_are_those_of_labelled_people(data):
-    boxes = topdown.true_boxes(data)
+    boxes = true_boxes(data)
     assert boxes.total() == int(((data.keypoints[..., 2] > 0).any(1) & ~data.iscrowd).sum())
     assert "ground truth" in str(boxes)
 
@@ -354,7 +358,7 @@ def test_boxes_of_a_file_reach_their_images_and_bad_ones_are_counted(data, tmp_p
     row = dict(image_id=image, category_id=1, bbox=[2, 3, 20, 30], score=0.5)
     rows = [row, row | dict(category_id=7), row | dict(bbox=[500, 3, 20, 30]), row | dict(bbox=[5, 3, 0, 30]),
             row | dict(image_id=424242), row | dict(bbox="none"), 7]
-    boxes = topdown.read_boxes(write(tmp_path / "b.json", rows), data)
+    boxes = read_boxes(write(tmp_path / "b.json", rows), data)
     close(boxes.of(image)[0], [[2.0, 3, 22, 33]], 0)
     close(boxes.of(image)[1], [0.5], 1e-6)
     assert "1 of other images" in str(boxes) and "2 outside of their image" in str(boxes)
@@ -366,21 +370,21 @@ def test_boxes_of_a_file_reach_their_images_and_bad_ones_are_counted(data, tmp_p
     (dict(images=[]), "holds no person boxes"), ("not a list", "holds no person boxes")])
 def test_a_box_file_for_something_else_is_one_line(data, tmp_path, content, says):
     with pytest.raises(UserError, match=says):
-        topdown.read_boxes(write(tmp_path / "b.json", content), data)
+        read_boxes(write(tmp_path / "b.json", content), data)
 
 
 def test_a_box_file_that_is_missing_or_cut_off_is_one_line(data, tmp_path):
     with pytest.raises(UserError, match="cannot read"):
-        topdown.read_boxes(str(tmp_path / "none.json"), data)
+        read_boxes(str(tmp_path / "none.json"), data)
     (tmp_path / "cut.json").write_text('[{"image_id": 1')
     with pytest.raises(UserError, match="not complete JSON"):
-        topdown.read_boxes(str(tmp_path / "cut.json"), data)
+        read_boxes(str(tmp_path / "cut.json"), data)
 
 
 def test_keypoints_of_a_detector_become_boxes():
     xy = np.array([[[10.0, 10], [30, 50]], [[1, 1], [2, 2]], [[900, 900], [950, 950]]])
     found = Prediction(1, xy, np.ones((3, 2)), np.array([0.9, 0.1, 0.9]))
-    boxes, scores = topdown.boxes_of(found, 0.3, (100, 100))
+    boxes, scores = boxes_of(found, 0.3, (100, 100))
     close(boxes, [[7.0, 4, 33, 56]], 1e-9)
     close(scores, [0.9], 1e-6)
 
@@ -449,7 +453,7 @@ TINIER = dict(channels=16, head_dim=16, vae_channels=8, height=64, width=48, wor
 
 def train(folder, out, *words):
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    sd.train(*runtime.parse(sd.Config, sd.PRESETS, "", [*SMALL, "--data", str(folder), "--out", str(out), *words]))
+    sd.train(*parse(sd.Config, sd.PRESETS, "", [*SMALL, "--data", str(folder), "--out", str(out), *words]))
     for number, handler in before.items():
         signal.signal(number, handler)
     return torch.load(out / "last.pt", weights_only=True)
@@ -526,7 +530,7 @@ def test_without_the_rgb_branch_nothing_behind_the_tap_learns():
     ("--init some", "leave out --init")])
 def test_flags_that_no_run_could_use_are_one_line(words, says):
     with pytest.raises(UserError, match=says):
-        runtime.parse(sd.Config, sd.PRESETS, "", words.split())
+        parse(sd.Config, sd.PRESETS, "", words.split())
 
 
 # ------------------------------------------------------------------------------------------ eval.py
@@ -548,7 +552,7 @@ def call(monkeypatch, tmp_path, capsys):
         words = [*map(str, words), "--out", str(tmp_path / "drawn"), "--workers", "0"]
         monkeypatch.setattr(sys, "argv", ["eval.py", *words])
         try:
-            runtime.run_main(evaluation.main)
+            run_main(evaluation.main)
             code = 0
         except SystemExit as end:
             code = end.code
@@ -588,7 +592,7 @@ def test_a_detector_says_where_people_are(data):
     def find(picture, image_id):
         xy = np.array([[[10.0, 10], [30, 40]]])
         return Prediction(image_id, xy, np.ones((1, 2)), np.array([0.8]))
-    boxes = topdown.detect(find, data, ALONE, "detrpose-l")
+    boxes = detect(find, data, ALONE, "detrpose-l")
     assert boxes.total() == len(data) and "found by detrpose-l" in str(boxes)
 
 

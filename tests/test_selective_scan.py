@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.runtime import UserError
+from common.errors import UserError
 from kernels import selective_scan as scan
 from kernels.dispatch import HAS_TRITON, interpreting
 from kernels.selective_scan import selective_scan, selective_scan_plain

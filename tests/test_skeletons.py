@@ -1,10 +1,10 @@
 """Keypoint tables agree with themselves and the reference; custom sets find left and right or say they cannot."""
 import json
+from common.errors import UserError
 from dataclasses import replace
 
 import pytest
 
-from common.runtime import UserError
 from common.skeletons import (DEFAULT_SIGMA, SKELETONS, Skeleton, flip_from_names, get_skeleton,
                               skeleton_from_category)
 

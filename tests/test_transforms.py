@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 
 from common import transforms as T
-from common.datasets import Sample
-from common.runtime import UserError
+from common.errors import UserError
+from common.records import Sample
 from tests.conftest import REFERENCE
 
 PAIRS = {17: (0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15),

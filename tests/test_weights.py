@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from common import weights
-from common.runtime import UserError
+from common.errors import UserError
 from common.weights import RELEASES, fetch, load_strict, load_tensors, rename
 
 NAME, FILE = "detrpose-n", "detrpose_hgnetv2_n.pth"

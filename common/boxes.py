@@ -1,28 +1,24 @@
-"""What methods need that look at one person at a time: where the people are, and the loop over their crops.
+"""Where the people are, for methods that look at one person at a time.
 
     boxes = true_boxes(data)                     the annotated people
     boxes = read_boxes("detections.json", data)  of a detector, as COCO results
-    boxes = detect(find, name, data, ranks)      of another model of ours
-    predictions = predict_people(poses, data, boxes, to_crop, ...)
+    boxes = detect(find, data, ranks, name)      of another model of ours
 
 Units    boxes are x1, y1, x2, y2 in pixels of the image, except `bbox` in COCO results: x, y, w, h.
 """
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from common import runtime
-from common.datasets import PoseDataset, Prediction, Sample, numbers
-from common.loading import collate
-from common.runtime import UserError
+from common.datasets import PoseDataset, numbers
+from common.errors import UserError
+from common.ranks import Ranks, gather_lists
+from common.records import Prediction
 
 Found = tuple[np.ndarray, np.ndarray]               # the people of one image: boxes (P, 4), scores (P,)
 NOBODY = (np.zeros((0, 4)), np.zeros(0))
@@ -139,7 +135,7 @@ def boxes_of(prediction: Prediction, threshold: float, size: tuple[int, int]) ->
     return boxes[seen], np.asarray(prediction.scores, float)[good][seen]
 
 
-def detect(find: Callable[[Image.Image, int | str], Prediction], data: PoseDataset, ranks: runtime.Ranks,
+def detect(find: Callable[[Image.Image, int | str], Prediction], data: PoseDataset, ranks: Ranks,
            name: str) -> Boxes:
     """The people that a multi-person method finds in each image; the images are shared among the processes."""
     found = []
@@ -149,61 +145,4 @@ def detect(find: Callable[[Image.Image, int | str], Prediction], data: PoseDatas
         if sample is not None:
             people = boxes_of(find(sample.image, sample.image_id), DETECTED, sample.size)
             found.append((str(sample.image_id), people))
-    return Boxes(f"found by {name}, score {DETECTED:g} or more", dict(runtime.gather_lists(found)))
-
-
-# ---------------------------------------------------------------- the loop over their crops
-
-class PersonCrops(Dataset):
-    """Item n is (crop, n, image id, box (4,), score, message); a file that cannot be read is black and has no id."""
-
-    def __init__(self, data: PoseDataset, boxes: Boxes, to_crop: Callable[[Sample, np.ndarray], Tensor]):
-        found = [boxes.of(data[i].image_id) for i in range(len(data))]
-        self.data, self.to_crop = data, to_crop
-        self.image = np.repeat(np.arange(len(data)), [len(scores) for _, scores in found])
-        self.boxes, self.scores = (np.concatenate(column) for column in zip(*found))
-
-    def __len__(self) -> int:
-        return len(self.image)
-
-    def __getitem__(self, n: int) -> tuple[Tensor, int, int | str | None, np.ndarray, float, str]:
-        i, box = int(self.image[n]), self.boxes[n]
-        sample, message = self.data.load(i)
-        image_id = None if sample is None else sample.image_id
-        if sample is None:
-            black = Image.new("RGB", self.data[i].size)
-            sample = replace(self.data[i], image=black, frames=(black,) * len(self.data[i].frames))
-        return self.to_crop(sample, box), n, image_id, box, float(self.scores[n]), message
-
-
-def gather_people(rows: Iterable[tuple], image_ids: Iterable[int | str], keypoints: int) -> list[Prediction]:
-    """Rows (image id, keypoints (K, 2), their scores (K,), score, box (4,)) → a Prediction per image id, in order."""
-    people: dict[str, list] = {}
-    for image_id, *person in rows:
-        people.setdefault(str(image_id), []).append(person)
-    nobody = [np.zeros((0, *shape)) for shape in ((keypoints, 2), (keypoints,), (), (4,))]
-    return [Prediction(image_id, *map(np.stack, zip(*people[str(image_id)])) if str(image_id) in people else nobody)
-            for image_id in image_ids]
-
-
-def predict_people(poses: Callable[[Tensor, np.ndarray], tuple], data: PoseDataset, boxes: Boxes, to_crop: Callable,
-                   batch: int, workers: int, ranks: runtime.Ranks) -> list[Prediction]:
-    """All people of a dataset, `batch` crops at a time: a Prediction for each image, its scores those of the boxes.
-
-    to_crop (sample, box (4,)) → crop; poses (crops (N, ...), boxes (N, 4)) → keypoints (N, K, 2) in image pixels and
-    their scores (N, K). The crops are shared among the processes, all get the result; files that cannot be read are
-    named, and nobody is found in them.
-    """
-    crops = PersonCrops(data, boxes, to_crop)
-    mine = Subset(crops, range(ranks.rank, len(crops), ranks.world))
-    loader = DataLoader(mine, batch, num_workers=workers, collate_fn=collate, worker_init_fn=runtime.ignore_signals)
-    rows = []
-    for images, places, ids, people, scores, messages in tqdm(loader, "evaluate", disable=ranks.rank > 0, leave=False,
-                                                              dynamic_ncols=True):
-        keypoints, certain = poses(images, np.stack(people))
-        rows += [row for row in zip(places, ids, keypoints, certain, scores, people) if row[1] is not None]
-        for message in data.remember(messages):
-            tqdm.write(f"warning: {message}")
-    rows = sorted(runtime.gather_lists(rows), key=lambda row: row[0])
-    ids = [data[i].image_id for i in range(len(data))]
-    return gather_people([row[1:] for row in rows], ids, data.skeleton.num_keypoints)
+    return Boxes(f"found by {name}, score {DETECTED:g} or more", dict(gather_lists(found)))

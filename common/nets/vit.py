@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from common import weights
-from common.runtime import UserError
+from common.errors import UserError
 
 PATCH = 16                                             # pixels per patch
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)

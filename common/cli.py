@@ -1,0 +1,258 @@
+"""The command line of every program here: flags made of a dataclass, checks of their values, processes, errors.
+
+A method's `class Config(RunConfig)` holds its paper's numbers; every field is a flag and the comment behind it the
+flag's help. Precedence: preset < resumed checkpoint < command line.
+"""
+import argparse
+import contextlib
+import difflib
+import inspect
+import logging
+import math
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from common.errors import UserError
+from common.ranks import AMP, pick_device
+from common.weights import load_checkpoint
+
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run needs and no paper is about. A preset changes the default of any field."""
+    data: str = "puppets"          # puppets (made on first use) or a dataset's folder, see data/README.md
+    sigmas: str = ""               # OKS sigmas of your own keypoints, e.g. 0.03,0.08,0.08
+    accum: int = 1                 # micro-batches per optimiser step
+    amp: str = "no"                # no, bf16 or fp16 (old GPUs); a CPU always runs float32
+    processes: int = 1             # training processes when there is no GPU and no torchrun
+    workers: int = 4               # image loading processes per GPU; 0: none
+    eval_every: int = 1            # epochs between evaluations
+    eval_batch: int = 32           # images per evaluation batch
+    seed: int = 0                  # all random numbers follow from it
+
+    def __post_init__(self):
+        """Raises UserError for values that no run could use."""
+        check_choice(self, amp=AMP)
+        check_range(self, 1, math.inf, "accum processes eval_every eval_batch")
+        check_range(self, 0, math.inf, "workers seed")
+        parse_numbers(self.sigmas)
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Call `main`. What the user can fix ends in one line and exit code 2, Ctrl-C outside of training in 130.
+
+    Exit code 0 is also that of a training which was asked to stop, saved and left: nothing went wrong.
+    """
+    try:
+        main()
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        message = str(error).rsplit("UserError: ", 1)[-1]       # a loader process puts its traceback before it
+        if isinstance(error, torch.OutOfMemoryError):
+            message = f"{message.split('. ')[0]}: choose a smaller --batch, for training also a larger --accum"
+        time.sleep(5 * (int(os.environ.get("RANK", 0)) > 0))    # rank 0 may say the same, which then ends us
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not (dist.is_initialized() and re.search("Connection (closed|reset) by peer", str(error))):
+            raise
+        sys.exit(1)                                             # another process has ended, and said why
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if dist.is_initialized():                                   # not after an error: the others may wait for us
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Flags
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are a `UserError` and which knows what a mistyped flag was meant to be."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_known_args(self, argv: list[str] | None = None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
+        argv = [with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
+        return super().parse_known_args(argv, namespace)
+
+    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+            raise UserError(f"unknown flag {unknown[0]}" + (f": did you mean {near[0]}?" if near else "; see --help"))
+        return args
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; see --help")
+
+
+def with_underscores(word: str) -> str:
+    """--lr-backbone=1 → --lr_backbone=1, so that both spellings work; --no-fdr stays."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    negation = "no-" if name.startswith(("no-", "no_")) else ""
+    return "--" + negation + name[len(negation):].replace("-", "_") + equals + value
+
+
+def field_help(config_class: type) -> dict[str, str]:
+    """The comment behind each field of a dataclass and of those that it inherits from, by field name."""
+    text = "\n".join(inspect.getsource(one) for one in config_class.__mro__ if is_dataclass(one))
+    return dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.*)$", text, re.MULTILINE))
+
+
+def parse(config_class: type[ConfigT], presets: dict[str, ConfigT], description: str,
+          argv: list[str] | None = None) -> tuple[ConfigT, argparse.Namespace]:
+    """Command line → (config, args). Precedence: preset < resumed checkpoint < command line.
+
+    Every field of the config is a flag, its comment the help text. args: train, preset, resume, out, device, and
+    `saved`, the checkpoint that is resumed, or None.
+    Raises UserError for an unknown flag, preset or value, and for a checkpoint that cannot be resumed.
+    """
+    first = Parser(add_help=False)                              # only these two flags count for the defaults
+    first.add_argument("--preset", default="")
+    first.add_argument("--resume", default="")
+    known, _ = first.parse_known_args(argv)
+    saved = load_checkpoint(find_last(known.resume)) if known.resume else None
+    preset = known.preset or (saved["preset"] if saved else "tiny")
+    if preset not in presets:
+        raise UserError(f"there is no preset {preset}: choose from {', '.join(presets)}")
+    defaults = config_to_resume(config_class, saved, preset) if saved else presets[preset]
+
+    parser = Parser(description=description)
+    parser.add_argument("--train", action="store_true", help="train; without it: a summary of the presets")
+    parser.add_argument("--preset", default=preset, help=f"one of {', '.join(presets)} (default tiny)")
+    parser.add_argument("--resume", default="", help="run folder or last.pt: go on exactly where it stopped")
+    parser.add_argument("--out", default="", help="run folder (default runs/<method>-<preset>-<time>)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    comments, shared = field_help(config_class), {field.name for field in fields(RunConfig)}
+    for field in sorted(fields(config_class), key=lambda field: field.name in shared):          # the paper's own first
+        value = getattr(defaults, field.name)
+        text = f"{comments.get(field.name, '')} (default {value if value != '' else 'none'})".replace("%", "%%")
+        kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(value, bool)
+                else dict(type=type(value), metavar=type(value).__name__))
+        parser.add_argument(f"--{field.name}", default=value, help=text, **kind)
+    args = parser.parse_args(argv)
+    config = config_class(**{field.name: getattr(args, field.name) for field in fields(config_class)})
+    return config, argparse.Namespace(train=args.train or bool(args.resume), preset=preset, resume=args.resume,
+                                      out=args.out, device=args.device, saved=saved)
+
+
+def config_to_resume(config_class: type[ConfigT], saved: dict, preset: str) -> ConfigT:
+    """The config of a checkpoint. Raises UserError if it is of another method, preset or version of the code."""
+    method = Path(inspect.getfile(config_class)).stem
+    if saved["method"] != method:
+        raise UserError(f"the checkpoint is of method {saved['method']}: go on with python {saved['method']}.py")
+    if saved["preset"] != preset:
+        raise UserError(f"the checkpoint is of preset {saved['preset']}, not {preset}: leave --preset out")
+    return resolve(config_class(), **saved["config"])
+
+
+def resolve(config: ConfigT, **overrides: Any) -> ConfigT:
+    """A copy of a config with some fields changed. Raises UserError for a field that does not exist."""
+    names = {field.name for field in fields(config)}
+    for name in overrides.keys() - names:
+        near = difflib.get_close_matches(name, names, 1)
+        raise UserError(f"there is no option {name}" + (f": did you mean {near[0]}?" if near else ""))
+    return replace(config, **overrides)
+
+
+def check_range(config: Any, low: float, high: float, names: str) -> None:
+    """Raises UserError unless low ≤ value ≤ high for each of the fields; NaN and infinity are never right."""
+    for name in names.split():
+        value = getattr(config, name)
+        if not (low <= value <= high and math.isfinite(value)):
+            raise UserError(f"--{name} {value}: expected a number from {low} to {high}" if high < math.inf else
+                            f"--{name} {value}: expected at least {low}")
+
+
+def check_choice(config: Any, **choices: Iterable[str]) -> None:
+    """Raises UserError unless each field has one of its choices."""
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise UserError(f"--{name} {getattr(config, name)}: choose from {', '.join(allowed)}")
+
+
+def parse_numbers(text: str) -> list[float] | None:
+    """"0.1,0.2" → [0.1, 0.2]; nothing → None. Raises UserError."""
+    try:
+        return [float(word) for word in text.split(",")] if text else None
+    except ValueError:
+        raise UserError(f"expected numbers with commas between them, got {text!r}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Processes
+# ---------------------------------------------------------------------------------------------------------
+
+
+def find_last(where: str) -> Path:
+    """A run folder or a file → the file to resume from."""
+    path = Path(where)
+    return path / "last.pt" if path.is_dir() else path
+
+
+def launch(train: Callable, config: RunConfig, args: argparse.Namespace) -> None:
+    """Call train(config, args); on a CPU in several processes, joined as torchrun would join them.
+
+    Layers of a small model are too small to share: two processes of one thread are faster than one of two threads.
+    Under torchrun, on a GPU, or with one process it is a plain call; also on Windows and macOS, where gloo depends on
+    how torch was built and how the network is set up.
+    """
+    processes = config.processes
+    alone = processes == 1 or sys.platform != "linux" or "LOCAL_RANK" in os.environ
+    if alone or pick_device(args.device).type != "cpu":
+        return train(config, args)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    args.saved = None                                           # sent along, its tensors would be shared memory
+    group = torch.multiprocessing.start_processes(
+        _one_of_many, (train, config, args, processes, port), processes, join=False, start_method="spawn")
+
+    def pass_on(number: int, frame: Any) -> None:
+        for child in group.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
+    try:
+        while not group.join():
+            pass
+    except torch.multiprocessing.ProcessExitedException as error:
+        if error.signal_name:
+            raise UserError(f"a process was ended by {error.signal_name}: was the memory full? Go on with --resume, "
+                            "a smaller --batch or --processes 1") from None
+        sys.exit(error.exit_code)                               # it has said why
+
+
+def _one_of_many(rank: int, train: Callable, config: RunConfig, args: argparse.Namespace, world: int,
+                 port: int) -> None:
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                       MASTER_PORT=str(port))
+    torch.set_num_threads(max(1, torch.get_num_threads() // world))
+
+    def main() -> None:
+        if args.resume:                                         # a copy of its own: the optimiser goes on in it
+            args.saved = load_checkpoint(find_last(args.resume))
+        train(config, args)
+
+    run_main(main)

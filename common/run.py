@@ -1,0 +1,482 @@
+"""A run: where it stands, its folder, checkpoints and log, how it resumes and stops. No optimiser step is taken here.
+
+    run = Run("detrpose", cfg, args, ranks, data, held_out, parts=dict(model=..., ema=..., optimizer=..., scaler=...))
+    for epoch in run.epochs():
+        for images, people in run.batches(items):       # a resumed run goes on in mid-epoch
+            ...                                         # forward, losses, backward: the method's own
+            if run.more_micro_batches():
+                continue
+            ...                                         # clip, step, average: the method's own
+            if run.stepped(losses, norm):               # True: somebody asked to stop, and everything is saved
+                return
+        if run.evaluates():
+            run.record(*evaluate(...))
+"""
+import argparse
+import contextlib
+import copy
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from common import draw, metrics
+from common.cli import RunConfig, find_last
+from common.datasets import PoseDataset
+from common.errors import UserError
+from common.predict import train_loader
+from common.ranks import Ranks, epoch_batches, gather_lists, mean_over_ranks, micro_batch, seed_all, share_buffers
+from common.records import Prediction
+from common.weights import save_checkpoint
+
+LOG_EVERY = 20             # optimiser steps
+
+
+def states(parts: dict) -> dict:
+    """{name: part.state_dict()} of everything that a checkpoint keeps."""
+    return {name: part.state_dict() for name, part in parts.items()}
+
+
+def restore(parts: dict, saved: dict) -> None:
+    """Put the states of a checkpoint back. Raises UserError when it was made by another model.
+
+    Of an optimiser that is what it remembers of each weight; its settings (learning rate, ...) stay those of the
+    config, where a flag may have changed them.
+    """
+    if missing := parts.keys() - saved.keys():
+        raise UserError(f"the checkpoint has no {', '.join(sorted(missing))}: last.pt is to go on from, best.pt for eval.py")
+    for name, part in parts.items():
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in getattr(part, "param_groups", [])]
+        try:
+            part.load_state_dict(saved[name])
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"the checkpoint does not fit: its {name} differs ({reason}); resume with the flags that "
+                            "it was made with") from None
+        for group, own in zip(getattr(part, "param_groups", []), settings):
+            group.update(own)
+
+
+def check_finite(losses: dict[str, Tensor]) -> None:
+    """Raises FloatingPointError with the names of the first five losses that are not finite."""
+    finite = torch.stack([*losses.values()]).isfinite().tolist()        # one wait for the GPU, not one per term
+    if not all(finite):
+        raise FloatingPointError(", ".join([name for name, good in zip(losses, finite) if not good][:5]))
+
+
+class Stopper:
+    """Turns Ctrl-C and SIGTERM into a question that the loop asks after each step; a second Ctrl-C is immediate."""
+
+    def __init__(self):
+        self.asked = math.inf                                   # when
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and time.monotonic() > self.asked + 1:    # torchrun repeats the first at once
+            raise KeyboardInterrupt
+        self.asked = min(self.asked, time.monotonic())
+
+    def __call__(self, ranks: Ranks) -> bool:
+        """True on every process as soon as one was asked to stop."""
+        asked = self.asked < math.inf
+        if ranks.world > 1:
+            asked = bool(mean_over_ranks(torch.tensor(float(asked), device=ranks.device)) > 0)
+        return asked
+
+
+class Ema(nn.Module):
+    """A running average of a model's weights and buffers, which is what gets evaluated.
+
+    average ← d·average + (1 − d)·model,  d = decay·(1 − exp(−updates/warmup)): early averages forget quickly.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, warmup: int):
+        super().__init__()
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay, self.warmup = decay, warmup
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        self.updates += 1
+        keep = self.decay * (1 - math.exp(-int(self.updates) / max(1, self.warmup)))
+        mine, new = self.module.state_dict(), model.state_dict()
+        floating = [name for name, value in new.items() if value.is_floating_point()]
+        torch._foreach_lerp_([mine[name] for name in floating], [new[name] for name in floating], 1 - keep)
+        for name in new.keys() - set(floating):
+            mine[name].copy_(new[name])
+
+
+def make_folder(path: Path) -> Path:
+    """The folder, made if need be. Raises UserError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error}; choose another with --out") from None
+    return path
+
+
+@contextlib.contextmanager
+def goes_on(path: Path) -> Iterator[None]:
+    """A file that cannot be written in the middle of a run is a warning: the disk may have room again later."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        print(f"warning: {path} is not written: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+class RunFolder:
+    """A run folder: config.json, log.jsonl, curves.png, predictions.png, last.pt, best.pt. Only rank 0 writes.
+
+    Raises UserError if the folder cannot be written, or holds a run that is not the one to resume.
+    """
+
+    def __init__(self, method: str, config: Any, args: argparse.Namespace, ranks: Ranks):
+        self.writes = ranks.rank == 0
+        name = f"{method}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        last = find_last(args.resume)
+        self.path = Path(args.out) if args.out else last.parent if args.resume else Path("runs") / name
+        self.header = dict(method=method, preset=args.preset, config=asdict(config))
+        self.rows: list[dict] = args.saved["rows"] if args.resume else []
+        self.last_save = time.monotonic()
+        if self.writes:
+            make_folder(self.path)
+            if (self.path / "last.pt").exists() and not (args.resume and last.parent.samefile(self.path)):
+                raise UserError(f"{self.path} holds another run: go on with --resume {self.path}, or choose "
+                                "another --out")
+            # without the rows that a killed run wrote after its last checkpoint: it will write them again
+            self._write("log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows), "w")
+            self._write("config.json", json.dumps(self.header, indent=1) + "\n", "w")
+        self.bad = {row["bad"] for row in self.rows if "bad" in row}
+
+    def _write(self, name: str, text: str, mode: str) -> None:
+        with goes_on(self.path / name), open(self.path / name, mode, encoding="utf-8") as file:
+            file.write(text)
+
+    def log(self, **row: float | int | str) -> None:
+        """Append one row to log.jsonl; values are plain numbers and text."""
+        self.rows.append(row)
+        if self.writes:
+            self._write("log.jsonl", json.dumps(row) + "\n", "a")
+
+    def say(self, text: str) -> None:
+        if self.writes:
+            tqdm.write(text)
+
+    def bad_files(self, messages: Iterable[str]) -> None:
+        """Name each unreadable file once, on the screen and in log.jsonl."""
+        for message in dict.fromkeys(messages):
+            if message not in self.bad:
+                self.bad.add(message)
+                tqdm.write(f"bad file ({len(self.bad)} so far): {message}")
+                self.log(step=self.rows[-1]["step"] if self.rows else 0, bad=message)
+
+    def not_finite(self, what: str, step: int, images: list) -> UserError:
+        """The error that ends a run whose numbers are not finite."""
+        last = self.path / "last.pt"
+        return UserError(f"{what} not finite at step {step}, images {images}: try --amp no or a lower --lr"
+                         + f"; {last} is from before" * last.exists())
+
+    def save_is_due(self, seconds: float = 600) -> bool:
+        """True when the last save is long ago, so that a crash costs minutes; only ever on the writing process."""
+        return self.writes and time.monotonic() - self.last_save > seconds
+
+    def draw(self, data: Any, predictions: list) -> None:
+        """curves.png of the log, predictions.png of the first images of a dataset with people."""
+        if self.writes:
+            with goes_on(self.path / "curves.png"):
+                draw.plot_curves([row for row in self.rows if "bad" not in row], self.path / "curves.png")
+            with goes_on(self.path / "predictions.png"):
+                draw.draw_predictions(data, predictions, count=12).save(self.path / "predictions.png")
+
+    def save(self, name: str, **content: Any) -> None:
+        """Raises UserError; the file from before is then intact."""
+        if self.writes:
+            save_checkpoint(self.path / name, {**self.header, "rows": self.rows, **content})
+            self.last_save = time.monotonic()
+
+    def try_save(self, name: str, **content: Any) -> None:
+        """As `save`, in the middle of a run: a full disk is said, and the run goes on."""
+        with goes_on(self.path / name):
+            self.save(name, **content)
+
+
+class Loop:
+    """Where a run stands, what its checkpoints hold, and its folder.
+
+    cfg has epochs, accum, seed, workers, amp, clip and eval_every. Each process has a Loop of its own, and calls its
+    methods in step with the others. Without `ema` the model itself is evaluated.
+    Raises UserError when the checkpoint to resume does not fit or the folder cannot be written.
+    """
+
+    def __init__(self, method: str, cfg: Any, args: argparse.Namespace, ranks: Ranks, data: PoseDataset,
+                 held_out: PoseDataset, model: nn.Module, optimizer: torch.optim.Optimizer,
+                 ema: Ema | None = None):
+        self.cfg, self.ranks, self.held_out, self.skeleton = cfg, ranks, held_out, data.skeleton.to_dict()
+        self.model, self.optimizer, self.ema = model, optimizer, ema
+        fp16 = cfg.amp == "fp16" and ranks.device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=fp16)
+        self.at = dict(epoch=0, done=0, step=0, best=-math.inf)     # done: optimiser steps of this epoch
+        average = {} if ema is None else dict(ema=ema)
+        self.parts = dict(model=model) | average | dict(optimizer=optimizer, scaler=self.scaler)
+        if args.saved:
+            restore(self.parts, args.saved)
+            self.at = {name: args.saved[name] for name in self.at}
+        self.folder = RunFolder(method, cfg, args, ranks)
+        args.saved = None                                           # its memory is ours again
+        self.folder.say(f"{data.report()}\n{held_out.report()}\nwriting to {self.folder.path}")
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps so far."""
+        return self.at["step"]
+
+    @property
+    def last(self) -> bool:
+        """Whether this is the last epoch."""
+        return self.at["epoch"] + 1 == self.cfg.epochs
+
+    def plan(self, count: int, micro: int) -> int:
+        """Optimiser steps of the whole run, with `count` items per epoch and `micro` per forward pass and process."""
+        self.micro = micro
+        return self.cfg.epochs * len(self._epoch_batches(count)) // self.cfg.accum
+
+    def _epoch_batches(self, count: int) -> list[list[int]]:
+        return epoch_batches(count, self.micro, self.cfg.accum, self.cfg.seed, self.at["epoch"], self.ranks)
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs to go. After the body of the `for` the epoch is done and last.pt is saved; a `return` from within
+        the body leaves it as it is. Ctrl-C is from now on a question, see `stops`."""
+        self.asked, epochs = Stopper(), self.cfg.epochs
+        if self.at["epoch"] >= epochs:
+            self.folder.say(f"all {epochs} epochs are done; --epochs {2 * epochs} would go on")
+        for epoch in range(self.at["epoch"], epochs):
+            yield epoch
+            self.folder.bad_files(gather_lists([*self.folder.bad, *self.held_out.bad]))
+            self.at.update(epoch=epoch + 1, done=0)
+            self.save_last(must=epoch + 1 == epochs)                # at the very end a full disk is an error
+
+    def batches(self, items: Dataset | list, join: Callable = torch.stack) -> Iterator[tuple]:
+        """This process's micro-batches that the epoch still has; `join` makes a batch of an item's first column.
+
+        Before each the seed is set from (seed, epoch, its number, rank).
+        """
+        batches, first = self._epoch_batches(len(items)), self.at["done"] * self.cfg.accum
+        loader = train_loader(items, batches[first:], self.cfg.workers, self.ranks, join)
+        self.bar = tqdm(loader, f"epoch {self.at['epoch'] + 1}/{self.cfg.epochs}", len(batches), initial=first,
+                        disable=self.ranks.rank > 0, dynamic_ncols=True)
+        self.seen = []                                              # ids of the images of this optimiser step
+        for self.number, batch in enumerate(self.bar, first):
+            seed_all(self.cfg.seed, self.at["epoch"], self.number, self.ranks.rank)
+            yield batch
+
+    def set_lr(self, factor: float) -> None:
+        """Every group of the optimiser learns at `factor` times its `initial_lr`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+    @contextlib.contextmanager
+    def naming(self, ids: list, skipped: list[list[str]]) -> Iterator[None]:
+        """Say which files were skipped for a micro-batch. A FloatingPointError in the block becomes a UserError that
+        names the images of this optimiser step."""
+        self.folder.bad_files(sum(skipped, []))
+        self.seen += ids
+        try:
+            yield
+        except FloatingPointError as error:
+            raise self.folder.not_finite(str(error), self.step, self.seen) from None
+
+    def update(self) -> bool:
+        """After the last micro-batch of an optimiser step: clip the gradient, take the step, and True.
+
+        Raises UserError when the gradient is not finite.
+        """
+        if (self.number + 1) % self.cfg.accum:
+            return False
+        self.scaler.unscale_(self.optimizer)
+        self.norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip)
+        if not (self.norm.isfinite() or self.scaler.is_enabled()):  # a scaler leaves such steps out by itself
+            raise self.folder.not_finite("the gradient", self.step, self.seen)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.model)
+        self.at.update(step=self.step + 1, done=self.at["done"] + 1)
+        self.seen = []
+        return True
+
+    def log(self, losses: dict[str, Tensor], names: Iterable[str]) -> None:
+        """Every 20th step: the loss, those of its terms, the gradient's norm and the rate of the last group."""
+        if self.step % 20:                                          # reading numbers makes a GPU wait
+            return
+        shown = dict(loss=sum(losses.values()).item()) | {name: losses[name].item() for name in names}
+        self.folder.log(step=self.step, epoch=self.at["epoch"], **shown, grad_norm=float(self.norm),
+                     lr=self.optimizer.param_groups[-1]["lr"])
+        self.bar.set_postfix({name.removeprefix("loss_"): f"{value:.3g}" for name, value in shown.items()})
+
+    def stops(self) -> bool:
+        """Whether somebody asked to stop; everything is saved then, as it is whenever the last time was long ago."""
+        if self.asked(self.ranks):
+            self.save_last(must=True)
+            self.folder.say(f"stopped and saved; go on with --resume {self.folder.path}")
+            return True
+        if self.folder.save_is_due():
+            self.save_last()
+        return False
+
+    def evaluates(self) -> bool:
+        """Whether an evaluation follows: every `eval_every` epochs and after the last."""
+        due = self.last or (self.at["epoch"] + 1) % self.cfg.eval_every == 0
+        if due:
+            self.save_last()                                        # a kill while evaluating costs nothing
+            share_buffers(self.model if self.ema is None else self.ema)
+        return due
+
+    def record(self, table: dict[str, float], predictions: list[Prediction], about: str = "") -> None:
+        """The metrics on the screen and in log.jsonl, best.pt if it is the best so far, the pictures."""
+        score = table.get("Mean", table.get("AP"))                  # PoseTrack's, else OKS
+        self.folder.log(step=self.step, epoch=self.at["epoch"], **table)
+        self.folder.say(f"epoch {self.at['epoch'] + 1}{about}\n{metrics.format_table(table)}")
+        if score > self.at["best"]:
+            self.at["best"] = score
+            best = self.model if self.ema is None else self.ema.module
+            self.folder.try_save("best.pt", **self.at, skeleton=self.skeleton, model=best.state_dict(), metrics=table)
+        self.folder.draw(self.held_out, predictions)
+
+    def save_last(self, must: bool = False) -> None:
+        """last.pt, to resume from. With `must` it raises UserError when the disk is full, else that is a warning."""
+        save = self.folder.save if must else self.folder.try_save
+        save("last.pt", **self.at, skeleton=self.skeleton, **states(self.parts))
+
+
+class Run:
+    """Where a training stands, what its checkpoints hold, and its folder.
+
+    parts: what a checkpoint keeps, by name: model, optimizer, scaler, and `ema` if an average is what is evaluated.
+    Each process has a Run of its own and calls its methods in step with the others.
+    Raises UserError when the checkpoint to resume does not fit or the folder cannot be written.
+    """
+
+    def __init__(self, method: str, cfg: RunConfig, args: argparse.Namespace, ranks: Ranks, data: PoseDataset,
+                 held_out: PoseDataset, parts: dict):
+        self.cfg, self.ranks, self.held_out, self.parts = cfg, ranks, held_out, parts
+        self.skeleton, self.micro = data.skeleton.to_dict(), micro_batch(cfg, ranks)
+        self.at = dict(epoch=0, done=0, step=0, best=-math.inf)     # done: optimiser steps of this epoch
+        if args.saved:
+            restore(parts, args.saved)
+            self.at = {name: args.saved[name] for name in self.at}
+        self.folder = RunFolder(method, cfg, args, ranks)
+        args.saved = None                                           # its memory is ours again
+        self.folder.say(f"{data.report()}\n{held_out.report()}\nwriting to {self.folder.path}")
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps so far."""
+        return self.at["step"]
+
+    @property
+    def last(self) -> bool:
+        """Whether this is the last epoch."""
+        return self.at["epoch"] + 1 == self.cfg.epochs
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs to go. After the body of the `for` the epoch is done and last.pt is saved; a `return` from within
+        the body leaves it as it is. Ctrl-C is from now on a question, see `stepped`."""
+        self.asked, epochs = Stopper(), self.cfg.epochs
+        if self.at["epoch"] >= epochs:
+            self.folder.say(f"all {epochs} epochs are done; --epochs {2 * epochs} would go on")
+        for epoch in range(self.at["epoch"], epochs):
+            yield epoch
+            self.folder.bad_files(gather_lists([*self.folder.bad, *self.held_out.bad]))
+            self.at.update(epoch=epoch + 1, done=0)
+            self.save_last(must=epoch + 1 == epochs)                # at the very end a full disk is an error
+
+    def batches(self, items: Dataset | list, join: Callable = torch.stack) -> Iterator[tuple]:
+        """This process's micro-batches that the epoch still has, without the last two columns of the items: an
+        image's id, and why files were skipped on the way to it. `join` makes a batch of their first column.
+
+        `steps` is from now on how many optimiser steps the whole run has. Before each batch the seed is set from
+        (seed, epoch, its number, rank).
+        """
+        cfg, epoch = self.cfg, self.at["epoch"]
+        batches = epoch_batches(len(items), self.micro, cfg.accum, cfg.seed, epoch, self.ranks)
+        self.steps, first = cfg.epochs * len(batches) // cfg.accum, self.at["done"] * cfg.accum
+        loader = train_loader(items, batches[first:], cfg.workers, self.ranks, join)
+        self.bar = tqdm(loader, f"epoch {epoch + 1}/{cfg.epochs}", len(batches), initial=first,
+                        disable=self.ranks.rank > 0, dynamic_ncols=True)
+        self.seen = []                                              # ids of the images of this optimiser step
+        for self.number, (*columns, ids, skipped) in enumerate(self.bar, first):
+            self.folder.bad_files(sum(skipped, []))
+            self.seen += ids
+            seed_all(cfg.seed, epoch, self.number, self.ranks.rank)
+            yield tuple(columns)
+
+    def more_micro_batches(self) -> bool:
+        """Whether gradients are still to be added up before the optimiser's step."""
+        return (self.number + 1) % self.cfg.accum > 0
+
+    def stepped(self, losses: dict[str, Tensor], norm: Tensor, shown: Iterable[str] = ()) -> bool:
+        """After an optimiser step: check its numbers, count it, log every 20th, save when that is due.
+
+        losses: terms by name, weighted; norm: the gradient's, before it was clipped; shown: the terms to log, all
+        without it. Returns whether somebody asked to stop: everything is saved then.
+        Raises UserError, which names the terms and the images, where a number is not finite: what was saved before is
+        intact. A GradScaler has then left the step out, and tries again with a smaller scale as long as it can.
+        """
+        finite = torch.stack([*losses.values(), norm]).isfinite().tolist()          # one wait for the GPU
+        scaler = self.parts["scaler"]
+        if not all(finite) and not (scaler.is_enabled() and scaler.get_scale() >= 1):
+            names = [name for name, good in zip([*losses, "the gradient"], finite) if not good]
+            raise self.folder.not_finite(", ".join(names[:5]), self.step, self.seen)
+        self.at.update(step=self.step + 1, done=self.at["done"] + 1)
+        self.seen = []
+        if self.step % LOG_EVERY == 0:
+            terms = dict(loss=sum(losses.values()).item()) | {name: losses[name].item() for name in shown or losses}
+            self.folder.log(step=self.step, epoch=self.at["epoch"], **terms, grad_norm=float(norm),
+                            lr=self.parts["optimizer"].param_groups[-1]["lr"])
+            self.bar.set_postfix({name.removeprefix("loss_"): f"{value:.3g}" for name, value in terms.items()})
+        if self.asked(self.ranks):
+            self.save_last(must=True)
+            self.folder.say(f"stopped and saved; go on with --resume {self.folder.path}")
+            return True
+        if self.folder.save_is_due():
+            self.save_last()
+        return False
+
+    def evaluates(self) -> bool:
+        """Whether an evaluation follows: every `eval_every` epochs and after the last."""
+        due = self.last or (self.at["epoch"] + 1) % self.cfg.eval_every == 0
+        if due:
+            self.save_last()                                        # a kill while evaluating costs nothing
+            share_buffers(self.parts.get("ema", self.parts["model"]))
+        return due
+
+    def record(self, table: dict[str, float], predictions: list[Prediction], about: str = "") -> None:
+        """The metrics on the screen and in log.jsonl, best.pt if it is the best so far, the pictures."""
+        score = table.get("Mean", table.get("AP"))                  # PoseTrack's, else OKS
+        self.folder.log(step=self.step, epoch=self.at["epoch"], **table)
+        self.folder.say(f"epoch {self.at['epoch'] + 1}{about}\n{metrics.format_table(table)}")
+        if score > self.at["best"]:
+            self.at["best"] = score
+            best = self.parts["ema"].module if "ema" in self.parts else self.parts["model"]
+            self.folder.try_save("best.pt", **self.at, skeleton=self.skeleton, model=best.state_dict(), metrics=table)
+        self.folder.draw(self.held_out, predictions)
+
+    def save_last(self, must: bool = False) -> None:
+        """last.pt, to resume from. With `must` it raises UserError when the disk is full, else that is a warning."""
+        save = self.folder.save if must else self.folder.try_save
+        save("last.pt", **self.at, skeleton=self.skeleton, **states(self.parts))
