@@ -2,34 +2,26 @@
 
 Idea     One query per person. A query is K+1 tokens: one for the person, one for each keypoint. A decoder
          moves the keypoints in small steps, each step a probability distribution over offsets, and judges
-         its own result by looking at the picture under the predicted keypoints. No boxes, no NMS.
+         its own result by looking at the image under the predicted keypoints. No boxes, no NMS.
 Flow     image (B,3,H,W) → HGNetv2 → maps of stride 8, 16, 32 → HybridEncoder → memory (B,N,C)
-         → QuerySelection: the Q best cells → poses (B,Q,K,2) → Decoder ×D → poses, scores (B,Q,2)
-Read     QuerySelection (Sec. 3.2) → DecoderLayer, Decoder (Sec. 3.3) → PoseLQE (Sec. 3.3.1)
-         → draw_noise, disturb (Sec. 3.1, eq. 1-4) → denoising_queries → match → vfl_loss (eq. 5) → train
+         → QuerySelection: the Q best cells → poses (B,Q,K,2) → Decoder, D layers → poses, scores (B,Q,2)
+Read     noisy_pose (Sec. 3.1, eq. 1-4) → QuerySelection (Sec. 3.2) → DecoderLayer, Decoder (Sec. 3.3)
+         → PoseLQE (Sec. 3.3.1) → DETRPose.forward → ksvf_loss (Sec. 3.4, eq. 5) → criterion → train (Sec. 4.1)
 Letters  B images  Q person queries  K keypoints  T = K+1 tokens of a person, the person's own first
-         N memory cells  C channels  M heads  L levels  P points per level  D decoder layers  G groups
+         N memory cells  C channels  M heads  L levels  P sampling points per level  D decoder layers
+         G denoising groups  R people of a batch, each as often as it has noisy copies
+         κ = 2σ how loosely a keypoint is placed (OKS)  s² = area of the person  KS similarity of one keypoint
 Units    xy in [0,1] of the network's input image, x first; names ending in _px are pixels; boxes cxcywh
-Departs  from the paper, as the release does, because the released weights need it:
-         Sec. 3.3    the position of a token is added to the token itself and stays there (DecoderLayer)
-         Sec. 3.3    the norm after cross-attention is a gate (Gateway)
-         Sec. 3.3.1  Pose-LQE takes four values and their mean, and has two layers (PoseLQE)
-         eq. 1-4     −ln KS is uniform, not KS; max(H, W) for √(wh) (draw_noise, disturb)
-         eq. 5       q is the OKS of the person, not of a keypoint (vfl_loss)
-Departs  from the release, where it slipped; `--as_released` goes back for the first two:
-         eq. 2       its noise always points right and down and is often half an image long, because a norm is taken
-                     over the wrong axis; ours is a unit vector in a random direction (disturb)
-         Sec. 3.1    it takes (cx, cy, w, h) for corners; ours is the centre of the box (denoising_queries)
-         Sec. 3.1    a batch without people crashes it; ours has no denoising queries then
-         Sec. 4.1    it adds the gradients of micro-batches; ours averages them (clipping hides the difference)
-         start       sampling points of preset n start on rays (DeformableAttention); `--init` takes the average of a
-                     D-FINE checkpoint; `--mean_pose` and `--heatmap_weight` are ours, to train from nothing
+Tables   at the end of the main text: equation → function, the rows of the paper's Table 4, departures from
+         paper and release
 
     python detrpose.py                                  what each preset is: parameters, GFLOPs
     python detrpose.py --train                          learn the embedded puppets on this machine
     python detrpose.py --train --data data/coco --preset l --init dfine-l-obj365
     python eval.py detrpose-l --images photo.jpg        the authors' weights on your photo
 """
+from __future__ import annotations
+
 import copy
 import math
 import re
@@ -45,78 +37,64 @@ from einops import rearrange, repeat
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import metrics, transforms, weights
-from common.cli import check_choice, check_range, launch, parse, parse_numbers, resolve, run_main
+from common.cli import RunConfig, check_choice, check_range, resolve, run_method
 from common.datasets import PoseDataset
 from common.errors import UserError
-from common.predict import predict_all
-from common.ranks import AMP, Ranks, autocast, distribute, init_ranks, mean_over_ranks, micro_batch, rank_zero_first, seed_all
-from common.records import Prediction, Sample
-from common.run import Ema, Loop, check_finite
-from common.splits import open_splits
-from common.weights import count_parameters
 from common.heatmaps import CellHeatmaps, people_heatmap_loss
+from common.nets.resnet import FrozenBatchNorm
+from common.oks import similarity_of
+from common.predict import predict_all
+from common.ranks import Ranks, autocast, distribute, init_ranks, mean_over_ranks, rank_zero_first, seed_all
+from common.records import People, Prediction, Sample, gather_people
+from common.run import Ema, Run
 from common.skeletons import Skeleton, get_skeleton
+from common.splits import open_splits
+from common.tables import Row, Table
 from kernels.deform_attn import deform_attn
 
 # ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. -----------
 
-# (channels in the stem, out of the stem), then per stage (in, middle, out, blocks, layers per block)
-BACKBONES = {
-    "B0": ((16, 16), [(16, 16, 64, 1, 3), (64, 32, 256, 1, 3), (256, 64, 512, 2, 3), (512, 128, 1024, 1, 3)]),
-    "B2": ((24, 32), [(32, 32, 96, 1, 4), (96, 64, 384, 1, 4), (384, 128, 768, 3, 4), (768, 256, 1536, 1, 4)]),
-    "B4": ((32, 48), [(48, 48, 128, 1, 6), (128, 96, 512, 1, 6), (512, 192, 1024, 3, 6), (1024, 384, 2048, 1, 6)]),
-    "B5": ((32, 64), [(64, 64, 128, 1, 6), (128, 128, 512, 2, 6), (512, 256, 1024, 5, 6), (1024, 512, 2048, 2, 6)]),
-}
-
 
 @dataclass(frozen=True)
-class Config:
-    # model (Sec. 3, Table 1)
-    backbone: str = "B4"           # HGNetv2 size: B0, B2, B4, B5
+class Config(RunConfig):
+    # model (Sec. 3; numbers without a source are the release's)
+    backbone: str = "B4"           # HGNetv2 size (Table 1): B0, B2, B4, B5
     lab: bool = False              # learnable affine block after each activation of the backbone
-    frozen_norm: bool = True       # backbone norms keep their ImageNet statistics; off to train from nothing
     levels: int = 3                # L, feature maps used: the backbone's coarsest ones
-    dim: int = 256                 # C, channels of encoder and decoder
+    dim: int = 256                 # C, channels of encoder and decoder (Table 1)
     heads: int = 8                 # M, attention heads; divides dim
     encoder_ffn: int = 1024        # hidden width of the encoder's transformer layer
-    expansion: float = 1.0         # width of the fusion blocks, relative to dim
+    expansion: float = 1.0         # width of the encoder's fusion blocks, relative to dim
     depth: int = 3                 # re-parameterised convolutions per fusion block
-    layers: int = 6                # D, decoder layers
+    layers: int = 6                # D, decoder layers (Table 1)
     decoder_ffn: int = 1024        # hidden width of a decoder layer
     points: int = 4                # P, sampling points per head and level
-    reg_scale: float = 4.0         # a of the offset distribution (FDR); larger means finer steps
-    queries: int = 60              # Q, people at most (Table 4: row 1 has 100)
-    size: int = 640                # side of the square network input, pixels
-    # ablations (Table 4)
-    pose_denoising: bool = True    # noisy copies of the true poses as extra queries (row 3 adds them)
-    fdr: bool = True               # fine-grained distribution refinement heads; off: offsets (row 4 adds it)
-    ksvf: bool = True              # keypoint-similarity varifocal loss; off: focal loss (row 5 adds it)
-    ksvf_from: int = 0             # first epoch with it; to train from nothing, epochs of focal loss come before
-    pose_lqe: bool = True          # scores look at the image under the predicted keypoints (row 6 adds it)
-    mean_pose: bool = False        # first poses start as the training set's mean pose, not as a point
-    init: str = "dfine-l-obj365"   # start weights: file or name, DETRPose, D-FINE or HGNetv2 (row 7 adds D-FINE)
-    as_released: bool = False      # train with the released code's noise (see Departs above)
+    reg_scale: float = 4.0         # 1/c of D-FINE's offset distribution; larger means finer steps
+    queries: int = 60              # Q, people at most (Sec. 4.3; Table 4: its first row has 100)
+    size: int = 640                # side of the square network input, pixels (Sec. 4.1)
+    # the paper's ablations (Table 4); all of them are on in the paper's model
+    pose_denoising: bool = True    # noisy copies of the true poses as extra queries (Sec. 3.1; row 3 adds them)
+    fdr: bool = True               # distribution heads and pre-pose (Sec. 3.3; row 4 adds them); off: plain offsets
+    ksvf: bool = True              # keypoint similarity varifocal loss (eq. 5; row 5 adds it); off: focal loss
+    pose_lqe: bool = True          # scores look at the image under the pose (Sec. 3.3.1; row 6 adds it)
+    init: str = "dfine-l-obj365"   # start weights: file or name, DETRPose, D-FINE (row 7 adds it) or HGNetv2
     dn_queries: int = 20           # positive denoising queries per image, shared among its people
-    score_weight: float = 2.0      # weight of the score's loss; the keypoints' L1 has 10 and OKS has 4
-    heatmap_weight: float = 0.0    # of a loss that asks the encoder's finest map for heatmaps of all people; ours
-    # optimisation (Sec. 4.1)
+    as_released: bool = False      # the released code's noise, see `released_direction`
+    # optimisation (Sec. 4.1: lr, batch; Table 1: epochs; the rest is the release's)
     epochs: int = 52               # passes over the training images
     batch: int = 16                # images per optimiser step, over all GPUs and micro-batches
-    accum: int = 1                 # micro-batches per optimiser step
     lr: float = 1e-4               # learning rate
     lr_backbone: float = 1e-5      # learning rate of the backbone
     weight_decay: float = 1e-4     # AdamW, on every parameter
-    schedule: str = "constant"     # constant or cosine
-    warmup: int = 0                # optimiser steps of linear warm-up
     drop_epoch: int = 0            # learning rate ×0.1 from this epoch on; 0: never
     clip: float = 0.1              # largest L2 norm of the gradient
     ema: float = 0.9999            # decay of the weight average that is evaluated
     ema_warmup: int = 2000         # optimiser steps over which the decay grows to that
-    amp: str = "no"                # no, bf16 or fp16 (old GPUs); a CPU always runs float32
-    # augmentation (Sec. 4.1, numbers of the release)
+    # augmentation (Sec. 4.1 names it; numbers of the release)
     multiscale: int = 4            # input side 0.75 to 1.25 of size per batch; so many tickets for size itself, 0: off
     jitter: float = 0.5            # probability of a change of colours
     zoom_out: float = 0.5          # probability of black borders around the image
@@ -124,29 +102,29 @@ class Config:
     aug_from: int = 5              # first epoch with zoom-out and mosaic
     mosaic_until: int = 28         # first epoch without mosaic
     aug_until: int = 48            # first epoch without zoom-out and multi-scale
-    # files and machine
-    data: str = "puppets"          # puppets (made on first use) or a folder in COCO or CrowdPose layout
-    sigmas: str = ""               # OKS sigmas of your own keypoints, e.g. 0.03,0.08,0.08
-    processes: int = 1             # training processes when there is no GPU and no torchrun
-    workers: int = 4               # image loading processes per GPU; 0: none
-    eval_every: int = 1            # epochs between evaluations
-    eval_batch: int = 32           # images per evaluation batch
-    seed: int = 0                  # all random numbers follow from it
+    # aids to learn from nothing: ours, not the paper's; the presets of the paper do without them
+    frozen_norm: bool = True       # off: the backbone's norms learn, for they have no ImageNet statistics to keep
+    ksvf_from: int = 0             # first epoch with eq. 5, which rewards a cell by an OKS that is 0 at first
+    score_weight: float = 2.0      # weight of the score's loss (release: 2)
+    mean_pose: bool = False        # first poses start as the training set's mean pose, not as a point
+    heatmap_weight: float = 0.0    # of an auxiliary loss that asks the encoder's finest map for heatmaps
+    schedule: str = "constant"     # constant or cosine
+    warmup: int = 0                # optimiser steps of linear warm-up
 
     def __post_init__(self):
         """Raises UserError for values that no run could use."""
-        check_choice(self, backbone=BACKBONES, schedule=("constant", "cosine"), amp=AMP)
+        super().__post_init__()
+        check_choice(self, backbone=("B0", "B2", "B4", "B5"), schedule=("constant", "cosine"))
         check_range(self, 1, 4, "levels")
-        check_range(self, 1, math.inf, "dim heads encoder_ffn depth layers decoder_ffn points queries "
-                            "dn_queries size epochs batch accum processes eval_every eval_batch")
+        check_range(self, 1, math.inf, "dim heads encoder_ffn depth layers decoder_ffn points queries dn_queries size "
+                    "epochs batch")
         check_range(self, 1e-6, math.inf, "expansion reg_scale lr clip")
-        check_range(self, 0, math.inf, "lr_backbone weight_decay warmup drop_epoch ema_warmup "
-                            "multiscale aug_from mosaic_until aug_until workers seed ksvf_from score_weight "
-                            "heatmap_weight")
+        check_range(self, 0, math.inf, "lr_backbone weight_decay warmup drop_epoch ema_warmup multiscale aug_from "
+                    "mosaic_until aug_until ksvf_from score_weight heatmap_weight")
         check_range(self, 0, 1, "ema jitter zoom_out mosaic")
         if self.dim % (2 * self.heads) or self.dim % 4:
             raise UserError(f"--dim {self.dim} does not split over {self.heads} heads: choose a multiple of "
-                                    f"{math.lcm(4, 2 * self.heads)}")
+                            f"{math.lcm(4, 2 * self.heads)}")
         if self.size % 32:
             raise UserError(f"--size {self.size}: expected a multiple of 32")
         if self.expansion * self.dim < 2:
@@ -156,23 +134,23 @@ class Config:
 
 
 def _presets() -> dict[str, Config]:
-    s = Config("B0", lab=True, dim=256, expansion=0.5, depth=1, layers=3, epochs=100, lr_backbone=1e-4,
+    """Table 1 and the release's configurations."""
+    s = Config(backbone="B0", lab=True, expansion=0.5, depth=1, layers=3, epochs=100, lr_backbone=1e-4,
                multiscale=20, mosaic_until=52, aug_until=96, init="dfine-s-obj365")
     n = replace(s, levels=2, dim=128, encoder_ffn=512, expansion=0.34, depth=2, decoder_ffn=512, points=6,
                 epochs=160, multiscale=0, mosaic_until=82, aug_until=156, init="dfine-n-coco")
     m = replace(s, backbone="B2", expansion=1.0, depth=2, layers=4, epochs=64, lr_backbone=1e-5, drop_epoch=15,
                 multiscale=6, mosaic_until=34, aug_until=60, init="dfine-m-obj365")
     l = Config(accum=2)
-    x = Config("B5", dim=384, encoder_ffn=2048, reg_scale=8.0, lr_backbone=5e-5, init="dfine-x-obj365")
-    # To train from nothing in minutes: the focal loss first, because eq. 5 rewards a cell by an OKS that is 0 until the
-    # poses are good; more weight on the scores; heatmaps on the side, from which all cells learn at once; no denoising,
-    # whose noise is finer than what is learned in that time.
+    x = Config(backbone="B5", dim=384, encoder_ffn=2048, reg_scale=8.0, lr_backbone=5e-5, init="dfine-x-obj365")
+    # minutes on a laptop, from nothing: small everything, all the aids; no denoising, whose noise is finer than what is
+    # learned in that time
     tiny = replace(s, init="", lab=False, frozen_norm=False, dim=96, heads=4, encoder_ffn=192, decoder_ffn=192,
                    points=2, queries=10, size=128, ksvf_from=2, score_weight=8.0, heatmap_weight=2.0, mean_pose=True,
                    pose_denoising=False, dn_queries=4, epochs=8, batch=16, lr=1e-3, lr_backbone=1e-3,
                    schedule="cosine", warmup=60, clip=1.0, ema=0.995, ema_warmup=100, multiscale=0, jitter=0.0,
                    mosaic=0.0, zoom_out=0.0, processes=2, workers=0, eval_every=4, eval_batch=50)
-    crowd = dict(lr_backbone=1e-5, accum=2)                # as released
+    crowd = dict(lr_backbone=1e-5, accum=2)
     return {"tiny": tiny, "n": n, "s": s, "m": m, "l": l, "x": x,
             "n-crowdpose": replace(n, **crowd, epochs=284, mosaic_until=136, aug_until=264),
             "s-crowdpose": replace(s, **crowd, epochs=176, mosaic_until=82, aug_until=156),
@@ -183,22 +161,914 @@ def _presets() -> dict[str, Config]:
 
 PRESETS: dict[str, Config] = _presets()
 
-# ---- Backbone: HGNetv2 --------------------------------------------------------------------------------------
+# ---- Pose denoising (Sec. 3.1): true poses, disturbed, as extra queries with a known answer -----------------
+#
+# The decoder has to move a disturbed pose back to where it came from, with no doubt about which person is meant, and to
+# tell a slightly disturbed pose (positive) from a badly disturbed one (negative). At inference there are none.
+
+Pairs = tuple[Tensor, Tensor, Tensor]      # (image, query, person) of one length; `person` counts through the batch
 
 
-class FrozenBatchNorm(nn.Module):
-    """Batch norm whose statistics and scale are constants:  y = w (x − mean) / √(var + ε) + b."""
+class Noise(NamedTuple):
+    """All random numbers of R noisy poses; rows: half-group by half-group, people in image order."""
+    relabel: Tensor        # (R,) bool: whose label is replaced
+    labels: Tensor         # (R,) the labels then used
+    direction: Tensor      # (R, K, 2) n⃗ of eq. 2
+    ks: Tensor             # (R, K) keypoint similarity to the true keypoint: (0.5, 1) positives, (0.1, 0.5) negatives
 
-    def __init__(self, channels: int):
+
+LABELS = 80                # size of D-FINE's label embedding, kept by the release
+
+
+def draw_noise(half_groups: int, people: int, keypoints: int, device: torch.device, as_released: bool) -> Noise:
+    """Draws for `half_groups` (positive, negative, positive, ...) copies of `people` poses.
+
+    Departs from the paper: as released −ln KS is uniform; the paper draws KS itself, U(0.5, 1) and U(0.1, 0.5).
+    """
+    rows = half_groups * people
+    negative = torch.arange(half_groups, device=device).repeat_interleave(people) % 2 == 1
+    u = torch.rand(rows, keypoints, device=device)
+    ks = torch.where(negative[:, None], 0.5 * 0.2 ** u, 0.5 ** u)
+    angle = 2 * math.pi * torch.rand(rows, keypoints, device=device)
+    direction = torch.stack([angle.cos(), angle.sin()], -1)                             # n⃗, a unit vector (eq. 2)
+    if as_released:
+        direction = released_direction(torch.rand(rows, keypoints + 1, 2, device=device))
+    relabel, labels = torch.rand(rows, device=device) < 0.25, torch.randint(0, LABELS, (rows,), device=device)
+    return Noise(relabel, labels, direction, ks)
+
+
+def released_direction(draws: Tensor) -> Tensor:
+    """What the release takes for n⃗: draws (R, T, 2) over their norm of order −1 along the tokens, (R, K, 2).
+
+    No unit vector: it points right and down and is dozens long, so that most noisy poses leave the image.
+    """
+    draws = draws.clamp(min=2 ** -24)
+    return (draws * draws.reciprocal().sum(1, keepdim=True))[:, 1:]
+
+
+def noisy_pose(p: Tensor, ks: Tensor, direction: Tensor, kappa: Tensor, area_px: Tensor, side_px: int) -> Tensor:
+    """Keypoints p (R, K, 2) moved so far that their similarity to where they were is ks (R, K).
+
+        KS = exp(−d² / (2 s² κ²))                              similarity at a distance d                 (eq. 1)
+        p̂  = p + α̂ n⃗                                           so d(p, p̂) = α̂                            (eq. 2)
+        α̂² = −2 ln(KS) s² κ²                                   eq. 1 solved for d                         (eq. 3)
+        α̂  = s κ √(−2 ln(KS) w h)                              the same in pixels, where s² w h = area_px  (eq. 4)
+
+    kappa (K,) = 2σ;  area_px (R,) of each person;  side_px turns pixels into fractions.
+    Departs from the paper: side_px is max(H, W) of the input for both axes, as Sec. 3.1 and the release divide.
+    """
+    alpha_px = kappa * (-2 * ks.log() * area_px[:, None]).sqrt()                        # (R, K), eq. 3 and 4
+    return p + (alpha_px / side_px).unsqueeze(-1) * direction                           # eq. 2
+
+
+class Denoising(NamedTuple):
+    content: Tensor        # (B, pad, T, C) tokens of the noisy queries, pad = 2·n_max·G
+    reference: Tensor      # (B, pad, T, 2)
+    blocked: Tensor        # (pad + Q, pad + Q) True where attention across people is forbidden
+    pairs: Pairs           # image, slot, person (of all people of the batch) of the positives
+    groups: int            # G
+
+
+def denoising_mask(n_max: int, groups: int, queries: int, device: torch.device) -> Tensor:
+    """(pad+Q, pad+Q), True = may not look: matching queries never see noisy ones, a group sees only itself and them.
+
+                 key:  pos neg   pos neg   Q            n_max slots in each pos and each neg,
+                       group 1   group 2                one for every person of the fullest image
+        pos, neg   1    ·   ·     ✗   ✗    ·
+        pos, neg   2    ✗   ✗     ·   ·    ·            A noisy query that saw another group, or a matching query that
+        matching   Q    ✗   ✗     ✗   ✗    ·            saw any of them, could copy the answer.
+
+    Departs from the paper: Sec. 3.3 keeps positives, negatives and predictions apart; the release does this.
+    """
+    pad = 2 * n_max * groups
+    group = torch.arange(pad + queries, device=device) // (2 * n_max)
+    group[pad:] = -1                                                       # the matching queries
+    return (group[:, None] != group[None, :]) & (group[None, :] >= 0)
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
+    """Logit of x clamped to [0, 1], finite at both ends: |logit| ≤ ln(1/eps)."""
+    x = x.clamp(0, 1)
+    return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
+
+
+def denoising_queries(people: list[People], image_hw: tuple[int, int], queries: int, label: nn.Embedding,
+                      keypoint: nn.Embedding, sigmas: Tensor, cfg: Config, noise: Noise | None = None
+                      ) -> Denoising | None:
+    """The noisy queries of a batch: G groups, in each a positive and a negative copy of every person.
+
+    Takes    the people of each image, the network input's (height, width), how many matching queries follow, what
+             the tokens of a noisy query start from
+    Returns  None for a batch without people (Departs from the release: it crashes)
+    Departs from the paper: labels are replaced at times (DN-DETR's label noise). The person's reference point is the
+    centre of the true box, also of a negative; Sec. 3.2 has the mean of the keypoints. As released it is not even that
+    centre: (cx, cy, w, h) are taken for corners.
+    """
+    counts, device = [len(one) for one in people], sigmas.device
+    n_max, total = max(counts), sum(counts)
+    if total == 0:
+        return None
+    groups = max(1, cfg.dn_queries // n_max)
+    half_groups = 2 * groups
+    noise = noise or draw_noise(half_groups, total, len(sigmas), device, cfg.as_released)
+
+    true = gather_people(people).take(torch.arange(total, device=device).repeat(half_groups))           # R rows
+    area_px = true.areas * image_hw[0] * image_hw[1] + torch.finfo(torch.float32).eps
+    moved = noisy_pose(true.keypoints, noise.ks, noise.direction, 2 * sigmas, area_px, max(image_hw))
+    noisy = torch.where(true.visible[..., None] > 0, moved, true.keypoints)         # unlabelled ones stay at (0, 0)
+    centre = (true.boxes[:, :2] + true.boxes[:, 2:]) / 2 if cfg.as_released else true.boxes[:, :2]
+    reference = inverse_sigmoid(torch.cat([centre[:, None], noisy], 1)).sigmoid()                       # (R, T, 2)
+    replaced = torch.where(noise.relabel, noise.labels, 1)
+    content = torch.cat([label(replaced)[:, None], repeat(keypoint.weight, "k c -> r k c", r=len(replaced))], 1)
+
+    # row of person j in half-group h → slot h·n_max + j of its image; empty slots look like nothing, in the middle
+    image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device)
+    slot = torch.cat([torch.arange(n) for n in counts]).to(device)
+    half = torch.arange(half_groups, device=device)[:, None]
+    where = (image.repeat(half_groups), (half * n_max + slot).flatten())
+    shape = (len(counts), half_groups * n_max, reference.shape[1])
+    content = content.new_zeros(*shape, content.shape[-1]).index_put(where, content)
+    reference = reference.new_full((*shape, 2), 0.5).index_put(where, reference)
+    positive = (half[::2] * n_max + slot).flatten()
+    pairs = (image.repeat(groups), positive, torch.arange(total, device=device).repeat(groups))
+    return Denoising(content, reference, denoising_mask(n_max, groups, queries, device), pairs, groups)
+
+
+# ---- Query selection (Sec. 3.2) -----------------------------------------------------------------------------
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them; `widths` from input to output."""
+
+    def __init__(self, *widths: int):
         super().__init__()
-        self.eps = 1e-5
-        for name, value in dict(weight=1.0, bias=0.0, running_mean=0.0, running_var=1.0).items():
-            self.register_buffer(name, torch.full((channels,), value))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        return x * scale[:, None, None] + shift[:, None, None]
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x), inplace=True)
+        return self.layers[-1](x)
+
+
+def cell_anchors(shapes: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Centres of all cells of all levels as logits (1, N, 2), and which touch the border (1, N, 1)."""
+    centres = []
+    for height, width in shapes:
+        y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
+        centres.append(torch.stack([(x + 0.5) / width, (y + 0.5) / height], -1).flatten(0, 1))
+    xy = torch.cat(centres)[None]
+    border = ((xy <= 0.01) | (xy >= 0.99)).any(-1, keepdim=True)
+    return (xy / (1 - xy)).log(), border
+
+
+class QuerySelection(nn.Module):
+    """Scores every cell of the memory and turns the Q best into first poses, around the cell's centre.
+
+    Takes    memory (B, N, C) and the levels' shapes
+    Returns  logits (B, Q, 2), keypoints (B, Q, K, 2), index (B, Q) of the chosen cells, best first
+    Border cells are blanked but still compete: their features become LayerNorm's bias, as in the release.
+    """
+
+    def __init__(self, dim: int, keypoints: int, queries: int):
+        super().__init__()
+        self.queries = queries
+        self.project, self.norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
+        self.score = nn.Linear(dim, 2)
+        self.pose = MLP(dim, 2 * dim, 2 * dim, 2 * dim, 2 * keypoints)
+
+    def forward(self, memory: Tensor, shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+        anchors, border = cell_anchors(shapes, memory.device)
+        cells = self.norm(self.project(memory.masked_fill(border, 0)))
+        logits = self.score(cells)                                                        # (B, N, 2)
+        count = min(self.queries, logits.shape[1])
+        index = logits.max(-1).values.topk(count, dim=1).indices                          # (B, Q)
+        pick = index.unsqueeze(-1)
+        cells = cells.gather(1, pick.expand(-1, -1, cells.shape[-1]))
+        anchors = anchors.expand(memory.shape[0], -1, -1).gather(1, pick.expand(-1, -1, 2))
+        offsets = rearrange(self.pose(cells), "b q (k xy) -> b q k xy", xy=2)
+        keypoints = (offsets.float() + anchors[:, :, None]).sigmoid()
+        return logits.gather(1, pick.expand(-1, -1, 2)), keypoints, index
+
+
+def with_centre(keypoints: Tensor) -> Tensor:
+    """The T reference points of a person (B, Q, T, 2): the mean of the keypoints (B, Q, K, 2), then these."""
+    return torch.cat([keypoints.mean(2, keepdim=True), keypoints], 2)
+
+
+# ---- Decoder layer (Sec. 3.3) -------------------------------------------------------------------------------
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention; x (batch, tokens, C) → the same shape.
+
+    `position` is added to queries and keys only; `blocked` (tokens, tokens): True where attention is forbidden.
+    Parameter names as in nn.MultiheadAttention: in_proj_weight stacks q, k, v.
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor, position: Tensor | None = None, blocked: Tensor | None = None) -> Tensor:
+        if position is None:
+            q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        else:
+            dim = x.shape[-1]
+            q, k = F.linear(x + position, self.in_proj_weight[:2 * dim], self.in_proj_bias[:2 * dim]).chunk(2, -1)
+            v = F.linear(x, self.in_proj_weight[2 * dim:], self.in_proj_bias[2 * dim:])
+        q, k, v = (rearrange(t, "b n (m d) -> b m n d", m=self.heads) for t in (q, k, v))
+        allowed = None if blocked is None else ~blocked
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        return self.out_proj(rearrange(x, "b m n d -> b n (m d)"))
+
+
+class DeformableAttention(nn.Module):
+    """Each token reads P points per level around its reference point (Deformable DETR eq. 3).
+
+        out = Σ_t w_t · memory(reference + offset_t / (W, H))        w = softmax over all L·P points of a head
+
+    No value and no output projection: head m reads channels [m·d, (m+1)·d) of the encoder maps as they are.
+    Takes x (B, Q·T, C), reference (B, Q·T, 2), memory (B, N, C); returns (B, Q·T, C).
+    """
+
+    def __init__(self, dim: int, heads: int, levels: int, points: int):
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(dim, heads * levels * points)
+
+    def reset_parameters(self) -> None:
+        """Point i of head m starts i+1 cells along the m-th of M rays (i modulo 4); all weights start equal.
+
+        Departs from the release: where P is no multiple of four its points of a head start in one place and then stay
+        together, for their gradients are equal.
+        """
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+        angle = torch.arange(self.heads) * 2 * math.pi / self.heads
+        ray = F.normalize(torch.stack([angle.cos(), angle.sin()], -1), p=math.inf, dim=-1)
+        steps = torch.arange(self.points) % 4 + 1
+        bias = repeat(ray[:, None] * steps[:, None], "m p xy -> (m l p xy)", l=self.levels)
+        self.sampling_offsets.bias.data.copy_(bias)
+
+    def forward(self, x: Tensor, reference: Tensor, memory: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        offsets = rearrange(self.sampling_offsets(x), "b q (m l p xy) -> b q m l p xy",
+                            m=self.heads, l=self.levels, xy=2)
+        logits = rearrange(self.attention_weights(x), "b q (m t) -> b q m t", m=self.heads)
+        cells = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32, device=x.device)
+        # float32: bfloat16 would move a point by a tenth of a cell
+        locations = reference[:, :, None, None, None].float() + offsets.float() / cells[:, None]
+        value = rearrange(memory, "b n (m d) -> b n m d", m=self.heads)
+        return deform_attn(value, shapes, locations.flatten(3, 4), logits.softmax(-1), [self.points] * self.levels)
+
+
+class Gateway(nn.Module):
+    """A learned gate between a token x and what it read y:  LayerNorm(g₁·x + g₂·y),  (g₁, g₂) = σ(W [x, y]).
+
+    Departs from the paper: a norm of the sum stands there; the released weights need the gate.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gate, self.norm = nn.Linear(2 * dim, 2 * dim), nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        g1, g2 = self.gate(torch.cat([x, y], -1)).sigmoid().chunk(2, -1)
+        return self.norm(g1 * x + g2 * y)
+
+
+def sine_embedding(xy: Tensor, dim: int, temperature: float) -> Tensor:
+    """Sine position embedding of xy (..., 2), in units of a full turn → (..., dim), y half first.
+
+    Feature i of an axis is sin (even i) or cos (odd i) of 2π·coordinate / temperature^(2⌊i/2⌋ / (dim/2)).
+    """
+    i = torch.arange(dim // 2, device=xy.device) // 2
+    angle = 2 * math.pi * xy.flip(-1).unsqueeze(-1) / temperature ** (4 * i / dim)      # (..., 2, dim/2)
+    angle = torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], -1)           # sin, cos in turn
+    return angle.flatten(-3)
+
+
+def add_position(x: Tensor, position: Tensor) -> Tensor:
+    """x (B, Q, T, C) with position (B, Q, K, C) added to the keypoint tokens; the person's token has none."""
+    return torch.cat([x[:, :, :1], x[:, :, 1:] + position], 2)
+
+
+class DecoderLayer(nn.Module):
+    """Attention within a person, across people, into the image, then a feed-forward block.
+
+        x (B, Q, T, C)     ┌────────┬───────┬─ … ─┬───────┐
+        tokens of a query  │ person │ kpt 1 │     │ kpt K │  ×Q      + position(kpt 1 … K)   before the layer
+                           └────────┴───────┴─ … ─┴───────┘
+        within     ↔ among the T tokens of one person                  norm(x + ·)
+        across     ↕ token t of all Q people, where not `blocked`      norm(x + ·), + position a second time
+        cross      → P points per level around each token's reference  gate(x, ·)
+        feed-forward                                                   norm(x + ·)
+
+    Takes    x that already carries `position` (B, Q, K, C); reference (B, Q, T, 2); memory (B, N, C);
+             blocked (Q, Q) or None: which queries may not see which
+    Returns  (B, Q, T, C)
+    Departs from the paper: the position is part of x from here on (values and residuals contain it), and is added
+    again before the cross-attention: the release adds in place, and the weights were trained so.
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.within_attn, self.within_norm = SelfAttention(cfg.dim, cfg.heads), nn.LayerNorm(cfg.dim)
+        self.across_attn, self.across_norm = SelfAttention(cfg.dim, cfg.heads), nn.LayerNorm(cfg.dim)
+        self.cross_attn = DeformableAttention(cfg.dim, cfg.heads, cfg.levels, cfg.points)
+        self.gateway = Gateway(cfg.dim)
+        self.linear1, self.linear2 = nn.Linear(cfg.dim, cfg.decoder_ffn), nn.Linear(cfg.decoder_ffn, cfg.dim)
+        self.norm2 = nn.LayerNorm(cfg.dim)
+
+    def forward(self, x: Tensor, position: Tensor, reference: Tensor, memory: Tensor,
+                shapes: list[tuple[int, int]], blocked: Tensor | None = None) -> Tensor:
+        b, q, t, _ = x.shape
+        people = rearrange(x, "b q t c -> (b q) t c")                      # tokens of one person together
+        x = rearrange(self.within_norm(people + self.within_attn(people)), "(b q) t c -> (b t) q c", b=b)
+        x = self.across_norm(x + self.across_attn(x, blocked=blocked))     # token t of all people together
+        x = add_position(rearrange(x, "(b t) q c -> b q t c", b=b), position)
+        read = self.cross_attn(x.flatten(1, 2), reference.flatten(1, 2), memory, shapes)
+        x = self.gateway(x, read.view_as(x))
+        x = x + self.linear2(F.relu(self.linear1(x), inplace=True))
+        return self.norm2(x.clamp(-65504, 65504))                          # float16's range
+
+
+# ---- Pose-LQE (Sec. 3.3.1) and the decoder (Sec. 3.3) -------------------------------------------------------
+
+
+class PoseLQE(nn.Module):
+    """Pose location quality estimation: a correction of the score from the image under the pose.
+
+    At each predicted keypoint the finest encoder map is sampled; the four largest channel values and their mean, for
+    all K keypoints, go through a small MLP whose single output is added to both logits.
+    Takes finest (B, C, H, W), keypoints (B, Q, K, 2); returns (B, Q, 1).
+    Departs from the paper: it says top-k values and one layer; as released there is the mean, too, and two layers.
+    """
+
+    def __init__(self, keypoints: int):
+        super().__init__()
+        self.mlp = MLP(5 * keypoints, 256, 1)
+
+    def forward(self, finest: Tensor, keypoints: Tensor) -> Tensor:
+        sampled = F.grid_sample(finest.float(), 2 * keypoints - 1, align_corners=False)    # (B, C, Q, K)
+        top = sampled.topk(4, dim=1).values                                                # (B, 4, Q, K)
+        quality = torch.cat([top, top.mean(1, keepdim=True)], 1)
+        return self.mlp(rearrange(quality, "b five q k -> b q (k five)"))
+
+
+REG_MAX = 32           # the offset of a coordinate is a distribution over REG_MAX + 1 = 33 values
+
+
+def offset_values(reg_scale: float, up: float = 0.5) -> Tensor:
+    """W(n), n = 0 … 32: the 33 offsets that an FDR head chooses among (D-FINE Sec. 4.1), dense around 0.
+
+    W = [−2u, 1 − s¹⁵, …, 1 − s¹, 0, s¹ − 1, …, s¹⁵ − 1, 2u],  u = up · reg_scale,  s = (u + 1)^(2/30).
+    Divided by reg_scale they end in ±0.5, ±1 of the image. up is D-FINE's a, 1/reg_scale its c.
+    """
+    u = up * reg_scale
+    inner = (u + 1) ** (2 / (REG_MAX - 2) * torch.arange(1, REG_MAX // 2)) - 1
+    ends = torch.tensor([2 * u])
+    return torch.cat([-ends, -inner.flip(0), torch.zeros(1), inner, ends])
+
+
+class Decoder(nn.Module):
+    """D layers that refine the poses, with their heads.
+
+    FDR (Sec. 3.3): layer l adds logits z_l to those of the layer before; the pose is the pre-pose p₀ plus the mean
+    offset under softmax(z):   p_l = p₀ + Σ_n softmax(z_l)_n W(n) / reg_scale.
+    Without FDR (Table 4 rows 1 to 3), as in GroupPose: no pre-pose, and p_l = σ(head(h) + σ⁻¹(reference)).
+    """
+
+    def __init__(self, cfg: Config, keypoints: int):
+        super().__init__()
+        self.fdr, self.reg_scale, dim = cfg.fdr, cfg.reg_scale, cfg.dim
+        self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.layers))
+        self.position_head = MLP(dim, dim, dim)
+        self.score_heads = nn.ModuleList(nn.Linear(dim, 2) for _ in range(cfg.layers))
+        self.pre_pose_head = MLP(dim, dim, dim, 2) if cfg.fdr else None
+        outputs = 2 * (REG_MAX + 1) if cfg.fdr else 2
+        self.pose_heads = nn.ModuleList(MLP(dim, dim, dim, outputs) for _ in range(cfg.layers))
+        self.lqe_heads = nn.ModuleList(PoseLQE(keypoints) for _ in range(cfg.layers if cfg.pose_lqe else 0))
+        self.register_buffer("offset_values", offset_values(cfg.reg_scale), persistent=False)
+
+    def refine(self, layer: int, h: Tensor, previous: Tensor | float, z: Tensor | float, reference: Tensor,
+               pre_pose: Tensor | None) -> tuple[Tensor, Tensor | float]:
+        """Keypoint tokens h (B, Q, K, C) → poses (B, Q, K, 2) and the accumulated logits z (B, Q, K, 66)."""
+        if not self.fdr:
+            return (self.pose_heads[layer](h).float() + inverse_sigmoid(reference)).sigmoid(), z
+        z = self.pose_heads[layer](h + previous).float() + z
+        # a sum, because autocast would run a product in half precision
+        offset = (rearrange(z, "b q k (xy n) -> b q k xy n", xy=2).softmax(-1) * self.offset_values).sum(-1)
+        return pre_pose + offset / self.reg_scale, z
+
+    def forward(self, x: Tensor, reference: Tensor, maps: list[Tensor], memory: Tensor,
+                shapes: list[tuple[int, int]], blocked: Tensor | None) -> dict[str, Tensor | list[Tensor]]:
+        """x (B, Q, T, C), reference (B, Q, T, 2) → lists over layers of logits (B, Q, 2), keypoints (B, Q, K, 2),
+        with FDR also pre_logits and pre_keypoints; tokens, references and offset_logits to look at."""
+        out = dict(logits=[], keypoints=[], tokens=[], references=[])
+        z, pre_pose = 0.0, None
+        for l, layer in enumerate(self.layers):
+            points = reference[:, :, 1:]
+            position = self.position_head(sine_embedding(points, x.shape[-1], temperature=10000).to(x.dtype))
+            x = add_position(x, position)
+            # Departs from the paper: the release keeps a view of the last output, to which this position was added
+            previous = x[:, :, 1:].detach() if l > 0 else 0.0
+            x = layer(x, position, reference, memory, shapes, blocked)
+            person, h = x[:, :, 0], x[:, :, 1:]
+            if l == 0 and self.fdr:
+                out["pre_keypoints"] = (self.pre_pose_head(h).float() + inverse_sigmoid(points)).sigmoid()
+                out["pre_logits"] = self.score_heads[0](person)
+                pre_pose = out["pre_keypoints"].detach()                    # p₀ of every layer
+            keypoints, z = self.refine(l, h, previous, z, points, pre_pose)
+            if self.training or l == len(self.layers) - 1:                  # at inference only the last score counts
+                logits = self.score_heads[l](person)
+                if self.lqe_heads:
+                    logits = logits + self.lqe_heads[-1 if not self.training else l](maps[0], keypoints)
+                out["logits"].append(logits)
+            reference = with_centre(keypoints).detach()
+            out["keypoints"].append(keypoints)
+            out["tokens"].append(x)
+            out["references"].append(reference)
+        return {**out, "offset_logits": z}
+
+
+# ---- The model (Fig. 1) -------------------------------------------------------------------------------------
+
+
+class Output(NamedTuple):
+    """Something that has a loss: a layer's answer for every query."""
+    name: str              # suffix of its loss terms: "" last layer, "0" … before it, "pre", "enc_0", "dn_0" …
+    logits: Tensor         # (B, Q, 2)
+    keypoints: Tensor      # (B, Q, K, 2)
+
+
+class DETRPose(nn.Module):
+    """The whole network. `forward(images)` gives the last layer's logits (B, Q, 2) and keypoints (B, Q, K, 2);
+    in training mode also every output that has a loss (see `forward`)."""
+
+    def __init__(self, cfg: Config, skeleton: Skeleton):
+        super().__init__()
+        self.cfg, self.skeleton = cfg, skeleton
+        keypoints, dim = skeleton.num_keypoints, cfg.dim
+        self.register_buffer("sigmas", torch.tensor(skeleton.sigmas), persistent=False)
+        self.backbone = HGNetv2(cfg.backbone, cfg.levels, cfg.frozen_norm, cfg.lab)
+        self.encoder = HybridEncoder(self.backbone.channels, cfg)
+        self.selection = QuerySelection(dim, keypoints, cfg.queries)
+        self.decoder = Decoder(cfg, keypoints)
+        self.rank_content = nn.Embedding(cfg.queries, dim)                 # the r-th best cell starts from row r
+        self.keypoint_content = nn.Embedding(keypoints, dim)
+        self.instance_content = nn.Embedding(1, dim)
+        self.noisy_label = nn.Embedding(LABELS + 1, dim)
+        self.noisy_keypoint = nn.Embedding(keypoints, dim)
+        self.heatmaps = CellHeatmaps(dim, keypoints, across=2) if cfg.heatmap_weight else None      # an aid
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start values of the release: Xavier everywhere, sampling points on eight rays, outputs at zero."""
+        embeddings = [self.rank_content, self.keypoint_content, self.instance_content, self.noisy_label,
+                      self.noisy_keypoint]
+        for parameter in [p for part in [self.decoder.layers, self.decoder.position_head, *embeddings]
+                          for p in part.parameters()]:
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        for layer in self.decoder.layers:
+            nn.init.zeros_(layer.gateway.gate.bias)
+            layer.cross_attn.reset_parameters()
+        for project in self.encoder.input_proj:
+            nn.init.xavier_uniform_(project.conv.weight)
+        for head in [self.selection.score, *self.decoder.score_heads]:
+            nn.init.constant_(head.bias, -math.log(99))                    # a prior of 0.01
+        outputs = [self.selection.pose, self.decoder.pre_pose_head, *self.decoder.pose_heads,
+                   *(lqe.mlp for lqe in self.decoder.lqe_heads)]
+        for head in filter(None, outputs):
+            nn.init.zeros_(head.layers[-1].weight)
+            nn.init.zeros_(head.layers[-1].bias)
+        for heads in [self.decoder.score_heads, self.decoder.pose_heads, self.decoder.lqe_heads]:
+            for head in heads[1:]:                                         # heads of all layers start as copies
+                head.load_state_dict(heads[0].state_dict())
+
+    def content(self, batch: int, queries: int) -> Tensor:
+        """The tokens (B, Q, T, C) that matching queries start from.
+
+        Departs from the paper: it has one learned content query per person; as released the rank among the selected
+        cells is told to the keypoint tokens, and all people share one token of their own.
+        """
+        keypoints = self.rank_content.weight[:queries, None] + self.keypoint_content.weight              # (Q, K, C)
+        person = repeat(self.instance_content.weight, "one c -> q one c", q=queries)
+        return repeat(torch.cat([person, keypoints], 1), "q t c -> b q t c", b=batch)
+
+    def forward(self, images: Tensor, people: list[People] | None = None, noise: Noise | None = None) -> dict:
+        """images (B, 3, H, W) RGB in [0, 1], H and W divisible by 32.
+
+        Always      logits (B, Q, 2), keypoints (B, Q, K, 2) of the last layer
+        Evaluation  `decoded`, all that the decoder gave, `selected` cells (B, Q) and the encoder's `maps`, to look at
+        Training    (people given, and the model in train()): `outputs` and `dn_outputs`, lists of Output;
+                    `denoising`; `heatmaps` (B, K, 2h, 2w) of the finest map (h, w), None without `heatmap_weight`;
+                    `unused`, a 0 that belongs to the losses
+        """
+        maps = self.encoder(self.backbone(images))
+        shapes = [tuple(x.shape[-2:]) for x in maps]
+        memory = torch.cat([rearrange(x, "b c h w -> b (h w) c") for x in maps], 1)          # (B, N, C)
+        first_logits, first_keypoints, index = self.selection(memory, shapes)
+        queries = index.shape[1]
+        x, reference = self.content(images.shape[0], queries), with_centre(first_keypoints.detach())
+
+        noisy = None
+        if people is not None and self.cfg.pose_denoising:
+            noisy = denoising_queries(people, images.shape[-2:], queries, self.noisy_label, self.noisy_keypoint,
+                                      self.sigmas, self.cfg, noise)
+        if noisy:
+            x = torch.cat([noisy.content, x], 1)
+            reference = torch.cat([noisy.reference, reference], 1)
+        decoded = self.decoder(x.to(memory.dtype), reference, maps, memory, shapes, noisy.blocked if noisy else None)
+        pad = noisy.content.shape[1] if noisy else 0
+        result = dict(logits=decoded["logits"][-1][:, pad:], keypoints=decoded["keypoints"][-1][:, pad:])
+        if people is None:
+            return result | dict(decoded=decoded, selected=index, maps=maps)
+
+        every = [*zip(decoded["logits"], decoded["keypoints"], strict=True)]
+        names = [*map(str, range(len(every)))]
+        if self.cfg.fdr:
+            every.append((decoded["pre_logits"], decoded["pre_keypoints"]))
+            names.append("pre")
+        dn_outputs = [Output(f"dn_{n}", a[:, :pad], b[:, :pad]) for n, (a, b) in zip(names, every)] if noisy else []
+        names[self.cfg.layers - 1] = ""                                      # the last layer, as the release's logs say
+        outputs = [Output(n, a[:, pad:], b[:, pad:]) for n, (a, b) in zip(names, every)]
+        outputs.append(Output("enc_0", first_logits, first_keypoints))
+        finest = memory[:, :math.prod(shapes[0])]
+        # 0, so that a batch without people still gives every parameter a gradient, which several processes wait for
+        unused = 0 * (self.noisy_label.weight.sum() + self.noisy_keypoint.weight.sum())
+        return result | dict(outputs=outputs, dn_outputs=dn_outputs, denoising=noisy, unused=unused,
+                             heatmaps=self.heatmaps(finest, shapes[0][0]) if self.heatmaps else None)
+
+
+# ---- Matching and losses (Sec. 3.4) -------------------------------------------------------------------------
+
+
+def match_cost(logits: Tensor, keypoints: Tensor, people: People, sigmas: Tensor) -> Tensor:
+    """Cost of giving a query to a person, (B, Q, P): 2·class + 10·Σ v|Δ| + 4·(1 − OKS), as released."""
+    p = logits[..., 1].sigmoid().unsqueeze(-1)
+    focal = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.75 * p ** 2 * -(1 - p + 1e-8).log()
+    difference = keypoints[:, :, None] - people.keypoints                                     # (B, Q, P, K, 2)
+    distance = (difference.abs().sum(-1) * people.visible).sum(-1)
+    similarity = similarity_of(difference.square().sum(-1), people.visible, people.areas, sigmas)
+    return 2 * focal + 10 * distance + 4 * (1 - similarity)
+
+
+@torch.no_grad()
+def match(outputs: list[Output], people: list[People], sigmas: Tensor) -> list[Pairs]:
+    """The cheapest one-to-one assignment of people to queries, for each output on its own (Hungarian method)."""
+    everybody = gather_people(people)
+    costs = torch.stack([match_cost(output.logits.float(), output.keypoints.float(), everybody, sigmas)
+                         for output in outputs])                                              # (O, B, Q, P)
+    costs = costs.nan_to_num(1e6, 1e6, -1e6).cpu().numpy()          # broken numbers end the run by their loss
+    ends = np.cumsum([0] + [len(one) for one in people])
+    matchings = []
+    for cost in costs:
+        found = []
+        for image, (first, last) in enumerate(zip(ends, ends[1:])):
+            query, person = linear_sum_assignment(cost[image, :, first:last])
+            found.append(np.stack([np.full_like(query, image), query, person + first]))
+        matchings.append(tuple(torch.from_numpy(np.concatenate(found, 1)).to(sigmas.device)))
+    return matchings
+
+
+def union_of_matches(matchings: list[Pairs]) -> Pairs:
+    """Global-optimal set (D-FINE Sec. 4.3): all pairs that any output found, but each query keeps only the person
+    it was paired with most often (the first of equals). A person may keep several queries.
+
+    With FDR a layer's pose is the sum of all layers' logits before it, so the layers must pull a query towards the same
+    person. Their scores are still taught by their own matching.
+    """
+    pairs, counts = torch.cat([torch.stack(m) for m in matchings], 1).cpu().unique(dim=1, return_counts=True)
+    best: dict[tuple[int, int], tuple[int, int]] = {}
+    for (image, query, person), count in zip(pairs.T.tolist(), counts.tolist()):
+        if count > best.get((image, query), (0, 0))[0]:
+            best[image, query] = (count, person)
+    union = torch.tensor([[i, q, person] for (i, q), (_, person) in best.items()], dtype=torch.long)
+    return tuple(union.reshape(-1, 3).T.to(matchings[0][0].device))
+
+
+def ksvf_loss(logits: Tensor, pairs: Pairs, quality: Tensor) -> Tensor:
+    """Keypoint similarity varifocal loss, summed; p = σ(logit).
+
+        −q (q log p + (1 − q) log(1 − p))    for the person logit of a matched query                      (eq. 5)
+        −α p^γ log(1 − p)                    for all others, also label 0, with α = 0.25 and γ = 2 of the release
+
+    The score learns to be the similarity q of its own pose. logits (B, Q, 2); quality (pairs,) = q.
+    Departs from the paper: q is the OKS of the whole person, as released; the paper calls it KS, that of a keypoint.
+    """
+    image, query, _ = pairs
+    matched, target = torch.zeros_like(logits), torch.zeros_like(logits)
+    matched[image, query, 1] = 1
+    target[image, query, 1] = quality.detach()
+    p = logits.detach().sigmoid()
+    weight = 0.25 * p ** 2 * (1 - matched) + target                                           # eq. 5
+    return F.binary_cross_entropy_with_logits(logits, target, weight, reduction="sum")
+
+
+def focal_loss(logits: Tensor, pairs: Pairs) -> Tensor:
+    """Focal loss, α = 0.25, γ = 2, summed: the score's loss in the rows of Table 4 without KSVF; logits (B, Q, 2)."""
+    image, query, _ = pairs
+    matched = torch.zeros_like(logits)
+    matched[image, query, 1] = 1
+    p = logits.sigmoid()
+    weight = torch.where(matched > 0, 0.25 * (1 - p) ** 2, 0.75 * p ** 2)
+    return (weight * F.binary_cross_entropy_with_logits(logits, matched, reduction="none")).sum()
+
+
+def pair_errors(keypoints: Tensor, pairs: Pairs, people: People, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+    """For each pair, Σ v|Δ| over the keypoints and the OKS, (pairs,) each; keypoints (B, Q, K, 2)."""
+    image, query, person = pairs
+    matched = people.take(person)
+    difference = keypoints[image, query] - matched.keypoints
+    distance = (difference.abs().sum(-1) * matched.visible).sum(-1)
+    return distance, similarity_of(difference.square().sum(-1), matched.visible, matched.areas, sigmas)
+
+
+def count_per_rank(count: int, device: torch.device) -> Tensor:
+    """The mean of a count over all processes, at least 1: dividing by it, N GPUs have the gradient of one."""
+    return mean_over_ranks(torch.tensor(float(count), device=device)).clamp(min=1)
+
+
+def criterion(result: dict, people: list[People], sigmas: Tensor, cfg: Config, ksvf: bool = True) -> dict[str, Tensor]:
+    """All weighted loss terms of a training forward, by name, to be summed; computed in float32.
+
+    For the final poses (no suffix), the layers before (_0, _1, ...), the pre-poses (_pre), the selected cells (_enc_0)
+    and the denoising queries (_dn_...), per person:  2·score + 10·Σ v|Δ| + 4·(1 − OKS); ksvf: whether eq. 5 is the
+    score's loss. Poses of the first four are paired by the union of all matchings, with FDR. No pairs give 0 with a
+    zero gradient.
+    Departs from the paper: it states only eq. 5; L1, OKS, their weights, matching and union are the release's.
+    """
+    everybody = gather_people(people)
+    matchings = match(result["outputs"], people, sigmas)
+    count = count_per_rank(len(everybody), sigmas.device)
+    union = union_of_matches(matchings) if cfg.fdr else None
+    union_count = count_per_rank(len(union[0]), sigmas.device) if cfg.fdr else count
+
+    losses = {}
+
+    def add(output: Output, score_pairs: Pairs, pose_pairs: Pairs, score_count: Tensor, pose_count: Tensor) -> None:
+        logits, keypoints = output.logits.float(), output.keypoints.float()
+        suffix = f"_{output.name}" if output.name else ""
+        quality = pair_errors(keypoints, score_pairs, everybody, sigmas)[1]
+        score = ksvf_loss(logits, score_pairs, quality) if ksvf else focal_loss(logits, score_pairs)
+        distance, similarity = pair_errors(keypoints, pose_pairs, everybody, sigmas)
+        losses[f"loss_vfl{suffix}"] = cfg.score_weight * score / score_count
+        losses[f"loss_keypoints{suffix}"] = 10 * distance.sum() / pose_count
+        losses[f"loss_oks{suffix}"] = 4 * (1 - similarity).sum() / pose_count
+
+    for output, pairs in zip(result["outputs"], matchings, strict=True):
+        add(output, pairs, union if cfg.fdr else pairs, count, union_count)
+    if result["denoising"]:
+        known, dn_count = result["denoising"].pairs, count * result["denoising"].groups
+        for output in result["dn_outputs"]:
+            add(output, known, known, dn_count, dn_count)
+    return losses
+
+
+# ---- Prediction ---------------------------------------------------------------------------------------------
+
+
+def postprocess(logits: Tensor, keypoints: Tensor, sizes_px: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The Q best of all 2·Q (query, label) scores: scores (B, Q), labels (B, Q), keypoints (B, Q, K, 2) in pixels.
+
+    sizes_px (B, 2) width and height of the original images. No NMS, no threshold. Label 1 is a person; label 0 is
+    taught to be nothing everywhere and comes last.
+    """
+    scores, index = logits.sigmoid().flatten(1).topk(logits.shape[1], dim=1)
+    query = (index // 2)[..., None, None].expand(-1, -1, *keypoints.shape[2:])
+    return scores, index % 2, keypoints.gather(1, query) * sizes_px[:, None, None]
+
+
+@torch.no_grad()
+def predict(model: DETRPose, batch: dict) -> list[Prediction]:
+    """People of a batch {images (B, 3, H, W) in [0, 1], image_ids, sizes_px}: one Prediction per image.
+
+    The model has no score per keypoint (App. B): every keypoint gets 1.
+    """
+    device = next(model.parameters()).device
+    result = model(batch["images"].to(device))
+    sizes = torch.tensor(batch["sizes_px"], dtype=torch.float32, device=device)
+    found = [t.cpu().numpy() for t in postprocess(result["logits"].float(), result["keypoints"].float(), sizes)]
+    return [Prediction(image_id, keypoints[labels == 1], np.ones(keypoints[labels == 1].shape[:2], np.float32),
+                       scores[labels == 1])
+            for image_id, scores, labels, keypoints in zip(batch["image_ids"], *found)]
+
+
+# ---- Data (Sec. 4.1): straight to a square, no padding, RGB in [0, 1], no further normalisation -------------
+
+
+def to_people(sample: Sample) -> People:
+    """A sample's people as fractions of its (w, h), boxes cxcywh; keypoints without label sit at 0."""
+    width, height = sample.size
+    scale = torch.tensor([width, height], dtype=torch.float32)
+    keypoints, boxes = torch.from_numpy(sample.keypoints), torch.from_numpy(sample.boxes)
+    visible = (keypoints[..., 2] > 0).float()
+    corners = boxes / scale.repeat(2)
+    return People(keypoints[..., :2] / scale * visible.unsqueeze(-1), visible,
+                  torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], 1),
+                  torch.from_numpy(sample.areas) / (width * height), image_id=sample.image_id)
+
+
+class TrainImages(torch.utils.data.Dataset):
+    """One epoch of augmented training images; item i is (image (3, size, size), People, its id, why files were skipped).
+
+    What happens to image i depends on (seed, epoch, i) alone. A file that cannot be read gives way to the next.
+    """
+
+    def __init__(self, data: PoseDataset, cfg: Config, epoch: int):
+        self.data, self.cfg, self.epoch = data, cfg, epoch
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, People, int | str, list[str]]:
+        cfg, epoch, flip = self.cfg, self.epoch, self.data.skeleton.flip
+        rng = np.random.default_rng([cfg.seed, epoch, i])
+        sample, skipped = self.data.load_readable(i)
+        if cfg.aug_from <= epoch < cfg.mosaic_until and rng.random() < cfg.mosaic:
+            others = [self.data.load_readable(j) for j in rng.integers(len(self.data), size=3).tolist()]
+            sample = transforms.mosaic([sample, *(other for other, _ in others)], cfg.size // 2)
+            skipped = sum((reasons for _, reasons in others), skipped)
+        elif cfg.aug_from <= epoch < cfg.aug_until and rng.random() < cfg.zoom_out:
+            ratio, (width, height) = rng.uniform(1, 2.5), sample.size
+            x, y = int((ratio - 1) * width), int((ratio - 1) * height)
+            sample = transforms.pad(sample, x, y, x, y)
+        if flip is not None and rng.random() < 0.5:
+            sample = transforms.hflip(sample, flip)
+        if rng.random() < cfg.jitter:
+            sample = replace(sample, image=transforms.color_jitter(sample.image, rng))
+        sample = transforms.resize(transforms.filter_people(sample), (cfg.size, cfg.size))
+        return transforms.to_tensor(sample.image), to_people(sample), sample.image_id, skipped
+
+
+def input_side(cfg: Config, epoch: int, step: int) -> int:
+    """The input size of a batch: a random multiple of 32 from 0.75 to 1.25 of `size`, `size` itself more often."""
+    if not cfg.multiscale or epoch >= cfg.aug_until:
+        return cfg.size
+    multiples = range(max(32, cfg.size * 3 // 4 // 32 * 32), cfg.size * 5 // 4 + 1, 32)
+    sides = [side for side in multiples if side != cfg.size] + [cfg.size] * cfg.multiscale
+    return int(np.random.default_rng([cfg.seed, step]).choice(sides))
+
+
+def input_image(image: Image.Image, size: int) -> Tensor:
+    """A picture of any size as the network sees it: (3, size, size), aspect ratio not kept."""
+    return transforms.to_tensor(image.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def evaluate(model: DETRPose, data: PoseDataset, cfg: Config, ranks: Ranks) -> tuple[dict, list[Prediction]]:
+    """Metrics and predictions of a dataset; the images are shared among the processes, all get the result."""
+    found = predict_all(partial(predict, fuse(model)), data, partial(input_image, size=cfg.size), cfg.eval_batch,
+                        cfg.workers, ranks)
+    return metrics.evaluate(found, data), found
+
+
+# ---- Training (Sec. 4.1) ------------------------------------------------------------------------------------
+
+
+def build_optimizer(model: DETRPose, cfg: Config) -> torch.optim.AdamW:
+    """AdamW in two groups: the backbone learns at a rate of its own."""
+    backbone = list(model.backbone.parameters())
+    rest = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
+    groups = [dict(params=backbone, initial_lr=cfg.lr_backbone), dict(params=rest, initial_lr=cfg.lr)]
+    return torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+
+
+def lr_scale(step: int, steps: int, epoch: int, cfg: Config) -> float:
+    """Factor on the learning rates at an optimiser step out of `steps`."""
+    scale = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
+    if cfg.schedule == "cosine":
+        scale *= 0.5 + 0.5 * math.cos(math.pi * step / steps)
+    return scale * (0.1 if cfg.drop_epoch and epoch >= cfg.drop_epoch else 1.0)
+
+
+def train(cfg: Config, args) -> None:
+    """Train, evaluate, keep everything in the run folder. Runs alone or under torchrun; Ctrl-C saves and leaves."""
+    ranks = init_ranks(args.device, cfg)
+    if cfg.frozen_norm and not (cfg.init or args.saved):
+        raise UserError("frozen norms need start weights: add --init hgnetv2-b4 (or another), or --no-frozen_norm")
+    data, held_out = open_splits(cfg, ranks)
+    seed_all(cfg.seed)                                              # equal start weights on every process
+    model = DETRPose(cfg, data.skeleton)
+    if not args.saved:
+        with rank_zero_first(ranks):                                # it fetches start weights
+            start_weights(model, data)
+    model.to(ranks.device, memory_format=torch.channels_last)
+    average = Ema(model, cfg.ema, cfg.ema_warmup)
+    optimizer = build_optimizer(model, cfg)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=cfg.amp == "fp16" and ranks.device.type == "cuda")
+    parts = dict(model=model, ema=average, optimizer=optimizer, scaler=scaler)
+    run = Run("detrpose", cfg, args, ranks, data, held_out, parts)
+    net, learned = distribute(model, ranks), data.training()
+    shown = ["loss_vfl", "loss_keypoints", "loss_oks"] + ["loss_heatmaps"] * bool(cfg.heatmap_weight)
+
+    for epoch in run.epochs():
+        net.train()
+        for images, people in run.batches(TrainImages(learned, cfg, epoch)):         # a resumed run: from mid-epoch
+            factor = lr_scale(run.step, run.steps, epoch, cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            side = input_side(cfg, epoch, run.step)
+            images = images.to(ranks.device, non_blocking=True, memory_format=torch.channels_last)
+            if side != cfg.size:
+                images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+            people = [one.to(ranks.device) for one in people]
+
+            with autocast(ranks.device, cfg.amp):
+                result = net(images, people)
+            losses = criterion(result, people, model.sigmas, cfg, cfg.ksvf and epoch >= cfg.ksvf_from)
+            losses["unused"] = result["unused"]
+            if cfg.heatmap_weight:                                  # an aid, see Config
+                losses["loss_heatmaps"] = cfg.heatmap_weight * people_heatmap_loss(result["heatmaps"], people)
+            scaler.scale(sum(losses.values()) / cfg.accum).backward()
+            if run.more_micro_batches():
+                continue
+
+            scaler.unscale_(optimizer)
+            norm = clip_grad_norm_(model.parameters(), cfg.clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            average.update(model)
+            if run.stepped(losses, norm, shown):                    # logs, saves when due; True: asked to stop
+                return
+
+        if run.evaluates():
+            run.record(*evaluate(average.module, held_out, cfg, ranks))
+
+
+# ---- Tables -------------------------------------------------------------------------------------------------
+
+EQUATIONS = {           # equation or section of the paper → where it stands here
+    "eq. 1": noisy_pose, "eq. 2": noisy_pose, "eq. 3": noisy_pose, "eq. 4": noisy_pose, "eq. 5": ksvf_loss,
+    "Sec. 3.1, KS ~ U": draw_noise, "Sec. 3.1, denoising queries": denoising_queries,
+    "Sec. 3.2, positional queries": QuerySelection, "Sec. 3.2, content queries": DETRPose.content,
+    "Sec. 3.2, instance query": with_centre, "Sec. 3.3, decoder layer": DecoderLayer, "Sec. 3.3, mask": denoising_mask,
+    "Sec. 3.3, pre-pose and FDR": Decoder, "Sec. 3.3.1": PoseLQE, "Sec. 3.4": criterion, "Sec. 4.1": train,
+}
+
+# Rows of the paper's ablations. Each adds to the one above; the last is the paper's default but for the schedule.
+NO_PARTS = "--no-pose_denoising --no-fdr --no-ksvf --no-pose_lqe"
+TABLES = {"4": Table(
+    "Ablation on COCO val, 12 epochs", preset="l", flags="--epochs 12", metric="AP",
+    rows=[Row("baseline: GroupPose with D-FINE's backbone and encoder, 100 queries", 61.2,
+              f"--queries 100 {NO_PARTS} --init hgnetv2-b4", f"--queries 16 {NO_PARTS}"),
+          Row("60 instance queries", 60.7, f"{NO_PARTS} --init hgnetv2-b4", NO_PARTS, versus=1),
+          Row("+ pose denoising (Sec. 3.1)", 62.8, "--no-fdr --no-ksvf --no-pose_lqe --init hgnetv2-b4",
+              "--pose_denoising --no-fdr --no-ksvf --no-pose_lqe", versus=2),
+          Row("+ FDR heads", 64.4, "--no-ksvf --no-pose_lqe --init hgnetv2-b4",
+              "--pose_denoising --no-ksvf --no-pose_lqe", versus=3),
+          Row("+ KSVF loss (eq. 5)", 63.5, "--no-pose_lqe --init hgnetv2-b4", "--pose_denoising --no-pose_lqe", versus=4),
+          Row("+ Pose-LQE head (Sec. 3.3.1)", 65.7, "--init hgnetv2-b4", "--pose_denoising", versus=5),
+          Row("+ transfer learning: D-FINE's start weights", 67.5, "", None, versus=6, default=True,
+              missing="needs D-FINE's weights, which do not fit the tiny preset")])}
+
+# Departures: what          paper | release | here | why
+#   Sec. 3.1 KS             uniform | −ln KS uniform | release | the weights were trained so
+#   eq. 2 n⃗                 random unit vector | norm over the wrong axis: right and down, dozens long | paper;
+#                           --as_released | AP 0.230 against 0.059 after two epochs of puppets
+#   eq. 4 √(wh)             w, h of the image | max(H, W) for both axes | release | Sec. 3.1 divides by max(w, h), too
+#   Sec. 3.2 person's point mean of the keypoints | noisy: (cx, cy, w, h) read as corners | noisy: centre of the true
+#                           box; --as_released | the release's is no point of the person
+#   Sec. 3.2 content        one learned query a person | rank on keypoint tokens, one shared person's token | release |
+#                           the weights
+#   Sec. 3.1 labels         not mentioned | a quarter replaced at random (DN-DETR) | release | the weights
+#   Sec. 3.3 mask           positives, negatives, predictions apart | a group sees itself and all matching queries |
+#                           release | the weights
+#   Sec. 3.3 position       added to the token | added in place, twice, so values and residuals have it | release | the
+#                           weights
+#   Sec. 3.3 norm           after the cross-attention | a gate (Gateway) | release | the weights
+#   Sec. 3.3.1 Pose-LQE     top-k values, one layer | four and their mean, two layers | release | the weights
+#   Sec. 3.4, eq. 5 q       KS of a keypoint | OKS of the person | release | a query has one score
+#   Sec. 3.4 other losses   not stated | L1 10, OKS 4, score 2, Hungarian, union of matches | release | the weights
+#   OKS in the losses       – | of fractions of a stretched picture | release | true for square pictures only
+#   batch without people    – | crashes | no denoising queries | –
+#   micro-batches           – | gradients added | averaged | clipping hides the difference. Each is divided by its own
+#                           people and pairs, so --accum 2 is not exactly the gradient of the batch: the union's size is
+#                           known only after its forward pass
+#   Table 1 epochs          96, 60, 48, 48 (S, M, L, X) | 100, 64, 52, 52 with 4 last ones without augmentation | release
+#                           | the weights; CrowdPose (Sec. 4.2.2: S 150, X 80): 176 and 52
+#   sampling points, n      – | all points of a head start in one place | on rays | equal points stay equal
+#   --init of D-FINE        – | takes `model` | takes the average, if there is one | better weights
+#   Table 2, 5 parameters   11.9, 23.5, 36.8, 82.3 M | 11.5, 20.8, 32.8, 73.3 M | release | counted as deployed
+
+# ---- Appendix: borrowed parts, released names, start weights, summary. Not needed on a first reading. -------
+#
+# HGNetv2 (PP-HGNetV2 as in D-FINE's release). (channels in the stem, out of the stem), then per stage (in, middle, out,
+# blocks, layers per block).
+
+BACKBONES = {
+    "B0": ((16, 16), [(16, 16, 64, 1, 3), (64, 32, 256, 1, 3), (256, 64, 512, 2, 3), (512, 128, 1024, 1, 3)]),
+    "B2": ((24, 32), [(32, 32, 96, 1, 4), (96, 64, 384, 1, 4), (384, 128, 768, 3, 4), (768, 256, 1536, 1, 4)]),
+    "B4": ((32, 48), [(48, 48, 128, 1, 6), (128, 96, 512, 1, 6), (512, 192, 1024, 3, 6), (1024, 384, 2048, 1, 6)]),
+    "B5": ((32, 64), [(64, 64, 128, 1, 6), (128, 128, 512, 2, 6), (512, 256, 1024, 5, 6), (1024, 512, 2048, 2, 6)]),
+}
 
 
 class LearnableAffine(nn.Module):
@@ -322,47 +1192,7 @@ class HGNetv2(nn.Module):
         return maps[-len(self.channels):]
 
 
-# ---- Hybrid encoder: attention on the coarsest map, then convolutions top-down and bottom-up (as in D-FINE) ----
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention; x (batch, tokens, C) → the same shape.
-
-    `position` is added to queries and keys only; `blocked` (tokens, tokens): True where attention is forbidden.
-    Parameter names as in nn.MultiheadAttention: in_proj_weight stacks q, k, v.
-    """
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(self, x: Tensor, position: Tensor | None = None, blocked: Tensor | None = None) -> Tensor:
-        if position is None:
-            q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
-        else:
-            dim = x.shape[-1]
-            q, k = F.linear(x + position, self.in_proj_weight[:2 * dim], self.in_proj_bias[:2 * dim]).chunk(2, -1)
-            v = F.linear(x, self.in_proj_weight[2 * dim:], self.in_proj_bias[2 * dim:])
-        q, k, v = (rearrange(t, "b n (m d) -> b m n d", m=self.heads) for t in (q, k, v))
-        allowed = None if blocked is None else ~blocked
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
-        return self.out_proj(rearrange(x, "b m n d -> b n (m d)"))
-
-
-def sine_embedding(xy: Tensor, dim: int, temperature: float) -> Tensor:
-    """Sine position embedding of xy (..., 2), in units of a full turn → (..., dim), y half first.
-
-    Feature i of an axis is sin (even i) or cos (odd i) of 2π·coordinate / temperature^(2⌊i/2⌋ / (dim/2)).
-    """
-    i = torch.arange(dim // 2, device=xy.device) // 2
-    angle = 2 * math.pi * xy.flip(-1).unsqueeze(-1) / temperature ** (4 * i / dim)      # (..., 2, dim/2)
-    angle = torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], -1)           # sin, cos in turn
-    return angle.flatten(-3)
+# Hybrid encoder (D-FINE): attention on the coarsest map, then convolutions top-down and bottom-up.
 
 
 class AIFI(nn.Module):
@@ -460,643 +1290,7 @@ class HybridEncoder(nn.Module):
         return out
 
 
-# ---- Query selection (Sec. 3.2) -----------------------------------------------------------------------------
-
-
-class MLP(nn.Module):
-    """Linear layers with ReLU between them; `widths` from input to output."""
-
-    def __init__(self, *widths: int):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
-            x = F.relu(layer(x), inplace=True)
-        return self.layers[-1](x)
-
-
-def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
-    """Logit of x clamped to [0, 1], finite at both ends: |logit| ≤ ln(1/eps)."""
-    x = x.clamp(0, 1)
-    return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
-
-
-def cell_anchors(shapes: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Centres of all cells of all levels as logits (1, N, 2), and which touch the border (1, N, 1)."""
-    centres = []
-    for height, width in shapes:
-        y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
-        centres.append(torch.stack([(x + 0.5) / width, (y + 0.5) / height], -1).flatten(0, 1))
-    xy = torch.cat(centres)[None]
-    border = ((xy <= 0.01) | (xy >= 0.99)).any(-1, keepdim=True)
-    return (xy / (1 - xy)).log(), border
-
-
-class QuerySelection(nn.Module):
-    """Scores every cell of the memory and turns the Q best into first poses.
-
-    Takes    memory (B, N, C) and the levels' shapes
-    Returns  logits (B, Q, 2), keypoints (B, Q, K, 2), index (B, Q) of the chosen cells, best first
-    Border cells are blanked but still compete: their features become LayerNorm's bias, as in the release.
-    """
-
-    def __init__(self, dim: int, keypoints: int, queries: int):
-        super().__init__()
-        self.queries = queries
-        self.project, self.norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
-        self.score = nn.Linear(dim, 2)
-        self.pose = MLP(dim, 2 * dim, 2 * dim, 2 * dim, 2 * keypoints)
-
-    def forward(self, memory: Tensor, shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-        anchors, border = cell_anchors(shapes, memory.device)
-        cells = self.norm(self.project(memory.masked_fill(border, 0)))
-        logits = self.score(cells)                                                        # (B, N, 2)
-        count = min(self.queries, logits.shape[1])
-        index = logits.max(-1).values.topk(count, dim=1).indices                          # (B, Q)
-        pick = index.unsqueeze(-1)
-        cells = cells.gather(1, pick.expand(-1, -1, cells.shape[-1]))
-        anchors = anchors.expand(len(memory), -1, -1).gather(1, pick.expand(-1, -1, 2))
-        offsets = rearrange(self.pose(cells), "b q (k xy) -> b q k xy", xy=2)
-        keypoints = (offsets.float() + anchors[:, :, None]).sigmoid()
-        return logits.gather(1, pick.expand(-1, -1, 2)), keypoints, index
-
-
-# ---- Decoder (Sec. 3.3) -------------------------------------------------------------------------------------
-
-
-class DeformableAttention(nn.Module):
-    """Each token reads P points per level around its reference point (Deformable DETR eq. 3).
-
-        out = Σ_t w_t · memory(reference + offset_t / (W, H))        w = softmax over all L·P points of a head
-
-    No value and no output projection: head m reads channels [m·d, (m+1)·d) of the encoder maps as they are.
-    Takes x (B, Q·T, C), reference (B, Q·T, 2), memory (B, N, C); returns (B, Q·T, C).
-    """
-
-    def __init__(self, dim: int, heads: int, levels: int, points: int):
-        super().__init__()
-        self.heads, self.levels, self.points = heads, levels, points
-        self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
-        self.attention_weights = nn.Linear(dim, heads * levels * points)
-
-    def reset_parameters(self) -> None:
-        """Point i of head m starts i+1 cells along the m-th of M rays (i modulo 4); all weights start equal.
-
-        Departs: where P is no multiple of four the release starts all points of a head in one place, for ever equal.
-        """
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
-        angle = torch.arange(self.heads) * 2 * math.pi / self.heads
-        ray = F.normalize(torch.stack([angle.cos(), angle.sin()], -1), p=math.inf, dim=-1)
-        steps = torch.arange(self.points) % 4 + 1
-        bias = repeat(ray[:, None] * steps[:, None], "m p xy -> (m l p xy)", l=self.levels)
-        self.sampling_offsets.bias.data.copy_(bias)
-
-    def forward(self, x: Tensor, reference: Tensor, memory: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
-        offsets = rearrange(self.sampling_offsets(x), "b q (m l p xy) -> b q m l p xy",
-                            m=self.heads, l=self.levels, xy=2)
-        logits = rearrange(self.attention_weights(x), "b q (m t) -> b q m t", m=self.heads)
-        cells = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32, device=x.device)
-        # float32: bfloat16 would move a point by a tenth of a cell
-        locations = reference[:, :, None, None, None].float() + offsets.float() / cells[:, None]
-        value = rearrange(memory, "b n (m d) -> b n m d", m=self.heads)
-        return deform_attn(value, shapes, locations.flatten(3, 4), logits.softmax(-1), [self.points] * self.levels)
-
-
-class Gateway(nn.Module):
-    """A learned gate between a token x and what it read y:  LayerNorm(g₁·x + g₂·y),  (g₁, g₂) = σ(W [x, y]).
-
-    Departs: the paper has a norm there; the released weights need the gate.
-    """
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.gate, self.norm = nn.Linear(2 * dim, 2 * dim), nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        g1, g2 = self.gate(torch.cat([x, y], -1)).sigmoid().chunk(2, -1)
-        return self.norm(g1 * x + g2 * y)
-
-
-def add_position(x: Tensor, position: Tensor) -> Tensor:
-    """x (B, Q, T, C) with position (B, Q, K, C) added to the keypoint tokens; the instance token has none."""
-    return torch.cat([x[:, :, :1], x[:, :, 1:] + position], 2)
-
-
-class DecoderLayer(nn.Module):
-    """Attention within a person, across people, into the image, then a feed-forward block.
-
-    Takes    x (B, Q, T, C) that already carries `position` (B, Q, K, C); reference (B, Q, T, 2);
-             memory (B, N, C); blocked (Q, Q) or None: which queries may not see which
-    Returns  (B, Q, T, C)
-    Departs  The position is part of x from here on (values and residuals contain it) and is added a second
-             time before the cross-attention: the release adds in place, and the weights were trained so.
-    """
-
-    def __init__(self, cfg: Config):
-        super().__init__()
-        self.within_attn, self.within_norm = SelfAttention(cfg.dim, cfg.heads), nn.LayerNorm(cfg.dim)
-        self.across_attn, self.across_norm = SelfAttention(cfg.dim, cfg.heads), nn.LayerNorm(cfg.dim)
-        self.cross_attn = DeformableAttention(cfg.dim, cfg.heads, cfg.levels, cfg.points)
-        self.gateway = Gateway(cfg.dim)
-        self.linear1, self.linear2 = nn.Linear(cfg.dim, cfg.decoder_ffn), nn.Linear(cfg.decoder_ffn, cfg.dim)
-        self.norm2 = nn.LayerNorm(cfg.dim)
-
-    def forward(self, x: Tensor, position: Tensor, reference: Tensor, memory: Tensor,
-                shapes: list[tuple[int, int]], blocked: Tensor | None = None) -> Tensor:
-        b, q, t, _ = x.shape
-        people = rearrange(x, "b q t c -> (b q) t c")                      # tokens of one person together
-        x = rearrange(self.within_norm(people + self.within_attn(people)), "(b q) t c -> (b t) q c", b=b)
-        x = self.across_norm(x + self.across_attn(x, blocked=blocked))     # token t of all people together
-        x = add_position(rearrange(x, "(b t) q c -> b q t c", b=b), position)
-        read = self.cross_attn(x.flatten(1, 2), reference.flatten(1, 2), memory, shapes)
-        x = self.gateway(x, read.view_as(x))
-        x = x + self.linear2(F.relu(self.linear1(x), inplace=True))
-        return self.norm2(x.clamp(-65504, 65504))                          # float16's range
-
-
-class PoseLQE(nn.Module):
-    """Pose location quality estimation (Sec. 3.3.1): a correction of the score from the image under the pose.
-
-    Departs: as released, four values and their mean and two layers; the paper says top-k and one layer.
-    At each predicted keypoint the finest encoder map is sampled; the four largest channel values and their
-    mean, for all K keypoints, go through a small MLP whose single output is added to both logits.
-    Takes finest (B, C, H, W), keypoints (B, Q, K, 2); returns (B, Q, 1).
-    """
-
-    def __init__(self, keypoints: int):
-        super().__init__()
-        self.mlp = MLP(5 * keypoints, 256, 1)
-
-    def forward(self, finest: Tensor, keypoints: Tensor) -> Tensor:
-        sampled = F.grid_sample(finest.float(), 2 * keypoints - 1, align_corners=False)    # (B, C, Q, K)
-        top = sampled.topk(4, dim=1).values                                                # (B, 4, Q, K)
-        quality = torch.cat([top, top.mean(1, keepdim=True)], 1)
-        return self.mlp(rearrange(quality, "b five q k -> b q (k five)"))
-
-
-REG_MAX = 32           # R: the offset of a coordinate is a distribution over R + 1 = 33 values
-
-
-def offset_values(reg_scale: float, up: float = 0.5) -> Tensor:
-    """W(n), n = 0..R: the 33 offsets an FDR head chooses among (D-FINE Sec. 4.1), dense around 0.
-
-    W = [−2u, 1 − s¹⁵, …, 1 − s¹, 0, s¹ − 1, …, s¹⁵ − 1, 2u],  u = up · reg_scale,  s = (u + 1)^(2/(R−2)).
-    Divided by reg_scale they end in ±0.5, ±1 of the image.
-    """
-    u = up * reg_scale
-    inner = (u + 1) ** (2 / (REG_MAX - 2) * torch.arange(1, REG_MAX // 2)) - 1
-    ends = torch.tensor([2 * u])
-    return torch.cat([-ends, -inner.flip(0), torch.zeros(1), inner, ends])
-
-
-class Decoder(nn.Module):
-    """D layers that refine the poses, with their heads.
-
-    FDR (Sec. 3.3): layer l adds logits z_l to those of the layer before; the pose is the pre-pose p₀ plus the
-    mean offset under softmax(z):   p_l = p₀ + Σ_n softmax(z_l)_n W(n) / reg_scale.
-    Without FDR (Table 4, row 4 adds it): p_l = σ(head(h) + σ⁻¹(reference)), as in GroupPose.
-    """
-
-    def __init__(self, cfg: Config, keypoints: int):
-        super().__init__()
-        self.fdr, self.reg_scale, dim = cfg.fdr, cfg.reg_scale, cfg.dim
-        self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.layers))
-        self.position_head = MLP(dim, dim, dim)
-        self.score_heads = nn.ModuleList(nn.Linear(dim, 2) for _ in range(cfg.layers))
-        self.pre_pose_head = MLP(dim, dim, dim, 2)
-        outputs = 2 * (REG_MAX + 1) if cfg.fdr else 2
-        self.pose_heads = nn.ModuleList(MLP(dim, dim, dim, outputs) for _ in range(cfg.layers))
-        self.lqe_heads = nn.ModuleList(PoseLQE(keypoints) for _ in range(cfg.layers if cfg.pose_lqe else 0))
-        self.register_buffer("offset_values", offset_values(cfg.reg_scale), persistent=False)
-
-    def refine(self, layer: int, h: Tensor, previous: Tensor | float, z: Tensor | float, reference: Tensor,
-               pre_pose: Tensor) -> tuple[Tensor, Tensor | float]:
-        """Keypoint tokens h (B, Q, K, C) → poses (B, Q, K, 2) and the accumulated logits z (B, Q, K, 66)."""
-        if not self.fdr:
-            return (self.pose_heads[layer](h).float() + inverse_sigmoid(reference)).sigmoid(), z
-        z = self.pose_heads[layer](h + previous).float() + z
-        # a sum, because autocast would run a product in half precision
-        offset = (rearrange(z, "b q k (xy n) -> b q k xy n", xy=2).softmax(-1) * self.offset_values).sum(-1)
-        return pre_pose + offset / self.reg_scale, z
-
-    def forward(self, x: Tensor, reference: Tensor, maps: list[Tensor], memory: Tensor,
-                shapes: list[tuple[int, int]], blocked: Tensor | None) -> dict[str, Tensor | list[Tensor]]:
-        """x (B, Q, T, C), reference (B, Q, T, 2) → lists over layers of logits (B, Q, 2), keypoints (B, Q, K, 2)."""
-        out = dict(logits=[], keypoints=[], tokens=[], references=[])
-        z, pre_pose = 0.0, None
-        for l, layer in enumerate(self.layers):
-            points = reference[:, :, 1:]
-            position = self.position_head(sine_embedding(points, x.shape[-1], temperature=10000).to(x.dtype))
-            x = add_position(x, position)
-            # Departs: the release keeps a view of the last output, to which this position has been added in place
-            previous = x[:, :, 1:].detach() if l > 0 else 0.0
-            x = layer(x, position, reference, memory, shapes, blocked)
-            person, h = x[:, :, 0], x[:, :, 1:]
-            if l == 0:
-                out["pre_keypoints"] = (self.pre_pose_head(h).float() + inverse_sigmoid(points)).sigmoid()
-                out["pre_logits"] = self.score_heads[0](person)
-                pre_pose = out["pre_keypoints"].detach()
-            keypoints, z = self.refine(l, h, previous, z, points, pre_pose)
-            if self.training or l == len(self.layers) - 1:                  # only the last score is ever used
-                logits = self.score_heads[l](person)
-                if self.lqe_heads:
-                    logits = logits + self.lqe_heads[-1 if not self.training else l](maps[0], keypoints)
-                out["logits"].append(logits)
-            reference = torch.cat([keypoints.mean(2, keepdim=True), keypoints], 2).detach()
-            out["keypoints"].append(keypoints)
-            out["tokens"].append(x)
-            out["references"].append(reference)
-        return {**out, "offset_logits": z}
-
-
-# ---- Pose denoising (Sec. 3.1): true poses, disturbed, as extra queries with a known answer -----------------
-
-
-TENSORS = ("keypoints", "visible", "boxes", "areas")
-
-
-@dataclass
-class Targets:
-    """The people of one image, as fractions of the network input. P people, possibly none."""
-    keypoints: Tensor      # (P, K, 2) xy; 0 where not visible
-    visible: Tensor        # (P, K) 1 = annotated
-    boxes: Tensor          # (P, 4) cx, cy, w, h
-    areas: Tensor          # (P,) of the image's area
-    image_id: int | str = 0
-
-    def to(self, device: torch.device) -> "Targets":
-        moved = (getattr(self, name).to(device, non_blocking=True) for name in TENSORS)
-        return Targets(*moved, self.image_id)
-
-    def take(self, index: Tensor) -> "Targets":
-        """Some of the people, in this order, also repeatedly."""
-        return Targets(*(getattr(self, name)[index] for name in TENSORS))
-
-    def __len__(self) -> int:
-        return len(self.boxes)
-
-
-def gather_people(targets: list[Targets]) -> Targets:
-    """All people of the batch behind one another."""
-    return Targets(*(torch.cat([getattr(t, name) for t in targets]) for name in TENSORS))
-
-
-class Noise(NamedTuple):
-    """All random numbers of a batch of R noisy poses (rows: half-group by half-group, people in image order)."""
-    relabel: Tensor        # (R,) bool: whose label is replaced
-    labels: Tensor         # (R,) the labels then used
-    direction: Tensor      # (R, T, 2) uniform in (0, 1); row 0, the person's, matters only as released
-    exponent: Tensor       # (R, T) −ln KS: uniform in (0, ln 2) for positives, (ln 2, ln 10) for negatives
-
-
-LABELS = 80                # size of D-FINE's label embedding, kept by the release
-
-
-def draw_noise(half_groups: int, people: int, tokens: int, device: torch.device) -> Noise:
-    """Draws for `half_groups` (positive, negative, positive, ...) copies of `people` poses."""
-    rows = half_groups * people
-    negative = torch.arange(half_groups, device=device).repeat_interleave(people) % 2 == 1
-    u = torch.rand(rows, tokens, device=device)
-    # eq. 1. Departs: as released, −ln KS is uniform; the paper draws KS itself from (0.5, 1) and (0.1, 0.5)
-    positives, negatives = u * math.log(2), math.log(2) + u * math.log(5)
-    return Noise(torch.rand(rows, device=device) < 0.25, torch.randint(0, LABELS, (rows,), device=device),
-                 torch.rand(rows, tokens, 2, device=device).clamp(min=2 ** -24), torch.where(negative[:, None], negatives, positives))
-
-
-class Denoising(NamedTuple):
-    content: Tensor        # (B, pad, T, C) tokens of the noisy queries
-    reference: Tensor      # (B, pad, T, 2)
-    blocked: Tensor        # (pad + Q, pad + Q) True where attention across people is forbidden
-    pairs: tuple[Tensor, Tensor, Tensor]       # image, slot, person (of all people of the batch) of the positives
-    groups: int            # G
-
-
-def disturb(people: Targets, noise: Noise, sigmas: Tensor, image_hw: tuple[int, int], as_released: bool) -> Tensor:
-    """The keypoints (R, K, 2) of R people moved so that their similarity KS = exp(−d² / (2 s² κ²)) is exp(−exponent) (eq. 1-4).
-
-        d = √(2 · area_px · κ² · exponent),  noisy = p + d / max(H, W) · direction                        (eq. 2-4)
-
-    κ = 2σ. Unlabelled keypoints stay where they are.
-    """
-    height, width = image_hw           # Departs: max(H, W) for both axes, where eq. 4 has √(wh)
-    area_px = people.areas[:, None] * height * width + torch.finfo(torch.float32).eps
-    d_px = (2 * area_px * (2 * sigmas) ** 2 * noise.exponent[:, 1:]).sqrt()                         # (R, K), eq. 3-4
-    if as_released:        # Departs: a norm of order −1 over the tokens, so not a unit vector and never negative (eq. 2)
-        direction = (noise.direction * noise.direction.reciprocal().sum(1, keepdim=True))[:, 1:]
-    else:
-        angle = 2 * math.pi * noise.direction[:, 1:, 0]
-        direction = torch.stack([angle.cos(), angle.sin()], -1)                                   # eq. 2
-    return people.keypoints + (d_px / max(height, width) * people.visible).unsqueeze(-1) * direction
-
-
-def denoising_mask(n_max: int, groups: int, queries: int, device: torch.device) -> Tensor:
-    """(pad+Q, pad+Q), True = may not look: matching queries never see noisy ones, a group sees only itself."""
-    pad = 2 * n_max * groups
-    group = torch.arange(pad + queries, device=device) // (2 * n_max)
-    group[pad:] = -1                                                       # the matching queries
-    return (group[:, None] != group[None, :]) & (group[None, :] >= 0)
-
-
-# ---- The model ----------------------------------------------------------------------------------------------
-
-
-class DETRPose(nn.Module):
-    """The whole network. `forward(images)` gives the last layer's logits (B, Q, 2) and keypoints (B, Q, K, 2);
-    in training mode also every output that has a loss (see `forward`)."""
-
-    def __init__(self, cfg: Config, skeleton: Skeleton):
-        super().__init__()
-        self.cfg, self.skeleton = cfg, skeleton
-        keypoints, dim = skeleton.num_keypoints, cfg.dim
-        self.backbone = HGNetv2(cfg.backbone, cfg.levels, cfg.frozen_norm, cfg.lab)
-        self.encoder = HybridEncoder(self.backbone.channels, cfg)
-        self.selection = QuerySelection(dim, keypoints, cfg.queries)
-        self.decoder = Decoder(cfg, keypoints)
-        self.rank_content = nn.Embedding(cfg.queries, dim)                 # the r-th best cell starts from row r
-        self.keypoint_content = nn.Embedding(keypoints, dim)
-        self.instance_content = nn.Embedding(1, dim)
-        self.noisy_label = nn.Embedding(LABELS + 1, dim)
-        self.noisy_keypoint = nn.Embedding(keypoints, dim)
-        self.heatmaps = CellHeatmaps(dim, keypoints, across=2) if cfg.heatmap_weight else None
-        self.register_buffer("sigmas", torch.tensor(skeleton.sigmas), persistent=False)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start values of the release: Xavier everywhere, sampling points on eight rays, outputs at zero."""
-        embeddings = [self.rank_content, self.keypoint_content, self.instance_content, self.noisy_label,
-                      self.noisy_keypoint]
-        for parameter in [p for part in [self.decoder.layers, self.decoder.position_head, *embeddings]
-                          for p in part.parameters()]:
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
-        for layer in self.decoder.layers:
-            nn.init.zeros_(layer.gateway.gate.bias)
-            layer.cross_attn.reset_parameters()
-        for project in self.encoder.input_proj:
-            nn.init.xavier_uniform_(project.conv.weight)
-        for head in [self.selection.score, *self.decoder.score_heads]:
-            nn.init.constant_(head.bias, -math.log(99))                    # a prior of 0.01
-        for head in [self.selection.pose, self.decoder.pre_pose_head, *self.decoder.pose_heads,
-                     *(lqe.mlp for lqe in self.decoder.lqe_heads)]:
-            nn.init.zeros_(head.layers[-1].weight)
-            nn.init.zeros_(head.layers[-1].bias)
-        for heads in [self.decoder.score_heads, self.decoder.pose_heads, self.decoder.lqe_heads]:
-            for head in heads[1:]:                                         # heads of all layers start as copies
-                head.load_state_dict(heads[0].state_dict())
-
-    def denoising_queries(self, targets: list[Targets], image_hw: tuple[int, int], queries: int,
-                          noise: Noise | None = None) -> Denoising | None:
-        """G groups of a positive and a negative copy of every person; None for a batch without people."""
-        counts = [len(t) for t in targets]
-        n_max, people = max(counts), sum(counts)
-        if people == 0:                    # Departs: the release crashes
-            return None
-        groups = max(1, self.cfg.dn_queries // n_max)
-        half_groups, device = 2 * groups, self.sigmas.device
-        noise = noise or draw_noise(half_groups, people, self.skeleton.num_keypoints + 1, device)
-
-        true = gather_people(targets).take(torch.arange(people, device=device).repeat(half_groups))
-        boxes = true.boxes
-        noisy = disturb(true, noise, self.sigmas, image_hw, self.cfg.as_released)
-        # Departs: the release averages (cx, cy) and (w, h) as if they were corners (first branch)
-        centre = (boxes[:, :2] + boxes[:, 2:]) / 2 if self.cfg.as_released else boxes[:, :2]
-        reference = inverse_sigmoid(torch.cat([centre[:, None], noisy], 1)).sigmoid()       # (R, T, 2)
-        label = torch.where(noise.relabel, noise.labels, 1)
-        content = torch.cat([self.noisy_label(label)[:, None],
-                             repeat(self.noisy_keypoint.weight, "k c -> r k c", r=len(label))], 1)
-
-        image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-        slot = torch.cat([torch.arange(n) for n in counts])
-        image, slot = image.to(device), slot.to(device)
-        half = torch.arange(half_groups, device=device)[:, None]
-        where = (image.repeat(half_groups), (half * n_max + slot).flatten())
-        shape = (len(counts), half_groups * n_max, reference.shape[1])
-        all_content = content.new_zeros(*shape, content.shape[-1]).index_put(where, content)
-        all_reference = reference.new_full((*shape, 2), 0.5).index_put(where, reference)
-        positive = (half[::2] * n_max + slot).flatten()
-        pairs = (image.repeat(groups), positive, torch.arange(people, device=device).repeat(groups))
-        blocked = denoising_mask(n_max, groups, queries, device)
-        return Denoising(all_content, all_reference, blocked, pairs, groups)
-
-    def forward(self, images: Tensor, targets: list[Targets] | None = None, noise: Noise | None = None) -> dict:
-        """images (B, 3, H, W) RGB in [0, 1], H and W divisible by 32.
-
-        Always      logits (B, Q, 2), keypoints (B, Q, K, 2) of the last layer
-        Evaluation  `decoded`, all that the decoder gave, `selected` cells (B, Q) and the encoder's `maps`, to look at
-        Training    (targets given, and the model in train()): `outputs` and `dn_outputs`, lists of (name, logits,
-                    keypoints) for every output with a loss; `denoising`; `heatmaps` (B, K, 2h, 2w) of the finest map
-                    (h, w), None without `heatmap_weight`; `unused`, a 0 that belongs to the losses
-        """
-        maps = self.encoder(self.backbone(images))
-        shapes = [tuple(x.shape[-2:]) for x in maps]
-        memory = torch.cat([rearrange(x, "b c h w -> b (h w) c") for x in maps], 1)          # (B, N, C)
-        first_logits, first_keypoints, index = self.selection(memory, shapes)
-        queries = index.shape[1]
-
-        start = first_keypoints.detach()
-        reference = torch.cat([start.mean(2, keepdim=True), start], 2)                       # (B, Q, T, 2)
-        keypoint_tokens = self.rank_content.weight[:queries, None] + self.keypoint_content.weight
-        person_token = repeat(self.instance_content.weight, "one c -> q one c", q=queries)
-        x = repeat(torch.cat([person_token, keypoint_tokens], 1), "q t c -> b q t c", b=len(images))
-
-        noisy = None
-        if targets is not None and self.cfg.pose_denoising:
-            noisy = self.denoising_queries(targets, images.shape[-2:], queries, noise)
-        if noisy:
-            x = torch.cat([noisy.content, x], 1)
-            reference = torch.cat([noisy.reference, reference], 1)
-        decoded = self.decoder(x.to(memory.dtype), reference, maps, memory, shapes, noisy.blocked if noisy else None)
-        pad = noisy.content.shape[1] if noisy else 0
-        result = dict(logits=decoded["logits"][-1][:, pad:], keypoints=decoded["keypoints"][-1][:, pad:])
-        if targets is None:
-            return result | dict(decoded=decoded, selected=index, maps=maps)
-
-        every = [*zip(decoded["logits"], decoded["keypoints"], strict=True),
-                 (decoded["pre_logits"], decoded["pre_keypoints"])]
-        names = [*range(len(every) - 2), "", "pre"]                          # as the release's logs call them
-        result["outputs"] = [(str(n), a[:, pad:], b[:, pad:]) for n, (a, b) in zip(names, every)]
-        result["outputs"].append(("enc_0", first_logits, first_keypoints))
-        dn_names = [f"dn_{l}" for l in range(len(every) - 1)] + ["dn_pre"]
-        result["dn_outputs"] = [(n, a[:, :pad], b[:, :pad]) for n, (a, b) in zip(dn_names, every)] if noisy else []
-        result["denoising"] = noisy
-        result["heatmaps"] = self.heatmaps(memory[:, :math.prod(shapes[0])], shapes[0][0]) if self.heatmaps else None
-        # so that a batch without people still gives every parameter a gradient, which DDP waits for
-        result["unused"] = 0 * (self.noisy_label.weight.sum() + self.noisy_keypoint.weight.sum())
-        return result
-
-
-@torch.no_grad()
-def start_from_mean_pose(selection: QuerySelection, data: PoseDataset, people: int = 1000) -> None:
-    """Let the first poses be the mean pose around a cell, instead of all keypoints in its centre.
-
-    Departs: ours, for training from nothing. A point has OKS 0, and eq. 5 rewards a cell by the OKS of its pose: without
-    pre-training, the cell on the person would first have to grow a pose that nobody asks it for.
-    """
-    poses = []
-    for i in range(len(data)):
-        sample = data[i]
-        for keypoints in sample.keypoints[(sample.keypoints[..., 2] > 0).all(1)]:
-            poses.append((keypoints[:, :2] - keypoints[:, :2].mean(0)) / sample.size)
-        if len(poses) >= people:
-            break
-    if not poses:
-        print("--mean_pose: nobody has all keypoints labelled, so first poses start as points")
-        return
-    # σ has slope 1/4 in the middle of the image
-    selection.pose.layers[-1].bias.copy_(4 * torch.from_numpy(np.mean(poses, 0)).flatten())
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Matching and losses (Sec. 3.4). A set of pairs is (image, query, person): three index tensors of one length;
-# `person` counts through all people of the batch in image order.
-# ---------------------------------------------------------------------------------------------------------
-
-Pairs = tuple[Tensor, Tensor, Tensor]
-
-
-def object_keypoint_similarity(squared: Tensor, people: Targets, sigmas: Tensor) -> Tensor:
-    """OKS = Σ v exp(−d² / (2 s² κ²)) / Σ v,  κ = 2σ, s² = area. squared d² (..., P, K) → (..., P), at least 1e-6."""
-    exponent = squared / (2 * people.areas[:, None] * (2 * sigmas) ** 2)
-    similarity = (people.visible * (-exponent).exp()).sum(-1) / (people.visible.sum(-1) + 1e-6)
-    return similarity.clamp(min=1e-6)
-
-
-def match_cost(logits: Tensor, keypoints: Tensor, people: Targets, sigmas: Tensor) -> Tensor:
-    """Cost of giving a query to a person, (B, Q, P): 2·class + 10·Σ v|Δ| + 4·(1 − OKS)."""
-    p = logits[..., 1].sigmoid().unsqueeze(-1)
-    focal = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.75 * p ** 2 * -(1 - p + 1e-8).log()
-    difference = keypoints[:, :, None] - people.keypoints                                     # (B, Q, P, K, 2)
-    distance = (difference.abs().sum(-1) * people.visible).sum(-1)
-    similarity = object_keypoint_similarity(difference.square().sum(-1), people, sigmas)
-    return 2 * focal + 10 * distance + 4 * (1 - similarity)
-
-
-@torch.no_grad()
-def match(outputs: list[tuple[str, Tensor, Tensor]], targets: list[Targets], sigmas: Tensor) -> list[Pairs]:
-    """The cheapest one-to-one assignment of people to queries, for each output on its own (Hungarian method).
-
-    Raises FloatingPointError when a cost is not finite.
-    """
-    people = gather_people(targets)
-    costs = torch.stack([match_cost(logits.float(), keypoints.float(), people, sigmas)
-                         for _, logits, keypoints in outputs]).cpu().numpy()                  # (O, B, Q, P)
-    if not np.isfinite(costs).all():
-        raise FloatingPointError("the matching cost")
-    ends = np.cumsum([0] + [len(t) for t in targets])
-    matchings = []
-    for cost in costs:
-        found = []
-        for image, (first, last) in enumerate(zip(ends, ends[1:])):
-            query, person = linear_sum_assignment(cost[image, :, first:last])
-            found.append(np.stack([np.full_like(query, image), query, person + first]))
-        matchings.append(tuple(torch.from_numpy(np.concatenate(found, 1)).to(sigmas.device)))
-    return matchings
-
-
-def union_of_matches(matchings: list[Pairs]) -> Pairs:
-    """Global-optimal set (D-FINE Sec. 4.3): all pairs that any output found, but each query keeps only the person
-    it was paired with most often (the first of equals). A person may keep several queries."""
-    pairs, counts = torch.cat([torch.stack(m) for m in matchings], 1).cpu().unique(dim=1, return_counts=True)
-    best: dict[tuple[int, int], tuple[int, int]] = {}
-    for (image, query, person), count in zip(pairs.T.tolist(), counts.tolist()):
-        if count > best.get((image, query), (0, 0))[0]:
-            best[image, query] = (count, person)
-    union = torch.tensor([[i, q, person] for (i, q), (_, person) in best.items()], dtype=torch.long)
-    return tuple(union.reshape(-1, 3).T.to(matchings[0][0].device))
-
-
-def vfl_loss(logits: Tensor, pairs: Pairs, quality: Tensor, ksvf: bool) -> Tensor:
-    """Keypoint-similarity varifocal loss (eq. 5), summed. logits (B, Q, 2); quality (pairs,) = OKS of each pair.
-
-        −q (q log p + (1 − q) log(1 − p)) for a matched query,  −α p² log(1 − p) for all else,  α = 0.25
-
-    Without KSVF (Table 4, row 5 adds it): focal loss, α = 0.25, γ = 2, which does not look at the OKS.
-    Departs: q is the OKS of the whole person; eq. 5 speaks of a keypoint.
-    """
-    image, query, _ = pairs
-    matched, target = torch.zeros_like(logits), torch.zeros_like(logits)
-    matched[image, query, 1] = 1
-    target[image, query, 1] = quality.detach()
-    p = logits.detach().sigmoid()
-    if ksvf:
-        weight = 0.25 * p ** 2 * (1 - matched) + target
-        return F.binary_cross_entropy_with_logits(logits, target, weight, reduction="sum")
-    p = logits.sigmoid()
-    weight = torch.where(matched > 0, 0.25 * (1 - p) ** 2, 0.75 * p ** 2)
-    return (weight * F.binary_cross_entropy_with_logits(logits, matched, reduction="none")).sum()
-
-
-def pair_errors(keypoints: Tensor, pairs: Pairs, people: Targets, sigmas: Tensor) -> tuple[Tensor, Tensor]:
-    """For each pair, Σ v|Δ| over the keypoints and the OKS, (pairs,) each; keypoints (B, Q, K, 2)."""
-    image, query, person = pairs
-    matched = people.take(person)
-    difference = keypoints[image, query] - matched.keypoints
-    distance = (difference.abs().sum(-1) * matched.visible).sum(-1)
-    return distance, object_keypoint_similarity(difference.square().sum(-1), matched, sigmas)
-
-
-def count_per_rank(count: int, device: torch.device) -> Tensor:
-    """The mean of a count over all processes, at least 1: what losses are divided by."""
-    return mean_over_ranks(torch.tensor(float(count), device=device)).clamp(min=1)
-
-
-def criterion(result: dict, targets: list[Targets], sigmas: Tensor, ksvf: bool = True,
-              score_weight: float = 2.0) -> dict[str, Tensor]:
-    """All weighted loss terms of the paper for a training forward, by name, to be summed. Computed in float32.
-
-    For the final poses (no suffix), the layers before (_0, _1, ...), the pre-poses (_pre), the selected cells
-    (_enc_0) and the denoising queries (_dn_...): score_weight·vfl + 10·Σ v|Δ| + 4·(1 − OKS), each per person.
-    No pairs give 0 with a zero gradient.
-    """
-    people = gather_people(targets)
-    matchings = match(result["outputs"], targets, sigmas)
-    union = union_of_matches(matchings)
-    count, union_count = (count_per_rank(n, sigmas.device) for n in (len(people), len(union[0])))
-
-    jobs = [(*output, pairs, union, count, union_count) for output, pairs in zip(result["outputs"], matchings)]
-    if result["denoising"]:
-        known, count = result["denoising"].pairs, count * result["denoising"].groups
-        jobs += [(*output, known, known, count, count) for output in result["dn_outputs"]]
-    losses = {}
-    for name, logits, keypoints, score_pairs, pose_pairs, score_count, pose_count in jobs:
-        logits, keypoints, suffix = logits.float(), keypoints.float(), f"_{name}" if name else ""
-        quality = pair_errors(keypoints, score_pairs, people, sigmas)[1]
-        distance, similarity = pair_errors(keypoints, pose_pairs, people, sigmas)
-        losses[f"loss_vfl{suffix}"] = score_weight * vfl_loss(logits, score_pairs, quality, ksvf) / score_count
-        losses[f"loss_keypoints{suffix}"] = 10 * distance.sum() / pose_count
-        losses[f"loss_oks{suffix}"] = 4 * (1 - similarity).sum() / pose_count
-    return losses
-
-
-# ---- Prediction ---------------------------------------------------------------------------------------------
-
-
-def postprocess(logits: Tensor, keypoints: Tensor, sizes_px: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The Q best of all 2·Q (query, label) scores: scores (B, Q), labels (B, Q), keypoints (B, Q, K, 2) in pixels.
-
-    sizes_px (B, 2) width and height of the original images. No NMS, no threshold. Label 1 is a person; label 0
-    is never trained and comes last.
-    """
-    scores, index = logits.sigmoid().flatten(1).topk(logits.shape[1], dim=1)
-    query = (index // 2)[..., None, None].expand(-1, -1, *keypoints.shape[2:])
-    return scores, index % 2, keypoints.gather(1, query) * sizes_px[:, None, None]
-
-
-@torch.no_grad()
-def predict(model: DETRPose, batch: dict) -> list[Prediction]:
-    """People of a batch {images (B, 3, H, W) in [0, 1], image_ids, sizes_px}: one Prediction per image.
-
-    The model has no score per keypoint (App. B): every keypoint gets 1.
-    """
-    device = next(model.parameters()).device
-    result = model(batch["images"].to(device))
-    sizes = torch.tensor(batch["sizes_px"], dtype=torch.float32, device=device)
-    found = [t.cpu().numpy() for t in postprocess(result["logits"].float(), result["keypoints"].float(), sizes)]
-    return [Prediction(image_id, keypoints[labels == 1], np.ones(keypoints[labels == 1].shape[:2], np.float32),
-                       scores[labels == 1])
-            for image_id, scores, labels, keypoints in zip(batch["image_ids"], *found)]
+# Inference, building, the released weights.
 
 
 @torch.no_grad()
@@ -1113,7 +1307,11 @@ def fuse(model: DETRPose) -> DETRPose:
     return model.to(memory_format=torch.channels_last)
 
 
-# ---- Building a model, and the released weights -------------------------------------------------------------
+def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config) -> dict:
+    """RGB pictures of any size → what `predict` takes."""
+    return dict(images=torch.stack([input_image(picture, cfg.size) for picture in pictures]), image_ids=image_ids,
+                sizes_px=[picture.size for picture in pictures])
+
 
 RENAME = [            # released name → ours, first match wins; what matches nothing keeps its name
     (r"^(?:backbone\.)?(stem|stages)\.(.*)\.bn\.", r"backbone.\1.\2.norm."),
@@ -1163,6 +1361,14 @@ def recognise(state: dict[str, Tensor]) -> tuple[str, int] | None:
     return (sizes[stem, dim], keypoints) if (stem, dim) in sizes else None
 
 
+def start_weights(model: DETRPose, data: PoseDataset) -> None:
+    """What a fresh run starts from, beside its random weights."""
+    if model.cfg.mean_pose:
+        start_from_mean_pose(model.selection, data)
+    if model.cfg.init:
+        load_init(model, model.cfg.init)
+
+
 def load_init(model: DETRPose, source: str) -> None:
     """Start weights by file or name: DETRPose (all), D-FINE (backbone and encoder) or HGNetv2 (backbone).
 
@@ -1173,7 +1379,7 @@ def load_init(model: DETRPose, source: str) -> None:
     state = convert_official(weights.load_tensors(path), model.cfg)
     own = model.state_dict()
     if "decoder.layers.0.gateway.gate.weight" in state:
-        weights.load_strict(model, state, {r"^heatmaps\.": "a lesson on the side, which starts anew"})
+        weights.load_strict(model, state, {r"^heatmaps\.": "of an auxiliary loss, which starts anew"})
         print(f"start weights from {path}: {len(state)} of {len(own)} tensors")
         return
     chosen = {name: value for name, value in state.items() if name.startswith(("backbone.", "encoder.")) and name in own}
@@ -1185,154 +1391,25 @@ def load_init(model: DETRPose, source: str) -> None:
     print(f"start weights from {path}: {len(chosen)} of {len(own)} tensors")
 
 
-# ---- Data (Sec. 4.1): straight to a square, no padding, RGB in [0, 1], no further normalisation -------------
+@torch.no_grad()
+def start_from_mean_pose(selection: QuerySelection, data: PoseDataset, people: int = 1000) -> None:
+    """Let the first poses be the mean pose around a cell, instead of all keypoints in its centre.
 
-
-def to_targets(sample: Sample) -> Targets:
-    """A sample's people as fractions of its (w, h); keypoints without label sit at 0."""
-    width, height = sample.size
-    scale = torch.tensor([width, height], dtype=torch.float32)
-    keypoints, boxes = torch.from_numpy(sample.keypoints), torch.from_numpy(sample.boxes)
-    visible = (keypoints[..., 2] > 0).float()
-    corners = boxes / scale.repeat(2)
-    return Targets(keypoints[..., :2] / scale * visible.unsqueeze(-1), visible,
-                   torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], 1),
-                   torch.from_numpy(sample.areas) / (width * height), sample.image_id)
-
-
-class TrainImages(torch.utils.data.Dataset):
-    """One epoch of augmented training images; item i is (tensor (3, size, size), Targets, why files were skipped).
-
-    What happens to image i depends on (seed, epoch, i) alone. A file that cannot be read gives way to the next.
+    Departs: ours, for training from nothing. A point has OKS 0, and eq. 5 rewards a cell by the OKS of its pose: without
+    pre-training, the cell on the person would first have to grow a pose that nobody asks it for.
     """
-
-    def __init__(self, data: PoseDataset, cfg: Config, epoch: int):
-        self.data, self.cfg, self.epoch = data, cfg, epoch
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Targets, list[str]]:
-        cfg, epoch, flip = self.cfg, self.epoch, self.data.skeleton.flip
-        rng = np.random.default_rng([cfg.seed, epoch, i])
-        sample, skipped = self.data.load_readable(i)
-        if cfg.aug_from <= epoch < cfg.mosaic_until and rng.random() < cfg.mosaic:
-            others = [self.data.load_readable(j) for j in rng.integers(len(self.data), size=3).tolist()]
-            sample = transforms.mosaic([sample, *(other for other, _ in others)], cfg.size // 2)
-            skipped = sum((reasons for _, reasons in others), skipped)
-        elif cfg.aug_from <= epoch < cfg.aug_until and rng.random() < cfg.zoom_out:
-            ratio, (width, height) = rng.uniform(1, 2.5), sample.size
-            x, y = int((ratio - 1) * width), int((ratio - 1) * height)
-            sample = transforms.pad(sample, x, y, x, y)
-        if flip is not None and rng.random() < 0.5:
-            sample = transforms.hflip(sample, flip)
-        if rng.random() < cfg.jitter:
-            sample = replace(sample, image=transforms.color_jitter(sample.image, rng))
-        sample = transforms.resize(transforms.filter_people(sample), (cfg.size, cfg.size))
-        return transforms.to_tensor(sample.image), to_targets(sample), skipped
-
-
-def input_image(image: Image.Image, size: int) -> Tensor:
-    """A picture of any size as the network sees it: (3, size, size), aspect ratio not kept."""
-    return transforms.to_tensor(image.resize((size, size), Image.Resampling.BILINEAR))
-
-
-def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config) -> dict:
-    """RGB pictures of any size → what `predict` takes."""
-    return dict(images=torch.stack([input_image(picture, cfg.size) for picture in pictures]), image_ids=image_ids,
-                sizes_px=[picture.size for picture in pictures])
-
-
-def evaluate(model: DETRPose, data: PoseDataset, cfg: Config, ranks: Ranks) -> tuple[dict, list[Prediction]]:
-    """Metrics and predictions of a dataset; the images are shared among the processes, all get the result."""
-    found = predict_all(partial(predict, fuse(model)), data, partial(input_image, size=cfg.size), cfg.eval_batch,
-                        cfg.workers, ranks)
-    return metrics.evaluate(found, data), found
-
-
-# ---- Training (Sec. 4.1) ------------------------------------------------------------------------------------
-
-
-def build_optimizer(model: DETRPose, cfg: Config) -> torch.optim.AdamW:
-    """AdamW in two groups: the backbone learns at a rate of its own."""
-    backbone = list(model.backbone.parameters())
-    rest = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
-    groups = [dict(params=backbone, initial_lr=cfg.lr_backbone), dict(params=rest, initial_lr=cfg.lr)]
-    return torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-
-
-def lr_scale(step: int, steps: int, epoch: int, cfg: Config) -> float:
-    """Factor on the learning rates at an optimiser step out of `steps`."""
-    scale = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
-    if cfg.schedule == "cosine":
-        scale *= 0.5 + 0.5 * math.cos(math.pi * step / steps)
-    return scale * (0.1 if cfg.drop_epoch and epoch >= cfg.drop_epoch else 1.0)
-
-
-def input_side(cfg: Config, epoch: int, step: int) -> int:
-    """The input size of a batch: a random multiple of 32 from 0.75 to 1.25 of `size`, `size` itself more often."""
-    if not cfg.multiscale or epoch >= cfg.aug_until:
-        return cfg.size
-    multiples = range(max(32, cfg.size * 3 // 4 // 32 * 32), cfg.size * 5 // 4 + 1, 32)
-    sides = [side for side in multiples if side != cfg.size] + [cfg.size] * cfg.multiscale
-    return int(np.random.default_rng([cfg.seed, step]).choice(sides))
-
-
-def batch_losses(net: nn.Module, images: Tensor, targets: list[Targets], cfg: Config, epoch: int, step: int,
-                 ranks: Ranks, sigmas: Tensor) -> dict[str, Tensor]:
-    """Forward pass and loss terms of one batch. Raises FloatingPointError if one of them is not finite."""
-    side = input_side(cfg, epoch, step)
-    images = images.to(ranks.device, non_blocking=True, memory_format=torch.channels_last)
-    if side != cfg.size:
-        images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
-    targets = [t.to(ranks.device) for t in targets]
-    with autocast(ranks.device, cfg.amp):
-        result = net(images, targets)
-    losses = criterion(result, targets, sigmas, cfg.ksvf and epoch >= cfg.ksvf_from, cfg.score_weight)
-    losses["unused"] = result["unused"]
-    if cfg.heatmap_weight:
-        losses["loss_heatmaps"] = cfg.heatmap_weight * people_heatmap_loss(result["heatmaps"], targets)
-    check_finite(losses)
-    return losses
-
-
-def train(cfg: Config, args) -> None:
-    """Train, evaluate, keep everything in the run folder. Runs alone or under torchrun; Ctrl-C saves and leaves."""
-    ranks = init_ranks(args.device)
-    micro = micro_batch(cfg, ranks)
-    if cfg.frozen_norm and not (cfg.init or args.saved):
-        raise UserError("frozen norms need start weights: add --init hgnetv2-b4 (or another), or --no-frozen_norm")
-    with rank_zero_first(ranks):                         # it makes the puppets and fetches start weights
-        data, held_out = open_splits(cfg.data, sigmas=parse_numbers(cfg.sigmas))
-        seed_all(cfg.seed)                               # equal start weights on every process
-        model = DETRPose(cfg, data.skeleton)
-        if cfg.mean_pose and not args.saved:
-            start_from_mean_pose(model.selection, data)
-        if cfg.init and not args.saved:
-            load_init(model, cfg.init)
-    model.to(ranks.device, memory_format=torch.channels_last)
-    ema = Ema(model, cfg.ema, cfg.ema_warmup)
-    loop = Loop("detrpose", cfg, args, ranks, data, held_out, model, build_optimizer(model, cfg), ema)
-    net = distribute(model, ranks)
-
-    data = data.training()
-    steps = loop.plan(len(data), micro)
-    for epoch in loop.epochs():
-        net.train()
-        for images, targets, skipped in loop.batches(TrainImages(data, cfg, epoch)):
-            loop.set_lr(lr_scale(loop.step, steps, epoch, cfg))
-            with loop.naming([t.image_id for t in targets], skipped):
-                losses = batch_losses(net, images, targets, cfg, epoch, loop.step, ranks, model.sigmas)
-            loop.scaler.scale(sum(losses.values()) / cfg.accum).backward()     # Departs: the release adds up
-            if not loop.update():                                # the step has further micro-batches
-                continue
-            side = ("loss_heatmaps",) if cfg.heatmap_weight else ()
-            loop.log(losses, ("loss_vfl", "loss_keypoints", "loss_oks", *side))
-            if loop.stops():
-                return
-        if loop.evaluates():
-            table, predictions = evaluate(ema.module, held_out, cfg, ranks)
-            loop.record(table, predictions)
+    poses = []
+    for i in range(len(data)):
+        sample = data[i]
+        for keypoints in sample.keypoints[(sample.keypoints[..., 2] > 0).all(1)]:
+            poses.append((keypoints[:, :2] - keypoints[:, :2].mean(0)) / sample.size)
+        if len(poses) >= people:
+            break
+    if not poses:
+        print("--mean_pose: nobody has all keypoints labelled, so first poses start as points")
+        return
+    # σ has slope 1/4 in the middle of the image
+    selection.pose.layers[-1].bias.copy_(4 * torch.from_numpy(np.mean(poses, 0)).flatten())
 
 
 def summary(skeleton: str = "coco") -> str:
@@ -1343,18 +1420,14 @@ def summary(skeleton: str = "coco") -> str:
         fast, side = fuse(model), model.cfg.size
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             fast(torch.zeros(1, 3, side, side))
-        full, deployed = (count_parameters(m) / 1e6 for m in (model, fast))
+        full, deployed = (weights.count_parameters(m) / 1e6 for m in (model, fast))
         rows.append(f"{preset:8}{side:>7}{full:>11.2f} M{deployed:>9.2f} M{counter.get_total_flops() / 1e9:>9.1f}")
     return "\n".join(rows)
 
 
 def main() -> None:
-    cfg, args = parse(Config, PRESETS, __doc__)
-    if args.train:
-        launch(train, cfg, args)
-    else:
-        print(f"{__doc__}\n{summary()}")
+    run_method(Config, PRESETS, __doc__, train, summary)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

@@ -976,9 +976,9 @@ def batch_losses(net: nn.Module, model: DiffusionPose, clips: Tensor, joints: Te
     return losses
 
 
-def open_clips(cfg: Config) -> tuple[PoseDataset, PoseDataset]:
+def open_clips(cfg: Config, ranks: Ranks) -> tuple[PoseDataset, PoseDataset]:
     """Training and held-out data; of the puppets their clips."""
-    return open_splits(cfg.data, "posetrack" if cfg.data == "puppets" else None, parse_numbers(cfg.sigmas))
+    return open_splits(cfg, ranks, "posetrack" if cfg.data == "puppets" else None)
 
 
 def train(cfg: Config, args) -> None:
@@ -986,7 +986,7 @@ def train(cfg: Config, args) -> None:
     ranks = init_ranks(args.device)
     micro = micro_batch(cfg, ranks)
     with rank_zero_first(ranks):                         # it makes the puppets and fetches start weights
-        data, held_out = open_clips(cfg)
+        data, held_out = open_clips(cfg, ranks)
         seed_all(cfg.seed)                               # equal start weights on every process
         model = DiffusionPose(cfg, data.skeleton)
         if cfg.init and not args.saved:

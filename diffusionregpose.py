@@ -1453,7 +1453,7 @@ def train(cfg: Config, args) -> None:
         raise UserError("frozen norms need start weights: add --init resnet50 (or another), or "
                                 "--no-frozen_norm")
     with rank_zero_first(ranks):                         # it makes the puppets and fetches start weights
-        data, held_out = open_splits(cfg.data, sigmas=parse_numbers(cfg.sigmas))
+        data, held_out = open_splits(cfg, ranks)
         seed_all(cfg.seed)                               # equal start weights on every process
         model = DiffusionRegPose(cfg, data.skeleton)
         if cfg.init and not args.saved:

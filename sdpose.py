@@ -61,7 +61,7 @@ from tqdm import tqdm
 
 from common import draw, metrics, stable_diffusion, transforms, weights
 from common.boxes import Boxes, Found, people_to_learn, true_boxes, whole_image
-from common.cli import check_choice, check_range, launch, parse, parse_numbers, resolve, run_main
+from common.cli import check_choice, check_range, launch, parse, resolve, run_main
 from common.datasets import PoseDataset
 from common.errors import UserError
 from common.oks import oks_nms, rescore
@@ -1049,7 +1049,7 @@ def train(cfg: Config, args) -> None:
     ranks = init_ranks(args.device)
     micro = micro_batch(cfg, ranks)
     with rank_zero_first(ranks):                         # it makes the puppets and fetches start weights
-        data, held_out = open_splits(cfg.data, cfg.keypoints or None, parse_numbers(cfg.sigmas))
+        data, held_out = open_splits(cfg, ranks, cfg.keypoints or None)
         seed_all(cfg.seed)                               # equal start weights on every process
         model = SDPose(cfg, data.skeleton)
         if cfg.init and not args.saved:

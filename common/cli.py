@@ -75,6 +75,20 @@ def run_main(main: Callable[[], None]) -> None:
         dist.destroy_process_group()
 
 
+def run_method(config_class: type[ConfigT], presets: dict[str, ConfigT], about: str, train: Callable,
+               summary: Callable[[], str]) -> None:
+    """What `python <method>.py` does: --train calls train(config, args); without it, what the file is and its presets."""
+    def main() -> None:
+        config, args = parse(config_class, presets, about)
+        if args.train:
+            launch(train, config, args)
+        else:
+            print(about, flush=True)                            # before the seconds that the summary takes
+            print(summary())
+
+    run_main(main)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Flags
 # ---------------------------------------------------------------------------------------------------------

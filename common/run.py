@@ -440,7 +440,7 @@ class Run:
         finite = torch.stack([*losses.values(), norm]).isfinite().tolist()          # one wait for the GPU
         scaler = self.parts["scaler"]
         if not all(finite) and not (scaler.is_enabled() and scaler.get_scale() >= 1):
-            names = [name for name, good in zip([*losses, "the gradient"], finite) if not good]
+            names = [name for name, good in zip(losses, finite) if not good] or ["the gradient"]
             raise self.folder.not_finite(", ".join(names[:5]), self.step, self.seen)
         self.at.update(step=self.step + 1, done=self.at["done"] + 1)
         self.seen = []

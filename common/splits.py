@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common import posetrack
+from common.cli import RunConfig, parse_numbers
 from common.datasets import PoseDataset
 from common.errors import UserError
 from common.ranks import Ranks, rank_zero_first
 from common.skeletons import Skeleton, get_skeleton
+from data import puppets
 
 
 def layouts(split: str) -> list[tuple[str, list[str], list[str]]]:
@@ -64,7 +66,6 @@ def open_dataset(data: str, split: str, skeleton: str | dict | Skeleton | None =
         parts = {"train": stills, "val": stills, "crowd": "crowd", "ood": "ood"}
         if split not in parts:
             raise UserError(f"puppets have no split '{split}': choose one of {', '.join(parts)}")
-        from data import puppets            # here, because real data does not need it
         folder = puppets.make(puppets.ROOT, parts[split])
         file_split = split if split != "crowd" else "test" if wanted == "crowdpose" else "val"
     else:
@@ -91,12 +92,12 @@ def open_dataset(data: str, split: str, skeleton: str | dict | Skeleton | None =
     return dataset
 
 
-def open_splits(data: str, skeleton: str | None = None,
-                sigmas: Sequence[float] | None = None) -> tuple[PoseDataset, PoseDataset]:
+def open_splits(config: RunConfig, ranks: Ranks, skeleton: str | None = None) -> tuple[PoseDataset, PoseDataset]:
     """What to train on and what to evaluate on, both with the keypoints of the former. Raises UserError."""
-    train, val = default_splits(data)
-    learned = open_dataset(data, train, skeleton, sigmas)
-    return learned, open_dataset(data, val, learned.skeleton)
+    train, val = default_splits(config.data)
+    with rank_zero_first(ranks):            # it makes the puppets
+        learned = open_dataset(config.data, train, skeleton, parse_numbers(config.sigmas))
+        return learned, open_dataset(config.data, val, learned.skeleton)
 
 
 def open_crowd(skeleton: Skeleton, ranks: Ranks) -> PoseDataset:

@@ -1,17 +1,15 @@
 """Readers on real samples, on made-up folders of every layout, and on everything that can be wrong with them."""
 import json
 import pickle
-import sys
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import data
 from common.errors import UserError
 from common.records import BadImage, load_image
+from data import puppets
 from common.splits import default_splits, open_dataset
 from common.skeletons import SKELETONS
 from tests.conftest import REFERENCE
@@ -189,9 +187,8 @@ def test_other_names_for_the_same_number_of_keypoints_are_said(tmp_path):
 
 def test_puppets_are_made_in_the_part_that_a_split_needs(tmp_path, monkeypatch):
     made = []
-    fake = types.SimpleNamespace(ROOT=tmp_path, make=lambda root, part: made.append(part) or root / part)
-    monkeypatch.setitem(sys.modules, "data.puppets", fake)
-    monkeypatch.setattr(data, "puppets", fake, raising=False)
+    monkeypatch.setattr(puppets, "ROOT", tmp_path)
+    monkeypatch.setattr(puppets, "make", lambda root, part: made.append(part) or root / part)
     write(tmp_path / "coco", [image(1)], [person(1, 1)], split="train")
     write(tmp_path / "crowd", [image(1)], [person(1, 1)], folder="images")
     write(tmp_path / "crowd", [image(1)], [person(1, 1, 14)], categories=[CROWDPOSE], split="test",

@@ -17,13 +17,13 @@ import detrpose
 from common import transforms, weights
 from common.cli import resolve
 from common.errors import UserError
+from common.heatmaps import people_heatmap_loss
 from common.predict import collate
 from common.ranks import init_ranks, seed_all
-from common.records import Sample
+from common.records import People, Sample, gather_people
 from common.run import Ema
 from common.weights import count_parameters
 from common.skeletons import get_skeleton
-from detrpose import Targets
 from tests.conftest import REFERENCE
 
 FOLDER = REFERENCE / "detrpose"
@@ -96,14 +96,14 @@ def close(ours, theirs, tolerance: float, what: str = ""):
         assert error <= tolerance, f"{what}: error {error:.2e}"
 
 
-def targets_of(case) -> list[Targets]:
+def targets_of(case) -> list[People]:
     """The case's people, image by image."""
     counts = np.atleast_1d(case["target_counts"]).tolist()
     keypoints = torch.from_numpy(case["target_keypoints"])
     k = keypoints.shape[1] // 3
     columns = [keypoints[:, :2 * k].reshape(-1, k, 2), keypoints[:, 2 * k:], torch.from_numpy(case["target_boxes"]),
                torch.from_numpy(case["target_area"])]
-    return [Targets(*part) for part in zip(*(column.split(counts) for column in columns))]
+    return [People(*part) for part in zip(*(column.split(counts) for column in columns))]
 
 
 def noise_of(case) -> detrpose.Noise:
@@ -114,7 +114,8 @@ def noise_of(case) -> detrpose.Noise:
     people = int(np.sum(case["target_counts"]))
     negative = torch.arange(len(relabel)) // people % 2 == 1
     exponent[negative] = torch.from_numpy(case["draw_u_neg"])[..., 0]
-    return detrpose.Noise(relabel, labels, torch.from_numpy(case["draw_rand_vector"]), exponent)
+    direction = detrpose.released_direction(torch.from_numpy(case["draw_rand_vector"]))
+    return detrpose.Noise(relabel, labels, direction, (-exponent[:, 1:]).exp())
 
 
 # ------------------------------------------------------------------------------------------ blocks
@@ -286,7 +287,8 @@ def test_every_released_tensor_is_used_or_ignored_by_name(file):
 @golden("denoising")
 def test_denoising_queries_equal_the_release(file):
     model, case = official_model(file, "denoising")
-    noisy = model.denoising_queries(targets_of(case), tuple(case["img_hw"].tolist()), 60, noise_of(case))
+    noisy = detrpose.denoising_queries(targets_of(case), tuple(case["img_hw"].tolist()), 60, model.noisy_label,
+                                       model.noisy_keypoint, model.sigmas, model.cfg, noise_of(case))
     assert noisy.groups == case["groups"] and noisy.content.shape[1] == case["pad_size"]
     assert (noisy.blocked.numpy() == case["attn_mask"]).all()
     close(noisy.reference, torch.from_numpy(case["query_pose"]).sigmoid(), 1e-5, "poses")
@@ -299,8 +301,8 @@ def test_matching_costs_and_pairs_equal_the_release(file):
     targets, logits = targets_of(case), torch.from_numpy(case["pred_logits"])
     keypoints = torch.from_numpy(case["pred_keypoints"]).unflatten(2, (-1, 2))
     sigmas = torch.tensor(get_skeleton("crowdpose" if keypoints.shape[2] == 14 else "coco").sigmas)
-    cost = detrpose.match_cost(logits, keypoints, detrpose.gather_people(targets), sigmas)
-    image, query, person = detrpose.match([("", logits, keypoints)], targets, sigmas)[0]
+    cost = detrpose.match_cost(logits, keypoints, gather_people(targets), sigmas)
+    image, query, person = detrpose.match([detrpose.Output("", logits, keypoints)], targets, sigmas)[0]
     first = 0
     for i, people in enumerate(targets):
         close(cost[i, :, first:first + len(people)], case[f"cost_{i}"], 1e-5, f"cost {i}")
@@ -329,9 +331,9 @@ def test_every_loss_term_and_its_gradient_equals_the_release(file):
     slot = torch.cat([torch.arange(n) for n in counts])
     slot = torch.cat([slot + g * pad // groups for g in range(groups)])
     known = detrpose.Denoising(None, None, None, (image, slot, torch.arange(sum(counts)).repeat(groups)), groups)
-    result = dict(outputs=[(n, *load(theirs)) for n, theirs in names.items()],
-                  dn_outputs=[(n, *load(theirs)) for n, theirs in dn_names.items()], denoising=known)
-    losses = detrpose.criterion(result, targets, sigmas)
+    result = dict(outputs=[detrpose.Output(n, *load(theirs)) for n, theirs in names.items()],
+                  dn_outputs=[detrpose.Output(n, *load(theirs)) for n, theirs in dn_names.items()], denoising=known)
+    losses = detrpose.criterion(result, targets, sigmas, detrpose.PRESETS["l"])
     expected = dict(zip(case["loss_names"].tolist(), case["loss_values"].tolist()))
     assert losses.keys() == expected.keys()
     for name, value in expected.items():
@@ -375,7 +377,7 @@ def test_training_step_equals_the_release(file):
         close(ours[1], case[f"{name}_logits"], 1e-3, name)
         step = 1 if name == "pred" else 4
         close(ours[2].flatten(2)[:, ::step], case[f"{name}_keypoints"], 1e-3, name)
-    losses = detrpose.criterion(result, targets, model.sigmas)
+    losses = detrpose.criterion(result, targets, model.sigmas, model.cfg)
     for name, value in zip(case["loss_names"].tolist(), case["loss_values"].tolist()):
         assert losses[name].item() == pytest.approx(value, rel=1e-3, abs=1e-4), name
     sum(losses.values()).backward()
@@ -412,7 +414,7 @@ def test_targets_equal_the_release():
     case = np.load(file)
     sample = Sample(Image.fromarray(case["image"]), 1, (97, 61), case["in_keypoints"].astype(np.float32),
                     case["in_boxes"].astype(np.float32), case["in_area"].astype(np.float32), np.zeros(2, bool))
-    targets = detrpose.to_targets(transforms.resize(sample, (64, 48)))
+    targets = detrpose.to_people(transforms.resize(sample, (64, 48)))
     close(targets.boxes, case["plain_boxes"], 1e-6)
     close(targets.areas, case["plain_area"], 1e-6)
     close(torch.cat([targets.keypoints.flatten(1), targets.visible], 1), case["plain_keypoints"], 1e-6)
@@ -443,8 +445,8 @@ SMALL = dict(size=64, dim=32, heads=4, layers=2, decoder_ffn=32, encoder_ffn=32,
              heatmap_weight=0.0)
 
 
-def some_people(counts: list[int], keypoints: int = 17) -> list[Targets]:
-    return [Targets(0.2 + 0.6 * torch.rand(n, keypoints, 2), (torch.rand(n, keypoints) > 0.2).float(),
+def some_people(counts: list[int], keypoints: int = 17) -> list[People]:
+    return [People(0.2 + 0.6 * torch.rand(n, keypoints, 2), (torch.rand(n, keypoints) > 0.2).float(),
                     torch.tensor([[0.5, 0.5, 0.4, 0.6]]).repeat(n, 1), 0.05 + 0.1 * torch.rand(n)) for n in counts]
 
 
@@ -456,7 +458,7 @@ def test_every_ablation_trains_every_parameter_with_finite_gradients(ablation, s
     targets = some_people([2, 0, 1], model.skeleton.num_keypoints)
     for _ in range(2):                                  # the first step leaves zero-started heads behind
         result = model(torch.rand(3, 3, 64, 64), targets)
-        losses = detrpose.criterion(result, targets, model.sigmas, model.cfg.ksvf)
+        losses = detrpose.criterion(result, targets, model.sigmas, model.cfg, model.cfg.ksvf)
         (sum(losses.values()) + result["unused"]).backward()
         torch.optim.SGD(model.parameters(), 1e-4).step()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -467,19 +469,18 @@ def test_a_batch_without_people_has_a_finite_loss_that_reaches_every_parameter()
     model = detrpose.build("tiny", **SMALL).train()
     targets = some_people([0, 0])
     result = model(torch.rand(2, 3, 64, 64), targets)
-    losses = detrpose.criterion(result, targets, model.sigmas)
+    losses = detrpose.criterion(result, targets, model.sigmas, model.cfg)
     (sum(losses.values()) + result["unused"]).backward()
     assert result["denoising"] is None and losses["loss_keypoints"] == 0
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("counts", [[2, 1], [0, 0]], ids=str)
-def test_heatmaps_on_the_side_teach_backbone_and_encoder_alone(counts):
-    model, alone = detrpose.build("tiny", **SMALL | dict(heatmap_weight=2.0)).train(), init_ranks("cpu")
+def test_the_auxiliary_heatmap_loss_teaches_backbone_and_encoder_alone(counts):
+    model, people = detrpose.build("tiny", **SMALL | dict(heatmap_weight=2.0)).train(), some_people(counts)
     with torch.no_grad():
         model.heatmaps.head.weight.normal_(std=0.1)
-    losses = detrpose.batch_losses(model, torch.rand(2, 3, 64, 64), some_people(counts), model.cfg, 0, 0, alone, model.sigmas)
-    losses["loss_heatmaps"].backward()
+    people_heatmap_loss(model(torch.rand(2, 3, 64, 64), people)["heatmaps"], people).backward()
     parts = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert parts == {"backbone", "encoder", "heatmaps"}
 
@@ -487,7 +488,7 @@ def test_heatmaps_on_the_side_teach_backbone_and_encoder_alone(counts):
 def test_more_people_than_queries_are_matched_as_far_as_queries_go():
     model = detrpose.build("tiny", **SMALL)
     targets = some_people([9])
-    outputs = [("", torch.randn(1, 6, 2), torch.rand(1, 6, 17, 2))]
+    outputs = [detrpose.Output("", torch.randn(1, 6, 2), torch.rand(1, 6, 17, 2))]
     image, query, person = detrpose.match(outputs, targets, model.sigmas)[0]
     assert sorted(query.tolist()) == list(range(6)) and len(set(person.tolist())) == 6
 
@@ -496,34 +497,37 @@ def test_the_order_of_people_does_not_change_the_loss():
     model = detrpose.build("tiny", **SMALL, pose_denoising=False).train()
     targets, images = some_people([3]), torch.rand(1, 3, 64, 64)
     shuffled = [targets[0].take(torch.tensor([2, 0, 1]))]
-    totals = [sum(detrpose.criterion(model(images, t), t, model.sigmas).values()).item() for t in (targets, shuffled)]
+    totals = [sum(detrpose.criterion(model(images, t), t, model.sigmas, model.cfg).values()).item() for t in (targets, shuffled)]
     assert totals[0] == pytest.approx(totals[1], rel=1e-5)
 
 
-def test_a_non_finite_cost_is_said_before_the_assignment():
-    logits = torch.full((1, 6, 2), float("nan"))
-    with pytest.raises(FloatingPointError, match="matching cost"):
-        detrpose.match([("", logits, torch.rand(1, 6, 17, 2))], some_people([2]), torch.full((17,), 0.05))
+def test_numbers_that_are_not_finite_reach_the_losses_instead_of_breaking_the_matching():
+    logits, cfg = torch.full((1, 6, 2), float("nan")), detrpose.PRESETS["l"]
+    result = dict(outputs=[detrpose.Output("", logits, torch.rand(1, 6, 17, 2))], denoising=None)
+    losses = detrpose.criterion(result, some_people([2]), torch.full((17,), 0.05), cfg)
+    assert losses["loss_vfl"].isnan() and losses["loss_keypoints"].isfinite()
 
 
 def test_perfect_poses_have_no_keypoint_loss_and_the_score_target_one():
     targets, sigmas = some_people([2]), torch.full((17,), 0.05)
     exact = torch.cat([targets[0].keypoints, torch.rand(4, 17, 2)])[None]
     logits = torch.tensor([[[-9.0, 9.0]] * 2 + [[-9.0, -9.0]] * 4])
-    losses = detrpose.criterion(dict(outputs=[("", logits, exact)], denoising=None), targets, sigmas)
+    losses = detrpose.criterion(dict(outputs=[detrpose.Output("", logits, exact)], denoising=None), targets, sigmas,
+                                detrpose.PRESETS["l"])
     assert losses["loss_keypoints"] == 0 and losses["loss_oks"] < 1e-5 and losses["loss_vfl"] < 1e-3
 
 
 def test_noisy_poses_have_the_similarity_that_was_drawn():
-    """exp(−d²/(2 s² κ²)) of each keypoint is exp(−exponent): (0.5, 1) for positives, (0.1, 0.5) for negatives (eq. 1-4)."""
+    """exp(−d²/(2 s² κ²)) of each keypoint (eq. 1) lies in (0.5, 1) for positives, in (0.1, 0.5) for negatives (eq. 2-4)."""
     people = some_people([40])[0]
     sigmas = torch.tensor(get_skeleton("coco").sigmas)
     people.visible[:] = 1
-    noise = detrpose.draw_noise(2, 40, 18, torch.device("cpu"))
+    noise = detrpose.draw_noise(2, 40, 17, torch.device("cpu"), as_released=False)
     twice = people.take(torch.arange(40).repeat(2))
-    noisy = detrpose.disturb(twice, noise, sigmas, (512, 512), as_released=False)
+    noisy = detrpose.noisy_pose(twice.keypoints, noise.ks, noise.direction, 2 * sigmas, twice.areas * 512 ** 2, 512)
     squared = ((noisy - twice.keypoints) ** 2).sum(-1)
     similarity = (-squared / (2 * twice.areas[:, None] * (2 * sigmas) ** 2)).exp()
+    torch.testing.assert_close(similarity, noise.ks, rtol=0, atol=1e-3)
     assert similarity[:40].min() > 0.499 and similarity[40:].max() < 0.501 and similarity.min() > 0.099
     direction = (noisy - twice.keypoints)[:40].flatten(0, 1).sign().unique(dim=0)
     assert len(direction) == 4, "all four quadrants"
@@ -562,7 +566,7 @@ def test_start_weights_come_from_dfine_and_hgnetv2_files_of_the_right_size(tmp_p
         detrpose.load_init(detrpose.build("m"), str(tmp_path / "hgnet.pth"))
 
 
-def test_a_whole_model_as_start_weights_must_fit_but_for_the_heatmaps_on_the_side(tmp_path):
+def test_a_whole_model_as_start_weights_must_fit_but_for_the_heatmaps(tmp_path):
     donor, model = detrpose.build("tiny", **SMALL), detrpose.build("tiny", **SMALL | dict(heatmap_weight=1.0))
     torch.save(dict(model=donor.state_dict()), tmp_path / "whole.pth")
     detrpose.load_init(model, str(tmp_path / "whole.pth"))
@@ -609,7 +613,7 @@ def test_the_tiny_preset_learns_eight_puppets_by_heart(puppets_folder):
     torch.manual_seed(0)
     model = detrpose.DETRPose(cfg, data.skeleton).train()
     detrpose.start_from_mean_pose(model.selection, data)
-    images, targets, _ = collate([detrpose.TrainImages(data, cfg, 0)[i] for i in range(8)])
+    images, targets, *_ = collate([detrpose.TrainImages(data, cfg, 0)[i] for i in range(8)])
     optimizer, values = detrpose.build_optimizer(model, cfg), []
     for _ in range(200):
         losses = detrpose.criterion(model(images, targets), targets, model.sigmas)
@@ -630,7 +634,7 @@ def test_the_tiny_preset_learns_the_photos_of_the_coco_sample_by_heart(pose_data
     from common.splits import open_dataset
     cfg = resolve(detrpose.PRESETS["tiny"], queries=20, batch=14, ksvf=False, ema=0.99)
     photos = open_dataset(str(pose_data / "coco"), "train")
-    data, ranks, steps = photos.training(), init_ranks("cpu"), 700
+    data, steps = photos.training(), 700
     data.skeleton = replace(data.skeleton, flip=None)
     seed_all(0)
     model = detrpose.DETRPose(cfg, data.skeleton)
@@ -642,11 +646,14 @@ def test_the_tiny_preset_learns_the_photos_of_the_coco_sample_by_heart(pose_data
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * detrpose.lr_scale(step, steps, 0, cfg)
         order = np.random.default_rng(step // 2).permutation(len(items))[step % 2::2]
-        images, targets, _ = collate([items[i] for i in order])
-        sum(detrpose.batch_losses(model, images, targets, cfg, 0, step, ranks, model.sigmas).values()).backward()
+        images, targets, *_ = collate([items[i] for i in order])
+        result = model(images, targets)
+        losses = detrpose.criterion(result, targets, model.sigmas, cfg, ksvf=False)
+        losses["loss_heatmaps"] = cfg.heatmap_weight * people_heatmap_loss(result["heatmaps"], targets)
+        sum(losses.values()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         optimizer.step()
         optimizer.zero_grad()
         ema.update(model)
-    table, _ = detrpose.evaluate(ema.module, photos, cfg, ranks)
+    table, _ = detrpose.evaluate(ema.module, photos, cfg, init_ranks("cpu"))
     assert len(data) == 28 and table["AP"] > 0.9, table

@@ -21,8 +21,10 @@ import detrpose
 from common import run
 from common.cli import field_help, launch, parse, run_main
 from common.errors import UserError
+from common.heatmaps import people_heatmap_loss
 from common.predict import collate
 from common.ranks import Ranks, distribute, epoch_batches, gather_lists, init_ranks, mean_over_ranks, pick_device, seed_all
+from common.records import People
 from common.run import Ema, RunFolder, Stopper
 from common.splits import open_dataset
 from common.weights import load_checkpoint, save_checkpoint
@@ -339,7 +341,7 @@ class Killed(BaseException):
 
 def cut(monkeypatch, how: str):
     """Let the next run end early, in its 4th step of 5 (after a save in the 2nd), or in or after the first evaluation."""
-    losses, evaluate, save, calls = detrpose.batch_losses, detrpose.evaluate, RunFolder.save, []
+    losses, evaluate, save, calls = detrpose.criterion, detrpose.evaluate, RunFolder.save, []
 
     def step(*args):
         calls.append(0)
@@ -359,7 +361,7 @@ def cut(monkeypatch, how: str):
             raise Killed
         save(self, name, **content)
 
-    monkeypatch.setattr(detrpose, "batch_losses", step)
+    monkeypatch.setattr(detrpose, "criterion", step)
     monkeypatch.setattr(detrpose, "evaluate", evaluation)
     monkeypatch.setattr(RunFolder, "save", saving)
     monkeypatch.setattr(RunFolder, "save_is_due", lambda self: len(calls) == 4)
@@ -548,9 +550,8 @@ def test_images_without_people_are_left_out_of_training_and_kept_in_evaluation(p
 def test_a_batch_without_people_has_a_finite_loss_and_a_gradient_everywhere(flags):
     cfg, _ = parse(detrpose.Config, detrpose.PRESETS, "", [*TINY, *flags])
     model = detrpose.DETRPose(cfg, detrpose.get_skeleton("coco")).train()
-    nobody = detrpose.Targets(*(torch.zeros(0, *shape) for shape in ((17, 2), (17,), (4,), ())))
-    losses = detrpose.batch_losses(model, torch.rand(2, 3, 64, 64), [nobody, nobody], cfg, 0, 0, rank(0, 1), model.sigmas)
-    total = sum(losses.values())
+    nobody = People(*(torch.zeros(0, *shape) for shape in ((17, 2), (17,), (4,), ())))
+    total = total_loss(model, model, torch.rand(2, 3, 64, 64), [nobody, nobody])
     total.backward()
     assert total.isfinite() and total > 0
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
@@ -572,6 +573,14 @@ def test_one_ctrl_c_asks_and_a_second_one_is_immediate(monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
 
+def total_loss(net: nn.Module, model: detrpose.DETRPose, images: torch.Tensor, people: list[People]) -> torch.Tensor:
+    """What a step of the training goes back from; `net` is the model or distributes it."""
+    result = net(images, people)
+    losses = detrpose.criterion(result, people, model.sigmas, model.cfg, ksvf=False)
+    auxiliary = people_heatmap_loss(result["heatmaps"], people) if model.cfg.heatmap_weight else 0
+    return sum(losses.values()) + result["unused"] + auxiliary
+
+
 def one_step(data: str, ranks: Ranks) -> dict:
     """Gradients of a first step on 8 images and the evaluation, shared by the processes; norms are constants."""
     words = [*TINY, "--no-pose_denoising", "--frozen_norm", "--batch", "8", "--jitter", "0", "--data", data]
@@ -584,9 +593,8 @@ def one_step(data: str, ranks: Ranks) -> dict:
     [module.eval() for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     images = detrpose.TrainImages(open_dataset(data, "train").training(), cfg, epoch=0)
     batch = epoch_batches(len(images), 8 // ranks.world, 1, 0, 0, ranks)[0]
-    tensors, targets, _ = collate([images[i] for i in batch])
-    losses = detrpose.batch_losses(net, tensors, targets, cfg, 0, 0, ranks, model.sigmas)
-    sum(losses.values()).backward()
+    tensors, targets, *_ = collate([images[i] for i in batch])
+    total_loss(net, model, tensors, targets).backward()
     table, predictions = detrpose.evaluate(model, open_dataset(data, "val"), cfg, ranks)
     return dict(gradients={name: p.grad for name, p in model.named_parameters()}, table=table, count=len(predictions),
                 people={int(p.image_id): float(p.keypoints.sum()) for p in predictions})
@@ -602,7 +610,7 @@ def step_as_a_rank(data: str, out: str) -> None:
 def train_as_a_rank(data: str, out: str) -> None:
     """A run in which only the second process is asked to stop, in the 7th step; the same to its end; one never cut."""
     ranks = init_ranks("cpu")
-    losses, calls = detrpose.batch_losses, []
+    losses, calls = detrpose.criterion, []
 
     def step(*args):
         calls.append(0)
@@ -610,7 +618,7 @@ def train_as_a_rank(data: str, out: str) -> None:
             signal.raise_signal(signal.SIGTERM)
         return losses(*args)
 
-    detrpose.batch_losses, RunFolder.draw = step, lambda *args: None
+    detrpose.criterion, RunFolder.draw = step, lambda *args: None
     words = [*FLAGS, "--accum", "1", "--data", data, "--out"]
     for part in [*words, f"{out}/cut"], ["--resume", f"{out}/cut"], [*words, f"{out}/whole"]:
         detrpose.train(*parse(detrpose.Config, detrpose.PRESETS, "", part))
