@@ -6,7 +6,7 @@ Idea     One query per person. A query is K+1 tokens: one for the person, one fo
 Flow     image (B,3,H,W) → HGNetv2 → maps of stride 8, 16, 32 → HybridEncoder → memory (B,N,C)
          → QuerySelection: the Q best cells → poses (B,Q,K,2) → Decoder, D layers → poses, scores (B,Q,2)
 Read     noisy_pose (Sec. 3.1, eq. 1-4) → QuerySelection (Sec. 3.2) → DecoderLayer, Decoder (Sec. 3.3)
-         → PoseLQE (Sec. 3.3.1) → DETRPose.forward → ksvf_loss (Sec. 3.4, eq. 5) → criterion → train (Sec. 4.1)
+         → PoseLQE (Sec. 3.3.1) → DETRPose.forward → ksvf_loss (Sec. 3.4, eq. 5) → criterion → train
 Letters  B images  Q person queries  K keypoints  T = K+1 tokens of a person, the person's own first
          N memory cells  C channels  M heads  L levels  P sampling points per level  D decoder layers
          G denoising groups  R people of a batch, each as often as it has noisy copies
@@ -56,7 +56,7 @@ from common.splits import open_splits
 from common.tables import Row, Table
 from kernels.deform_attn import deform_attn
 
-# ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. -----------
+# ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. --------
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ class Config(RunConfig):
     queries: int = 60              # Q, people at most (Sec. 4.3; Table 4: its first row has 100)
     size: int = 640                # side of the square network input, pixels (Sec. 4.1)
     # the paper's ablations (Table 4); all of them are on in the paper's model
-    pose_denoising: bool = True    # noisy copies of the true poses as extra queries (Sec. 3.1; row 3 adds them)
-    fdr: bool = True               # distribution heads and pre-pose (Sec. 3.3; row 4 adds them); off: plain offsets
-    ksvf: bool = True              # keypoint similarity varifocal loss (eq. 5; row 5 adds it); off: focal loss
+    pose_denoising: bool = True    # noisy copies of the true poses as extra queries (Sec. 3.1; row 3 adds)
+    fdr: bool = True               # distribution heads, pre-pose (Sec. 3.3; row 4 adds); off: plain offsets
+    ksvf: bool = True              # keypoint similarity varifocal loss (eq. 5; row 5 adds); off: focal loss
     pose_lqe: bool = True          # scores look at the image under the pose (Sec. 3.3.1; row 6 adds it)
     init: str = "dfine-l-obj365"   # start weights: file or name, DETRPose, D-FINE (row 7 adds it) or HGNetv2
     dn_queries: int = 20           # positive denoising queries per image, shared among its people
@@ -95,7 +95,7 @@ class Config(RunConfig):
     ema: float = 0.9999            # decay of the weight average that is evaluated
     ema_warmup: int = 2000         # optimiser steps over which the decay grows to that
     # augmentation (Sec. 4.1 names it; numbers of the release)
-    multiscale: int = 4            # input side 0.75 to 1.25 of size per batch; so many tickets for size itself, 0: off
+    multiscale: int = 4            # input side 0.75 to 1.25 of size, size itself as often as this; 0: off
     jitter: float = 0.5            # probability of a change of colours
     zoom_out: float = 0.5          # probability of black borders around the image
     mosaic: float = 0.5            # probability of four images in one
@@ -103,7 +103,7 @@ class Config(RunConfig):
     mosaic_until: int = 28         # first epoch without mosaic
     aug_until: int = 48            # first epoch without zoom-out and multi-scale
     # aids to learn from nothing: ours, not the paper's; the presets of the paper do without them
-    frozen_norm: bool = True       # off: the backbone's norms learn, for they have no ImageNet statistics to keep
+    frozen_norm: bool = True       # off: the backbone's norms learn; nothing has given them statistics yet
     ksvf_from: int = 0             # first epoch with eq. 5, which rewards a cell by an OKS that is 0 at first
     score_weight: float = 2.0      # weight of the score's loss (release: 2)
     mean_pose: bool = False        # first poses start as the training set's mean pose, not as a point
@@ -116,11 +116,11 @@ class Config(RunConfig):
         super().__post_init__()
         check_choice(self, backbone=("B0", "B2", "B4", "B5"), schedule=("constant", "cosine"))
         check_range(self, 1, 4, "levels")
-        check_range(self, 1, math.inf, "dim heads encoder_ffn depth layers decoder_ffn points queries dn_queries size "
-                    "epochs batch")
+        check_range(self, 1, math.inf, "dim heads encoder_ffn depth layers decoder_ffn points queries dn_queries "
+                    "size epochs batch")
         check_range(self, 1e-6, math.inf, "expansion reg_scale lr clip")
-        check_range(self, 0, math.inf, "lr_backbone weight_decay warmup drop_epoch ema_warmup multiscale aug_from "
-                    "mosaic_until aug_until ksvf_from score_weight heatmap_weight")
+        check_range(self, 0, math.inf, "lr_backbone weight_decay warmup drop_epoch ema_warmup multiscale "
+                    "aug_from mosaic_until aug_until ksvf_from score_weight heatmap_weight")
         check_range(self, 0, 1, "ema jitter zoom_out mosaic")
         if self.dim % (2 * self.heads) or self.dim % 4:
             raise UserError(f"--dim {self.dim} does not split over {self.heads} heads: choose a multiple of "
@@ -139,17 +139,19 @@ def _presets() -> dict[str, Config]:
                multiscale=20, mosaic_until=52, aug_until=96, init="dfine-s-obj365")
     n = replace(s, levels=2, dim=128, encoder_ffn=512, expansion=0.34, depth=2, decoder_ffn=512, points=6,
                 epochs=160, multiscale=0, mosaic_until=82, aug_until=156, init="dfine-n-coco")
-    m = replace(s, backbone="B2", expansion=1.0, depth=2, layers=4, epochs=64, lr_backbone=1e-5, drop_epoch=15,
-                multiscale=6, mosaic_until=34, aug_until=60, init="dfine-m-obj365")
+    m = replace(s, backbone="B2", expansion=1.0, depth=2, layers=4, epochs=64, lr_backbone=1e-5,
+                drop_epoch=15, multiscale=6, mosaic_until=34, aug_until=60, init="dfine-m-obj365")
     l = Config(accum=2)
-    x = Config(backbone="B5", dim=384, encoder_ffn=2048, reg_scale=8.0, lr_backbone=5e-5, init="dfine-x-obj365")
-    # minutes on a laptop, from nothing: small everything, all the aids; no denoising, whose noise is finer than what is
-    # learned in that time
-    tiny = replace(s, init="", lab=False, frozen_norm=False, dim=96, heads=4, encoder_ffn=192, decoder_ffn=192,
-                   points=2, queries=10, size=128, ksvf_from=2, score_weight=8.0, heatmap_weight=2.0, mean_pose=True,
-                   pose_denoising=False, dn_queries=4, epochs=8, batch=16, lr=1e-3, lr_backbone=1e-3,
-                   schedule="cosine", warmup=60, clip=1.0, ema=0.995, ema_warmup=100, multiscale=0, jitter=0.0,
-                   mosaic=0.0, zoom_out=0.0, processes=2, workers=0, eval_every=4, eval_batch=50)
+    x = Config(backbone="B5", dim=384, encoder_ffn=2048, reg_scale=8.0, lr_backbone=5e-5,
+               init="dfine-x-obj365")
+    # minutes on a laptop, from nothing: small everything, all the aids; no denoising, whose noise is finer
+    # than what is learned in that time
+    tiny = replace(s, init="", lab=False, frozen_norm=False, dim=96, heads=4, encoder_ffn=192,
+                   decoder_ffn=192, points=2, queries=10, size=128, ksvf_from=2, score_weight=8.0,
+                   heatmap_weight=2.0, mean_pose=True, pose_denoising=False, dn_queries=4, epochs=8,
+                   batch=16, lr=1e-3, lr_backbone=1e-3, schedule="cosine", warmup=60, clip=1.0, ema=0.995,
+                   ema_warmup=100, multiscale=0, jitter=0.0, mosaic=0.0, zoom_out=0.0, processes=2,
+                   workers=0, eval_every=4, eval_batch=50)
     crowd = dict(lr_backbone=1e-5, accum=2)
     return {"tiny": tiny, "n": n, "s": s, "m": m, "l": l, "x": x,
             "n-crowdpose": replace(n, **crowd, epochs=284, mosaic_until=136, aug_until=264),
@@ -161,12 +163,13 @@ def _presets() -> dict[str, Config]:
 
 PRESETS: dict[str, Config] = _presets()
 
-# ---- Pose denoising (Sec. 3.1): true poses, disturbed, as extra queries with a known answer -----------------
+# ---- Pose denoising (Sec. 3.1): true poses, disturbed, as extra queries with a known answer --------------
 #
-# The decoder has to move a disturbed pose back to where it came from, with no doubt about which person is meant, and to
-# tell a slightly disturbed pose (positive) from a badly disturbed one (negative). At inference there are none.
+# The decoder has to move a disturbed pose back to where it came from, with no doubt about which person is
+# meant, and to tell a slightly disturbed pose (positive) from a badly disturbed one (negative). At
+# inference there are none.
 
-Pairs = tuple[Tensor, Tensor, Tensor]      # (image, query, person) of one length; `person` counts through the batch
+Pairs = tuple[Tensor, Tensor, Tensor]  # image, query, person: equally long; `person` counts through the batch
 
 
 class Noise(NamedTuple):
@@ -174,23 +177,24 @@ class Noise(NamedTuple):
     relabel: Tensor        # (R,) bool: whose label is replaced
     labels: Tensor         # (R,) the labels then used
     direction: Tensor      # (R, K, 2) n⃗ of eq. 2
-    ks: Tensor             # (R, K) keypoint similarity to the true keypoint: (0.5, 1) positives, (0.1, 0.5) negatives
+    ks: Tensor             # (R, K) similarity to the true keypoint: (0.5, 1) positives, (0.1, 0.5) negatives
 
 
 LABELS = 80                # size of D-FINE's label embedding, kept by the release
 
 
-def draw_noise(half_groups: int, people: int, keypoints: int, device: torch.device, as_released: bool) -> Noise:
+def draw_noise(half_groups: int, people: int, keypoints: int, device: torch.device,
+               as_released: bool) -> Noise:
     """Draws for `half_groups` (positive, negative, positive, ...) copies of `people` poses.
 
-    Departs from the paper: as released −ln KS is uniform; the paper draws KS itself, U(0.5, 1) and U(0.1, 0.5).
+    Departs from the paper: as released −ln KS is uniform; there KS itself is, U(0.5, 1) and U(0.1, 0.5).
     """
     rows = half_groups * people
     negative = torch.arange(half_groups, device=device).repeat_interleave(people) % 2 == 1
     u = torch.rand(rows, keypoints, device=device)
     ks = torch.where(negative[:, None], 0.5 * 0.2 ** u, 0.5 ** u)
     angle = 2 * math.pi * torch.rand(rows, keypoints, device=device)
-    direction = torch.stack([angle.cos(), angle.sin()], -1)                             # n⃗, a unit vector (eq. 2)
+    direction = torch.stack([angle.cos(), angle.sin()], -1)                        # n⃗, a unit vector (eq. 2)
     if as_released:
         direction = released_direction(torch.rand(rows, keypoints + 1, 2, device=device))
     relabel, labels = torch.rand(rows, device=device) < 0.25, torch.randint(0, LABELS, (rows,), device=device)
@@ -206,16 +210,17 @@ def released_direction(draws: Tensor) -> Tensor:
     return (draws * draws.reciprocal().sum(1, keepdim=True))[:, 1:]
 
 
-def noisy_pose(p: Tensor, ks: Tensor, direction: Tensor, kappa: Tensor, area_px: Tensor, side_px: int) -> Tensor:
+def noisy_pose(p: Tensor, ks: Tensor, direction: Tensor, kappa: Tensor, area_px: Tensor,
+               side_px: int) -> Tensor:
     """Keypoints p (R, K, 2) moved so far that their similarity to where they were is ks (R, K).
 
-        KS = exp(−d² / (2 s² κ²))                              similarity at a distance d                 (eq. 1)
-        p̂  = p + α̂ n⃗                                           so d(p, p̂) = α̂                            (eq. 2)
-        α̂² = −2 ln(KS) s² κ²                                   eq. 1 solved for d                         (eq. 3)
-        α̂  = s κ √(−2 ln(KS) w h)                              the same in pixels, where s² w h = area_px  (eq. 4)
+        KS = exp(−d² / (2 s² κ²))       similarity at a distance d                        (eq. 1)
+        p̂  = p + α̂ n⃗                    so d(p, p̂) = α̂                                   (eq. 2)
+        α̂² = −2 ln(KS) s² κ²            eq. 1 solved for d                                (eq. 3)
+        α̂  = s κ √(−2 ln(KS) w h)       the same in pixels, where s² w h = area_px        (eq. 4)
 
-    kappa (K,) = 2σ;  area_px (R,) of each person;  side_px turns pixels into fractions.
-    Departs from the paper: side_px is max(H, W) of the input for both axes, as Sec. 3.1 and the release divide.
+    kappa (K,) = 2σ;  area_px (R,) of each person;  side_px, max(H, W) of the input, as Sec. 3.1 and the
+    release divide both axes.
     """
     alpha_px = kappa * (-2 * ks.log() * area_px[:, None]).sqrt()                        # (R, K), eq. 3 and 4
     return p + (alpha_px / side_px).unsqueeze(-1) * direction                           # eq. 2
@@ -230,13 +235,13 @@ class Denoising(NamedTuple):
 
 
 def denoising_mask(n_max: int, groups: int, queries: int, device: torch.device) -> Tensor:
-    """(pad+Q, pad+Q), True = may not look: matching queries never see noisy ones, a group sees only itself and them.
+    """(pad+Q, pad+Q), True = may not look. A group sees itself and the matching queries, they see only each
+    other: who saw another group's noisy poses, made of the same people, could copy the answer.
 
-                 key:  pos neg   pos neg   Q            n_max slots in each pos and each neg,
-                       group 1   group 2                one for every person of the fullest image
-        pos, neg   1    ·   ·     ✗   ✗    ·
-        pos, neg   2    ✗   ✗     ·   ·    ·            A noisy query that saw another group, or a matching query that
-        matching   Q    ✗   ✗     ✗   ✗    ·            saw any of them, could copy the answer.
+        query ↓  key →      pos neg   pos neg   matching      a pos and a neg have n_max slots each,
+        group 1: pos, neg    ·   ·     ✗   ✗       ·           one for every person of the fullest image
+        group 2: pos, neg    ✗   ✗     ·   ·       ·
+        matching             ✗   ✗     ✗   ✗       ·
 
     Departs from the paper: Sec. 3.3 keeps positives, negatives and predictions apart; the release does this.
     """
@@ -257,12 +262,12 @@ def denoising_queries(people: list[People], image_hw: tuple[int, int], queries: 
                       ) -> Denoising | None:
     """The noisy queries of a batch: G groups, in each a positive and a negative copy of every person.
 
-    Takes    the people of each image, the network input's (height, width), how many matching queries follow, what
-             the tokens of a noisy query start from
+    Takes    the people of each image, the network input's (height, width), how many matching queries follow,
+             what the tokens of a noisy query start from
     Returns  None for a batch without people (Departs from the release: it crashes)
-    Departs from the paper: labels are replaced at times (DN-DETR's label noise). The person's reference point is the
-    centre of the true box, also of a negative; Sec. 3.2 has the mean of the keypoints. As released it is not even that
-    centre: (cx, cy, w, h) are taken for corners.
+    Departs from the paper: labels are replaced at times (DN-DETR's label noise). The person's reference
+    point is the centre of the true box, also of a negative; Sec. 3.2 has the mean of the keypoints. As
+    released it is not even that centre: (cx, cy, w, h) are taken for corners.
     """
     counts, device = [len(one) for one in people], sigmas.device
     n_max, total = max(counts), sum(counts)
@@ -272,16 +277,17 @@ def denoising_queries(people: list[People], image_hw: tuple[int, int], queries: 
     half_groups = 2 * groups
     noise = noise or draw_noise(half_groups, total, len(sigmas), device, cfg.as_released)
 
-    true = gather_people(people).take(torch.arange(total, device=device).repeat(half_groups))           # R rows
+    true = gather_people(people).take(torch.arange(total, device=device).repeat(half_groups))         # R rows
     area_px = true.areas * image_hw[0] * image_hw[1] + torch.finfo(torch.float32).eps
     moved = noisy_pose(true.keypoints, noise.ks, noise.direction, 2 * sigmas, area_px, max(image_hw))
-    noisy = torch.where(true.visible[..., None] > 0, moved, true.keypoints)         # unlabelled ones stay at (0, 0)
+    noisy = torch.where(true.visible[..., None] > 0, moved, true.keypoints)   # unlabelled ones stay at (0, 0)
     centre = (true.boxes[:, :2] + true.boxes[:, 2:]) / 2 if cfg.as_released else true.boxes[:, :2]
-    reference = inverse_sigmoid(torch.cat([centre[:, None], noisy], 1)).sigmoid()                       # (R, T, 2)
+    reference = inverse_sigmoid(torch.cat([centre[:, None], noisy], 1)).sigmoid()                  # (R, T, 2)
     replaced = torch.where(noise.relabel, noise.labels, 1)
-    content = torch.cat([label(replaced)[:, None], repeat(keypoint.weight, "k c -> r k c", r=len(replaced))], 1)
+    own = repeat(keypoint.weight, "k c -> r k c", r=len(replaced))
+    content = torch.cat([label(replaced)[:, None], own], 1)                                        # (R, T, C)
 
-    # row of person j in half-group h → slot h·n_max + j of its image; empty slots look like nothing, in the middle
+    # row of person j in half-group h → slot h·n_max + j of its image; empty slots are zeros in the middle
     image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device)
     slot = torch.cat([torch.arange(n) for n in counts]).to(device)
     half = torch.arange(half_groups, device=device)[:, None]
@@ -294,7 +300,7 @@ def denoising_queries(people: list[People], image_hw: tuple[int, int], queries: 
     return Denoising(content, reference, denoising_mask(n_max, groups, queries, device), pairs, groups)
 
 
-# ---- Query selection (Sec. 3.2) -----------------------------------------------------------------------------
+# ---- Query selection (Sec. 3.2) --------------------------------------------------------------------------
 
 
 class MLP(nn.Module):
@@ -314,7 +320,8 @@ def cell_anchors(shapes: list[tuple[int, int]], device: torch.device) -> tuple[T
     """Centres of all cells of all levels as logits (1, N, 2), and which touch the border (1, N, 1)."""
     centres = []
     for height, width in shapes:
-        y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
+        rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+        y, x = torch.meshgrid(rows, columns, indexing="ij")
         centres.append(torch.stack([(x + 0.5) / width, (y + 0.5) / height], -1).flatten(0, 1))
     xy = torch.cat(centres)[None]
     border = ((xy <= 0.01) | (xy >= 0.99)).any(-1, keepdim=True)
@@ -355,13 +362,13 @@ def with_centre(keypoints: Tensor) -> Tensor:
     return torch.cat([keypoints.mean(2, keepdim=True), keypoints], 2)
 
 
-# ---- Decoder layer (Sec. 3.3) -------------------------------------------------------------------------------
+# ---- Decoder layer (Sec. 3.3) ----------------------------------------------------------------------------
 
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention; x (batch, tokens, C) → the same shape.
 
-    `position` is added to queries and keys only; `blocked` (tokens, tokens): True where attention is forbidden.
+    `position` is added to queries and keys only; `blocked` (tokens, tokens): True = may not look.
     Parameter names as in nn.MultiheadAttention: in_proj_weight stacks q, k, v.
     """
 
@@ -379,7 +386,8 @@ class SelfAttention(nn.Module):
             q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
         else:
             dim = x.shape[-1]
-            q, k = F.linear(x + position, self.in_proj_weight[:2 * dim], self.in_proj_bias[:2 * dim]).chunk(2, -1)
+            q, k = F.linear(x + position, self.in_proj_weight[:2 * dim],
+                            self.in_proj_bias[:2 * dim]).chunk(2, -1)
             v = F.linear(x, self.in_proj_weight[2 * dim:], self.in_proj_bias[2 * dim:])
         q, k, v = (rearrange(t, "b n (m d) -> b m n d", m=self.heads) for t in (q, k, v))
         allowed = None if blocked is None else ~blocked
@@ -405,8 +413,8 @@ class DeformableAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Point i of head m starts i+1 cells along the m-th of M rays (i modulo 4); all weights start equal.
 
-        Departs from the release: where P is no multiple of four its points of a head start in one place and then stay
-        together, for their gradients are equal.
+        Departs from the release: where P is no multiple of four its points of a head start in one place and
+        then stay together, for their gradients are equal.
         """
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
@@ -424,7 +432,8 @@ class DeformableAttention(nn.Module):
         # float32: bfloat16 would move a point by a tenth of a cell
         locations = reference[:, :, None, None, None].float() + offsets.float() / cells[:, None]
         value = rearrange(memory, "b n (m d) -> b n m d", m=self.heads)
-        return deform_attn(value, shapes, locations.flatten(3, 4), logits.softmax(-1), [self.points] * self.levels)
+        return deform_attn(value, shapes, locations.flatten(3, 4), logits.softmax(-1),
+                           [self.points] * self.levels)
 
 
 class Gateway(nn.Module):
@@ -472,8 +481,8 @@ class DecoderLayer(nn.Module):
     Takes    x that already carries `position` (B, Q, K, C); reference (B, Q, T, 2); memory (B, N, C);
              blocked (Q, Q) or None: which queries may not see which
     Returns  (B, Q, T, C)
-    Departs from the paper: the position is part of x from here on (values and residuals contain it), and is added
-    again before the cross-attention: the release adds in place, and the weights were trained so.
+    Departs from the paper: the position is part of x from here on (values and residuals contain it), and is
+    added again before the cross-attention: the release adds in place, and the weights were trained so.
     """
 
     def __init__(self, cfg: Config):
@@ -498,16 +507,16 @@ class DecoderLayer(nn.Module):
         return self.norm2(x.clamp(-65504, 65504))                          # float16's range
 
 
-# ---- Pose-LQE (Sec. 3.3.1) and the decoder (Sec. 3.3) -------------------------------------------------------
+# ---- Pose-LQE (Sec. 3.3.1) and the decoder (Sec. 3.3) ----------------------------------------------------
 
 
 class PoseLQE(nn.Module):
     """Pose location quality estimation: a correction of the score from the image under the pose.
 
-    At each predicted keypoint the finest encoder map is sampled; the four largest channel values and their mean, for
-    all K keypoints, go through a small MLP whose single output is added to both logits.
+    At each predicted keypoint the finest encoder map is sampled; the four largest channel values and their
+    mean, for all K keypoints, go through a small MLP whose single output is added to both logits.
     Takes finest (B, C, H, W), keypoints (B, Q, K, 2); returns (B, Q, 1).
-    Departs from the paper: it says top-k values and one layer; as released there is the mean, too, and two layers.
+    Departs from the paper: it has top-k values and one layer; as released the mean, too, and two layers.
     """
 
     def __init__(self, keypoints: int):
@@ -539,8 +548,8 @@ def offset_values(reg_scale: float, up: float = 0.5) -> Tensor:
 class Decoder(nn.Module):
     """D layers that refine the poses, with their heads.
 
-    FDR (Sec. 3.3): layer l adds logits z_l to those of the layer before; the pose is the pre-pose p₀ plus the mean
-    offset under softmax(z):   p_l = p₀ + Σ_n softmax(z_l)_n W(n) / reg_scale.
+    FDR (Sec. 3.3): layer l adds logits z_l to those of the layer before; the pose is the pre-pose p₀ plus
+    the mean offset under softmax(z):   p_l = p₀ + Σ_n softmax(z_l)_n W(n) / reg_scale.
     Without FDR (Table 4 rows 1 to 3), as in GroupPose: no pre-pose, and p_l = σ(head(h) + σ⁻¹(reference)).
     """
 
@@ -568,15 +577,16 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, reference: Tensor, maps: list[Tensor], memory: Tensor,
                 shapes: list[tuple[int, int]], blocked: Tensor | None) -> dict[str, Tensor | list[Tensor]]:
-        """x (B, Q, T, C), reference (B, Q, T, 2) → lists over layers of logits (B, Q, 2), keypoints (B, Q, K, 2),
-        with FDR also pre_logits and pre_keypoints; tokens, references and offset_logits to look at."""
+        """x (B, Q, T, C), reference (B, Q, T, 2) → lists over layers of logits (B, Q, 2) and keypoints
+        (B, Q, K, 2), with FDR also pre_logits and pre_keypoints; the rest is to look at.
+        """
         out = dict(logits=[], keypoints=[], tokens=[], references=[])
         z, pre_pose = 0.0, None
         for l, layer in enumerate(self.layers):
             points = reference[:, :, 1:]
             position = self.position_head(sine_embedding(points, x.shape[-1], temperature=10000).to(x.dtype))
             x = add_position(x, position)
-            # Departs from the paper: the release keeps a view of the last output, to which this position was added
+            # Departs from the paper: the release keeps a view of the last output, with this position added
             previous = x[:, :, 1:].detach() if l > 0 else 0.0
             x = layer(x, position, reference, memory, shapes, blocked)
             person, h = x[:, :, 0], x[:, :, 1:]
@@ -585,7 +595,7 @@ class Decoder(nn.Module):
                 out["pre_logits"] = self.score_heads[0](person)
                 pre_pose = out["pre_keypoints"].detach()                    # p₀ of every layer
             keypoints, z = self.refine(l, h, previous, z, points, pre_pose)
-            if self.training or l == len(self.layers) - 1:                  # at inference only the last score counts
+            if self.training or l == len(self.layers) - 1:           # at inference only the last score counts
                 logits = self.score_heads[l](person)
                 if self.lqe_heads:
                     logits = logits + self.lqe_heads[-1 if not self.training else l](maps[0], keypoints)
@@ -597,19 +607,18 @@ class Decoder(nn.Module):
         return {**out, "offset_logits": z}
 
 
-# ---- The model (Fig. 1) -------------------------------------------------------------------------------------
+# ---- The model (Fig. 1) ----------------------------------------------------------------------------------
 
 
 class Output(NamedTuple):
     """Something that has a loss: a layer's answer for every query."""
-    name: str              # suffix of its loss terms: "" last layer, "0" … before it, "pre", "enc_0", "dn_0" …
+    name: str             # suffix of its loss terms: "" last layer, "0" … before it, "pre", "enc_0", "dn_0" …
     logits: Tensor         # (B, Q, 2)
     keypoints: Tensor      # (B, Q, K, 2)
 
 
 class DETRPose(nn.Module):
-    """The whole network. `forward(images)` gives the last layer's logits (B, Q, 2) and keypoints (B, Q, K, 2);
-    in training mode also every output that has a loss (see `forward`)."""
+    """The whole network: `forward` gives the last layer's answer, and in training all that has a loss."""
 
     def __init__(self, cfg: Config, skeleton: Skeleton):
         super().__init__()
@@ -620,7 +629,7 @@ class DETRPose(nn.Module):
         self.encoder = HybridEncoder(self.backbone.channels, cfg)
         self.selection = QuerySelection(dim, keypoints, cfg.queries)
         self.decoder = Decoder(cfg, keypoints)
-        self.rank_content = nn.Embedding(cfg.queries, dim)                 # the r-th best cell starts from row r
+        self.rank_content = nn.Embedding(cfg.queries, dim)              # the r-th best cell starts from row r
         self.keypoint_content = nn.Embedding(keypoints, dim)
         self.instance_content = nn.Embedding(1, dim)
         self.noisy_label = nn.Embedding(LABELS + 1, dim)
@@ -649,16 +658,16 @@ class DETRPose(nn.Module):
             nn.init.zeros_(head.layers[-1].weight)
             nn.init.zeros_(head.layers[-1].bias)
         for heads in [self.decoder.score_heads, self.decoder.pose_heads, self.decoder.lqe_heads]:
-            for head in heads[1:]:                                         # heads of all layers start as copies
+            for head in heads[1:]:                                       # heads of all layers start as copies
                 head.load_state_dict(heads[0].state_dict())
 
     def content(self, batch: int, queries: int) -> Tensor:
         """The tokens (B, Q, T, C) that matching queries start from.
 
-        Departs from the paper: it has one learned content query per person; as released the rank among the selected
-        cells is told to the keypoint tokens, and all people share one token of their own.
+        Departs from the paper: it has one learned content query per person; as released the rank among the
+        selected cells is told to the keypoint tokens, and all people share one token of their own.
         """
-        keypoints = self.rank_content.weight[:queries, None] + self.keypoint_content.weight              # (Q, K, C)
+        keypoints = self.rank_content.weight[:queries, None] + self.keypoint_content.weight        # (Q, K, C)
         person = repeat(self.instance_content.weight, "one c -> q one c", q=queries)
         return repeat(torch.cat([person, keypoints], 1), "q t c -> b q t c", b=batch)
 
@@ -666,10 +675,10 @@ class DETRPose(nn.Module):
         """images (B, 3, H, W) RGB in [0, 1], H and W divisible by 32.
 
         Always      logits (B, Q, 2), keypoints (B, Q, K, 2) of the last layer
-        Evaluation  `decoded`, all that the decoder gave, `selected` cells (B, Q) and the encoder's `maps`, to look at
+        Evaluation  to look at: `decoded`, all that the decoder gave, `selected` cells (B, Q), encoder's `maps`
         Training    (people given, and the model in train()): `outputs` and `dn_outputs`, lists of Output;
-                    `denoising`; `heatmaps` (B, K, 2h, 2w) of the finest map (h, w), None without `heatmap_weight`;
-                    `unused`, a 0 that belongs to the losses
+                    `denoising`; `heatmaps` (B, K, 2h, 2w) of the finest map (h, w), None without
+                    `heatmap_weight`; `unused`, a 0 that belongs to the losses
         """
         maps = self.encoder(self.backbone(images))
         shapes = [tuple(x.shape[-2:]) for x in maps]
@@ -680,41 +689,41 @@ class DETRPose(nn.Module):
 
         noisy = None
         if people is not None and self.cfg.pose_denoising:
-            noisy = denoising_queries(people, images.shape[-2:], queries, self.noisy_label, self.noisy_keypoint,
-                                      self.sigmas, self.cfg, noise)
+            noisy = denoising_queries(people, images.shape[-2:], queries, self.noisy_label,
+                                      self.noisy_keypoint, self.sigmas, self.cfg, noise)
         if noisy:
             x = torch.cat([noisy.content, x], 1)
             reference = torch.cat([noisy.reference, reference], 1)
-        decoded = self.decoder(x.to(memory.dtype), reference, maps, memory, shapes, noisy.blocked if noisy else None)
+        blocked = noisy.blocked if noisy else None
+        decoded = self.decoder(x.to(memory.dtype), reference, maps, memory, shapes, blocked)
         pad = noisy.content.shape[1] if noisy else 0
         result = dict(logits=decoded["logits"][-1][:, pad:], keypoints=decoded["keypoints"][-1][:, pad:])
         if people is None:
             return result | dict(decoded=decoded, selected=index, maps=maps)
 
-        every = [*zip(decoded["logits"], decoded["keypoints"], strict=True)]
-        names = [*map(str, range(len(every)))]
+        every = [Output(str(l), *pair)
+                 for l, pair in enumerate(zip(decoded["logits"], decoded["keypoints"], strict=True))]
         if self.cfg.fdr:
-            every.append((decoded["pre_logits"], decoded["pre_keypoints"]))
-            names.append("pre")
-        dn_outputs = [Output(f"dn_{n}", a[:, :pad], b[:, :pad]) for n, (a, b) in zip(names, every)] if noisy else []
-        names[self.cfg.layers - 1] = ""                                      # the last layer, as the release's logs say
-        outputs = [Output(n, a[:, pad:], b[:, pad:]) for n, (a, b) in zip(names, every)]
+            every.append(Output("pre", decoded["pre_logits"], decoded["pre_keypoints"]))
+        dn_outputs = [Output(f"dn_{n}", a[:, :pad], b[:, :pad]) for n, a, b in every if noisy]
+        every[self.cfg.layers - 1] = every[self.cfg.layers - 1]._replace(name="")
+        outputs = [Output(n, a[:, pad:], b[:, pad:]) for n, a, b in every]
         outputs.append(Output("enc_0", first_logits, first_keypoints))
         finest = memory[:, :math.prod(shapes[0])]
-        # 0, so that a batch without people still gives every parameter a gradient, which several processes wait for
+        # several processes wait for a gradient of every parameter, also of a batch without people
         unused = 0 * (self.noisy_label.weight.sum() + self.noisy_keypoint.weight.sum())
         return result | dict(outputs=outputs, dn_outputs=dn_outputs, denoising=noisy, unused=unused,
                              heatmaps=self.heatmaps(finest, shapes[0][0]) if self.heatmaps else None)
 
 
-# ---- Matching and losses (Sec. 3.4) -------------------------------------------------------------------------
+# ---- Matching and losses (Sec. 3.4) ----------------------------------------------------------------------
 
 
 def match_cost(logits: Tensor, keypoints: Tensor, people: People, sigmas: Tensor) -> Tensor:
     """Cost of giving a query to a person, (B, Q, P): 2·class + 10·Σ v|Δ| + 4·(1 − OKS), as released."""
     p = logits[..., 1].sigmoid().unsqueeze(-1)
     focal = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.75 * p ** 2 * -(1 - p + 1e-8).log()
-    difference = keypoints[:, :, None] - people.keypoints                                     # (B, Q, P, K, 2)
+    difference = keypoints[:, :, None] - people.keypoints                                    # (B, Q, P, K, 2)
     distance = (difference.abs().sum(-1) * people.visible).sum(-1)
     similarity = similarity_of(difference.square().sum(-1), people.visible, people.areas, sigmas)
     return 2 * focal + 10 * distance + 4 * (1 - similarity)
@@ -722,7 +731,7 @@ def match_cost(logits: Tensor, keypoints: Tensor, people: People, sigmas: Tensor
 
 @torch.no_grad()
 def match(outputs: list[Output], people: list[People], sigmas: Tensor) -> list[Pairs]:
-    """The cheapest one-to-one assignment of people to queries, for each output on its own (Hungarian method)."""
+    """The cheapest one-to-one assignment of people to queries, for each output alone (Hungarian method)."""
     everybody = gather_people(people)
     costs = torch.stack([match_cost(output.logits.float(), output.keypoints.float(), everybody, sigmas)
                          for output in outputs])                                              # (O, B, Q, P)
@@ -739,11 +748,11 @@ def match(outputs: list[Output], people: list[People], sigmas: Tensor) -> list[P
 
 
 def union_of_matches(matchings: list[Pairs]) -> Pairs:
-    """Global-optimal set (D-FINE Sec. 4.3): all pairs that any output found, but each query keeps only the person
-    it was paired with most often (the first of equals). A person may keep several queries.
+    """Global-optimal set (D-FINE Sec. 4.3): all pairs that any output found, but each query keeps only the
+    person it was paired with most often (the first of equals). A person may keep several queries.
 
-    With FDR a layer's pose is the sum of all layers' logits before it, so the layers must pull a query towards the same
-    person. Their scores are still taught by their own matching.
+    With FDR a layer's pose is the sum of all layers' logits before it, so the layers must pull a query
+    towards the same person. Their scores are still taught by their own matching.
     """
     pairs, counts = torch.cat([torch.stack(m) for m in matchings], 1).cpu().unique(dim=1, return_counts=True)
     best: dict[tuple[int, int], tuple[int, int]] = {}
@@ -757,11 +766,11 @@ def union_of_matches(matchings: list[Pairs]) -> Pairs:
 def ksvf_loss(logits: Tensor, pairs: Pairs, quality: Tensor) -> Tensor:
     """Keypoint similarity varifocal loss, summed; p = σ(logit).
 
-        −q (q log p + (1 − q) log(1 − p))    for the person logit of a matched query                      (eq. 5)
-        −α p^γ log(1 − p)                    for all others, also label 0, with α = 0.25 and γ = 2 of the release
+        −q (q log p + (1 − q) log(1 − p))    for the person logit of a matched query              (eq. 5)
+        −α p^γ log(1 − p)                    for all others, label 0 too; α = 0.25, γ = 2 of the release
 
     The score learns to be the similarity q of its own pose. logits (B, Q, 2); quality (pairs,) = q.
-    Departs from the paper: q is the OKS of the whole person, as released; the paper calls it KS, that of a keypoint.
+    Departs from the paper: as released q is the OKS of the person; there it is KS, that of a keypoint.
     """
     image, query, _ = pairs
     matched, target = torch.zeros_like(logits), torch.zeros_like(logits)
@@ -773,7 +782,7 @@ def ksvf_loss(logits: Tensor, pairs: Pairs, quality: Tensor) -> Tensor:
 
 
 def focal_loss(logits: Tensor, pairs: Pairs) -> Tensor:
-    """Focal loss, α = 0.25, γ = 2, summed: the score's loss in the rows of Table 4 without KSVF; logits (B, Q, 2)."""
+    """The score's loss in Table 4's rows without KSVF: focal, α = 0.25, γ = 2, summed. logits (B, Q, 2)."""
     image, query, _ = pairs
     matched = torch.zeros_like(logits)
     matched[image, query, 1] = 1
@@ -796,14 +805,16 @@ def count_per_rank(count: int, device: torch.device) -> Tensor:
     return mean_over_ranks(torch.tensor(float(count), device=device)).clamp(min=1)
 
 
-def criterion(result: dict, people: list[People], sigmas: Tensor, cfg: Config, ksvf: bool = True) -> dict[str, Tensor]:
+def criterion(result: dict, people: list[People], sigmas: Tensor, cfg: Config,
+              ksvf: bool = True) -> dict[str, Tensor]:
     """All weighted loss terms of a training forward, by name, to be summed; computed in float32.
 
-    For the final poses (no suffix), the layers before (_0, _1, ...), the pre-poses (_pre), the selected cells (_enc_0)
-    and the denoising queries (_dn_...), per person:  2·score + 10·Σ v|Δ| + 4·(1 − OKS); ksvf: whether eq. 5 is the
-    score's loss. Poses of the first four are paired by the union of all matchings, with FDR. No pairs give 0 with a
-    zero gradient.
-    Departs from the paper: it states only eq. 5; L1, OKS, their weights, matching and union are the release's.
+    For the final poses (no suffix), the layers before (_0, _1, ...), the pre-poses (_pre), the selected
+    cells (_enc_0) and the denoising queries (_dn_...), per person:  2·score + 10·Σ v|Δ| + 4·(1 − OKS);
+    ksvf: whether eq. 5 is the score's loss. Poses of the first four are paired by the union of all
+    matchings, with FDR. No pairs give 0 with a zero gradient.
+    Departs from the paper: it states only eq. 5; L1, OKS, their weights, matching and union are the
+    release's.
     """
     everybody = gather_people(people)
     matchings = match(result["outputs"], people, sigmas)
@@ -813,7 +824,8 @@ def criterion(result: dict, people: list[People], sigmas: Tensor, cfg: Config, k
 
     losses = {}
 
-    def add(output: Output, score_pairs: Pairs, pose_pairs: Pairs, score_count: Tensor, pose_count: Tensor) -> None:
+    def add(output: Output, score_pairs: Pairs, pose_pairs: Pairs, score_count: Tensor,
+            pose_count: Tensor) -> None:
         logits, keypoints = output.logits.float(), output.keypoints.float()
         suffix = f"_{output.name}" if output.name else ""
         quality = pair_errors(keypoints, score_pairs, everybody, sigmas)[1]
@@ -832,14 +844,14 @@ def criterion(result: dict, people: list[People], sigmas: Tensor, cfg: Config, k
     return losses
 
 
-# ---- Prediction ---------------------------------------------------------------------------------------------
+# ---- Prediction ------------------------------------------------------------------------------------------
 
 
 def postprocess(logits: Tensor, keypoints: Tensor, sizes_px: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The Q best of all 2·Q (query, label) scores: scores (B, Q), labels (B, Q), keypoints (B, Q, K, 2) in pixels.
+    """The Q best of all 2·Q (query, label) scores → scores, labels (B, Q), keypoints (B, Q, K, 2) in pixels.
 
-    sizes_px (B, 2) width and height of the original images. No NMS, no threshold. Label 1 is a person; label 0 is
-    taught to be nothing everywhere and comes last.
+    sizes_px (B, 2) width and height of the original images. No NMS, no threshold. Label 1 is a person;
+    label 0 is taught to be nothing everywhere and comes last.
     """
     scores, index = logits.sigmoid().flatten(1).topk(logits.shape[1], dim=1)
     query = (index // 2)[..., None, None].expand(-1, -1, *keypoints.shape[2:])
@@ -855,13 +867,15 @@ def predict(model: DETRPose, batch: dict) -> list[Prediction]:
     device = next(model.parameters()).device
     result = model(batch["images"].to(device))
     sizes = torch.tensor(batch["sizes_px"], dtype=torch.float32, device=device)
-    found = [t.cpu().numpy() for t in postprocess(result["logits"].float(), result["keypoints"].float(), sizes)]
-    return [Prediction(image_id, keypoints[labels == 1], np.ones(keypoints[labels == 1].shape[:2], np.float32),
-                       scores[labels == 1])
-            for image_id, scores, labels, keypoints in zip(batch["image_ids"], *found)]
+    found, predictions = postprocess(result["logits"].float(), result["keypoints"].float(), sizes), []
+    for image_id, scores, labels, keypoints in zip(batch["image_ids"], *(t.cpu().numpy() for t in found)):
+        people = keypoints[labels == 1]
+        certain = np.ones(people.shape[:2], np.float32)
+        predictions.append(Prediction(image_id, people, certain, scores[labels == 1]))
+    return predictions
 
 
-# ---- Data (Sec. 4.1): straight to a square, no padding, RGB in [0, 1], no further normalisation -------------
+# ---- Data (Sec. 4.1): straight to a square, no padding, RGB in [0, 1], no further normalisation ----------
 
 
 def to_people(sample: Sample) -> People:
@@ -877,9 +891,9 @@ def to_people(sample: Sample) -> People:
 
 
 class TrainImages(torch.utils.data.Dataset):
-    """One epoch of augmented training images; item i is (image (3, size, size), People, its id, why files were skipped).
+    """One epoch of augmented images; item i is (image (3, size, size), People, its id, why files were skipped).
 
-    What happens to image i depends on (seed, epoch, i) alone. A file that cannot be read gives way to the next.
+    What happens to image i depends on (seed, epoch, i) alone. An unreadable file gives way to the next.
     """
 
     def __init__(self, data: PoseDataset, cfg: Config, epoch: int):
@@ -909,7 +923,7 @@ class TrainImages(torch.utils.data.Dataset):
 
 
 def input_side(cfg: Config, epoch: int, step: int) -> int:
-    """The input size of a batch: a random multiple of 32 from 0.75 to 1.25 of `size`, `size` itself more often."""
+    """The input size of a batch: a random multiple of 32, 0.75 to 1.25 of `size`, itself more often."""
     if not cfg.multiscale or epoch >= cfg.aug_until:
         return cfg.size
     multiples = range(max(32, cfg.size * 3 // 4 // 32 * 32), cfg.size * 5 // 4 + 1, 32)
@@ -924,12 +938,12 @@ def input_image(image: Image.Image, size: int) -> Tensor:
 
 def evaluate(model: DETRPose, data: PoseDataset, cfg: Config, ranks: Ranks) -> tuple[dict, list[Prediction]]:
     """Metrics and predictions of a dataset; the images are shared among the processes, all get the result."""
-    found = predict_all(partial(predict, fuse(model)), data, partial(input_image, size=cfg.size), cfg.eval_batch,
-                        cfg.workers, ranks)
+    found = predict_all(partial(predict, fuse(model)), data, partial(input_image, size=cfg.size),
+                        cfg.eval_batch, cfg.workers, ranks)
     return metrics.evaluate(found, data), found
 
 
-# ---- Training (Sec. 4.1) ------------------------------------------------------------------------------------
+# ---- Training (Sec. 4.1) ---------------------------------------------------------------------------------
 
 
 def build_optimizer(model: DETRPose, cfg: Config) -> torch.optim.AdamW:
@@ -949,10 +963,11 @@ def lr_scale(step: int, steps: int, epoch: int, cfg: Config) -> float:
 
 
 def train(cfg: Config, args) -> None:
-    """Train, evaluate, keep everything in the run folder. Runs alone or under torchrun; Ctrl-C saves and leaves."""
+    """Train, evaluate, keep all in the run folder. Runs alone or under torchrun; Ctrl-C saves and leaves."""
     ranks = init_ranks(args.device, cfg)
     if cfg.frozen_norm and not (cfg.init or args.saved):
-        raise UserError("frozen norms need start weights: add --init hgnetv2-b4 (or another), or --no-frozen_norm")
+        raise UserError("frozen norms need start weights: add --init hgnetv2-b4 (or another), or "
+                        "--no-frozen_norm")
     data, held_out = open_splits(cfg, ranks)
     seed_all(cfg.seed)                                              # equal start weights on every process
     model = DETRPose(cfg, data.skeleton)
@@ -962,7 +977,8 @@ def train(cfg: Config, args) -> None:
     model.to(ranks.device, memory_format=torch.channels_last)
     average = Ema(model, cfg.ema, cfg.ema_warmup)
     optimizer = build_optimizer(model, cfg)
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=cfg.amp == "fp16" and ranks.device.type == "cuda")
+    fp16 = cfg.amp == "fp16" and ranks.device.type == "cuda"        # else the scaler is idle
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=fp16)
     parts = dict(model=model, ema=average, optimizer=optimizer, scaler=scaler)
     run = Run("detrpose", cfg, args, ranks, data, held_out, parts)
     net, learned = distribute(model, ranks), data.training()
@@ -970,7 +986,7 @@ def train(cfg: Config, args) -> None:
 
     for epoch in run.epochs():
         net.train()
-        for images, people in run.batches(TrainImages(learned, cfg, epoch)):         # a resumed run: from mid-epoch
+        for images, people in run.batches(TrainImages(learned, cfg, epoch)):   # a resumed run: from mid-epoch
             factor = lr_scale(run.step, run.steps, epoch, cfg)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
@@ -996,73 +1012,73 @@ def train(cfg: Config, args) -> None:
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             average.update(model)
-            if run.stepped(losses, norm, shown):                    # logs, saves when due; True: asked to stop
+            if run.stepped(losses, norm, shown):                   # logs, saves when due; True: asked to stop
                 return
 
         if run.evaluates():
             run.record(*evaluate(average.module, held_out, cfg, ranks))
 
 
-# ---- Tables -------------------------------------------------------------------------------------------------
+# ---- Tables ----------------------------------------------------------------------------------------------
 
 EQUATIONS = {           # equation or section of the paper → where it stands here
     "eq. 1": noisy_pose, "eq. 2": noisy_pose, "eq. 3": noisy_pose, "eq. 4": noisy_pose, "eq. 5": ksvf_loss,
     "Sec. 3.1, KS ~ U": draw_noise, "Sec. 3.1, denoising queries": denoising_queries,
     "Sec. 3.2, positional queries": QuerySelection, "Sec. 3.2, content queries": DETRPose.content,
-    "Sec. 3.2, instance query": with_centre, "Sec. 3.3, decoder layer": DecoderLayer, "Sec. 3.3, mask": denoising_mask,
-    "Sec. 3.3, pre-pose and FDR": Decoder, "Sec. 3.3.1": PoseLQE, "Sec. 3.4": criterion, "Sec. 4.1": train,
+    "Sec. 3.2, instance query": with_centre, "Sec. 3.3, decoder layer": DecoderLayer,
+    "Sec. 3.3, mask": denoising_mask, "Sec. 3.3, pre-pose and FDR": Decoder, "Sec. 3.3.1": PoseLQE,
+    "Sec. 3.4": criterion, "Sec. 4.1": train,
 }
 
-# Rows of the paper's ablations. Each adds to the one above; the last is the paper's default but for the schedule.
+# Rows of the paper's ablations. Each adds to the one above; the last is the paper's model.
 NO_PARTS = "--no-pose_denoising --no-fdr --no-ksvf --no-pose_lqe"
 TABLES = {"4": Table(
-    "Ablation on COCO val, 12 epochs", preset="l", flags="--epochs 12", metric="AP",
-    rows=[Row("baseline: GroupPose with D-FINE's backbone and encoder, 100 queries", 61.2,
-              f"--queries 100 {NO_PARTS} --init hgnetv2-b4", f"--queries 16 {NO_PARTS}"),
-          Row("60 instance queries", 60.7, f"{NO_PARTS} --init hgnetv2-b4", NO_PARTS, versus=1),
-          Row("+ pose denoising (Sec. 3.1)", 62.8, "--no-fdr --no-ksvf --no-pose_lqe --init hgnetv2-b4",
-              "--pose_denoising --no-fdr --no-ksvf --no-pose_lqe", versus=2),
-          Row("+ FDR heads", 64.4, "--no-ksvf --no-pose_lqe --init hgnetv2-b4",
-              "--pose_denoising --no-ksvf --no-pose_lqe", versus=3),
-          Row("+ KSVF loss (eq. 5)", 63.5, "--no-pose_lqe --init hgnetv2-b4", "--pose_denoising --no-pose_lqe", versus=4),
-          Row("+ Pose-LQE head (Sec. 3.3.1)", 65.7, "--init hgnetv2-b4", "--pose_denoising", versus=5),
-          Row("+ transfer learning: D-FINE's start weights", 67.5, "", None, versus=6, default=True,
-              missing="needs D-FINE's weights, which do not fit the tiny preset")])}
+    "Ablation on COCO val, 12 epochs", preset="l", flags="--epochs 12", metric="AP", rows=[
+        Row("baseline: GroupPose with D-FINE's backbone and encoder, 100 queries", 61.2,
+            f"--queries 100 {NO_PARTS} --init hgnetv2-b4", f"--queries 16 {NO_PARTS}"),
+        Row("60 instance queries", 60.7, f"{NO_PARTS} --init hgnetv2-b4", NO_PARTS, versus=1),
+        Row("+ pose denoising (Sec. 3.1)", 62.8, "--no-fdr --no-ksvf --no-pose_lqe --init hgnetv2-b4",
+            "--pose_denoising --no-fdr --no-ksvf --no-pose_lqe", versus=2),
+        Row("+ FDR heads", 64.4, "--no-ksvf --no-pose_lqe --init hgnetv2-b4",
+            "--pose_denoising --no-ksvf --no-pose_lqe", versus=3),
+        Row("+ KSVF loss (eq. 5)", 63.5, "--no-pose_lqe --init hgnetv2-b4",
+            "--pose_denoising --no-pose_lqe", versus=4),
+        Row("+ Pose-LQE head (Sec. 3.3.1)", 65.7, "--init hgnetv2-b4", "--pose_denoising", versus=5),
+        Row("+ transfer learning: D-FINE's start weights", 67.5, "", None, versus=6, default=True,
+            missing="needs D-FINE's weights, which do not fit the tiny preset")])}
 
-# Departures: what          paper | release | here | why
-#   Sec. 3.1 KS             uniform | −ln KS uniform | release | the weights were trained so
-#   eq. 2 n⃗                 random unit vector | norm over the wrong axis: right and down, dozens long | paper;
-#                           --as_released | AP 0.230 against 0.059 after two epochs of puppets
-#   eq. 4 √(wh)             w, h of the image | max(H, W) for both axes | release | Sec. 3.1 divides by max(w, h), too
-#   Sec. 3.2 person's point mean of the keypoints | noisy: (cx, cy, w, h) read as corners | noisy: centre of the true
-#                           box; --as_released | the release's is no point of the person
-#   Sec. 3.2 content        one learned query a person | rank on keypoint tokens, one shared person's token | release |
-#                           the weights
-#   Sec. 3.1 labels         not mentioned | a quarter replaced at random (DN-DETR) | release | the weights
-#   Sec. 3.3 mask           positives, negatives, predictions apart | a group sees itself and all matching queries |
-#                           release | the weights
-#   Sec. 3.3 position       added to the token | added in place, twice, so values and residuals have it | release | the
-#                           weights
-#   Sec. 3.3 norm           after the cross-attention | a gate (Gateway) | release | the weights
-#   Sec. 3.3.1 Pose-LQE     top-k values, one layer | four and their mean, two layers | release | the weights
-#   Sec. 3.4, eq. 5 q       KS of a keypoint | OKS of the person | release | a query has one score
-#   Sec. 3.4 other losses   not stated | L1 10, OKS 4, score 2, Hungarian, union of matches | release | the weights
-#   OKS in the losses       – | of fractions of a stretched picture | release | true for square pictures only
-#   batch without people    – | crashes | no denoising queries | –
-#   micro-batches           – | gradients added | averaged | clipping hides the difference. Each is divided by its own
-#                           people and pairs, so --accum 2 is not exactly the gradient of the batch: the union's size is
-#                           known only after its forward pass
-#   Table 1 epochs          96, 60, 48, 48 (S, M, L, X) | 100, 64, 52, 52 with 4 last ones without augmentation | release
-#                           | the weights; CrowdPose (Sec. 4.2.2: S 150, X 80): 176 and 52
-#   sampling points, n      – | all points of a head start in one place | on rays | equal points stay equal
-#   --init of D-FINE        – | takes `model` | takes the average, if there is one | better weights
-#   Table 2, 5 parameters   11.9, 23.5, 36.8, 82.3 M | 11.5, 20.8, 32.8, 73.3 M | release | counted as deployed
-
-# ---- Appendix: borrowed parts, released names, start weights, summary. Not needed on a first reading. -------
+# Departures. Each: what: paper | release | here | why ("weights": the released ones were trained so)
 #
-# HGNetv2 (PP-HGNetV2 as in D-FINE's release). (channels in the stem, out of the stem), then per stage (in, middle, out,
-# blocks, layers per block).
+# eq. 2, n⃗: random unit vector | norm over the wrong axis: right and down, dozens long | paper, or
+#     --as_released | AP 0.230 against 0.059 after two epochs of puppets
+# Sec. 3.1, KS: uniform | −ln KS is uniform | release | weights
+# Sec. 3.1, labels of noisy queries: – | a quarter replaced at random (DN-DETR) | release | weights
+# Sec. 3.2, a noisy person's point: mean of the keypoints | (cx, cy, w, h) read as corners | centre of the true
+#     box, or --as_released | the release's is no point of the person
+# Sec. 3.2, content: one learned query a person | rank on keypoint tokens, one shared token | release | weights
+# Sec. 3.3, mask: positives, negatives, predictions apart | a group sees itself and all matching queries |
+#     release | weights
+# Sec. 3.3, position: added to the token | added in place, so values and residuals have it, too | release |
+#     weights
+# Sec. 3.3, norm after the cross-attention: norm | gate | release | weights
+# Sec. 3.3.1: top-k values, one layer | four values and their mean, two layers | release | weights
+# eq. 5, q: KS of a keypoint | OKS of the person | release | weights; a query has one score
+# Sec. 3.4, other losses: – | L1 10, OKS 4, score 2, Hungarian matching, union of matches | release | weights
+# OKS in the losses: – | of fractions, also of a stretched picture | release | weights
+# batch without people: – | crashes | no denoising queries | –
+# micro-batches: – | gradients added | averaged, each divided by its own people and pairs | the union's size is
+#     known only after a forward pass, so --accum 2 is not exactly the gradient of the batch; clipping hides
+#     the release's factor
+# Table 1, epochs of S, M, L, X: 96, 60, 48, 48 | 100, 64, 52, 52, the last 4 without augmentation | release |
+#     weights. CrowdPose (Sec. 4.2.2): S 150, X 80 | 176, 52
+# Tables 2 and 5, parameters of S to X: 11.9, 23.5, 36.8, 82.3 M | 11.5, 20.8, 32.8, 73.3 M | release | it
+#     counts what is deployed
+# sampling points of n: – | all points of a head start in one place | on rays | equal points stay equal
+# --init with D-FINE: – | takes `model` | takes the average where there is one | it is what D-FINE evaluates
 
+# ---- Appendix: borrowed parts, released names, start weights, summary. Not needed on a first reading. ----
+
+# HGNetv2, as in D-FINE: channels (in the stem, out of it), then per stage (in, middle, out, blocks, layers)
 BACKBONES = {
     "B0": ((16, 16), [(16, 16, 64, 1, 3), (64, 32, 256, 1, 3), (256, 64, 512, 2, 3), (512, 128, 1024, 1, 3)]),
     "B2": ((24, 32), [(32, 32, 96, 1, 4), (96, 64, 384, 1, 4), (384, 128, 768, 3, 4), (768, 256, 1536, 1, 4)]),
@@ -1216,7 +1232,9 @@ class AIFI(nn.Module):
 
 
 class RepBottleneck(nn.Module):
-    """SiLU of a 3×3 plus a 1×1 convolution, each with its norm: two branches to train, one to run (`merge`)."""
+    """SiLU of a 3×3 plus a 1×1 convolution, each with its norm: two branches to train, one to run
+    (`merge`).
+    """
 
     def __init__(self, dim: int):
         super().__init__()
@@ -1295,8 +1313,9 @@ class HybridEncoder(nn.Module):
 
 @torch.no_grad()
 def fuse(model: DETRPose) -> DETRPose:
-    """A copy for inference: norms folded into convolutions, two-branch blocks merged, the score heads' and heatmaps'
-    training parts dropped; embeddings of noisy queries stay, because the release counts them."""
+    """A copy for inference: norms folded into convolutions, two-branch blocks merged, the score heads' and
+    heatmaps' training parts dropped; embeddings of noisy queries stay, because the release counts them.
+    """
     model = copy.deepcopy(model).eval()
     model.heatmaps = None
     for module in [m for m in model.modules() if isinstance(m, ConvNorm)]:
@@ -1333,7 +1352,9 @@ IGNORED = {r"^transformer\.(anchors|valid_mask)$": "computed from the image size
 
 
 def convert_official(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """Tensors of a released checkpoint under this file's names. Raises UserError if they are of another size."""
+    """Tensors of a released checkpoint under this file's names. Raises UserError if they are of another
+    size.
+    """
     state = {name: value for name, value in state.items()
              if not any(re.match(pattern, name) for pattern in IGNORED)}
     for name, expected in dict(up=0.5, reg_scale=config.reg_scale).items():
@@ -1352,7 +1373,9 @@ def build(preset: str, skeleton: str | Skeleton = "coco", **overrides) -> DETRPo
 
 
 def recognise(state: dict[str, Tensor]) -> tuple[str, int] | None:
-    """(preset, number of keypoints) of a released DETRPose checkpoint, by its tensors; None if it is something else."""
+    """(preset, number of keypoints) of a released DETRPose checkpoint, by its tensors; None if it is
+    something else.
+    """
     if "transformer.pre_pose_embed.layers.0.weight" not in state:
         return None
     keypoints, dim = state["transformer.keypoint_embedding.weight"].shape
@@ -1395,8 +1418,9 @@ def load_init(model: DETRPose, source: str) -> None:
 def start_from_mean_pose(selection: QuerySelection, data: PoseDataset, people: int = 1000) -> None:
     """Let the first poses be the mean pose around a cell, instead of all keypoints in its centre.
 
-    Departs: ours, for training from nothing. A point has OKS 0, and eq. 5 rewards a cell by the OKS of its pose: without
-    pre-training, the cell on the person would first have to grow a pose that nobody asks it for.
+    Departs: ours, for training from nothing. A point has OKS 0, and eq. 5 rewards a cell by the OKS of its
+    pose: without pre-training, the cell on the person would first have to grow a pose that nobody asks it
+    for.
     """
     poses = []
     for i in range(len(data)):
