@@ -1,4 +1,4 @@
-"""Where the golden numbers and the small real samples are, for every test."""
+"""Fixtures for every test; functions that several tests need are in tests/helpers.py."""
 import os
 import random
 from pathlib import Path
@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-REFERENCE = Path(os.environ.get("POSE_REFERENCE") or Path(__file__).parent / "golden")
 
-
-@pytest.fixture(scope="session")
-def reference() -> Path:
-    """The folder with one sub-folder of golden files per method, metric and kernel."""
-    return REFERENCE
+@pytest.fixture
+def file(request) -> Path:
+    """A golden file, see `helpers.golden`; fails, or skips, if there is none."""
+    if isinstance(request.param, str):
+        why = request.param
+        pytest.skip(why[6:]) if why.startswith("skip: ") else pytest.fail(why)
+    return request.param
 
 
 @pytest.fixture(scope="session")
@@ -22,10 +23,6 @@ def pose_data() -> Path:
     if not os.environ.get("POSE_DATA"):
         pytest.skip("set POSE_DATA to a folder with real samples (coco/, coco4/, crowdpose/)")
     return Path(os.environ["POSE_DATA"])
-
-
-TINY = ("--size 64 --levels 1 --dim 32 --layers 1 --decoder_ffn 32 --encoder_ffn 32 --queries 5 --dn_queries 2 "
-        "--processes 1 --workers 0 --eval_every 1").split()      # a step takes a few hundredths of a second
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from common.weights import load_checkpoint
-from tests.conftest import TINY
+from tests.helpers import TINY
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,7 +12,7 @@ from common.records import BadImage, load_image
 from data import puppets
 from common.splits import default_splits, open_dataset
 from common.skeletons import SKELETONS
-from tests.conftest import REFERENCE
+from tests.helpers import REFERENCE
 
 COCO = {"id": 1, "name": "person", "keypoints": list(SKELETONS["coco"].keypoints), "skeleton": [[16, 14]]}
 CROWDPOSE = {"id": 1, "name": "person", "keypoints": list(SKELETONS["crowdpose"].keypoints)}

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.errors import UserError
 from kernels import bench, deform_attn as msda, dispatch
 from kernels.deform_attn import deform_attn, deform_attn_offsets, deform_attn_plain
-from tests.conftest import REFERENCE
+from tests.helpers import REFERENCE
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = sorted((REFERENCE / "kernels").glob("golden_msda_*.npz"))

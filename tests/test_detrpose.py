@@ -1,8 +1,6 @@
 """DETRPose against the released code's numbers, and by itself. Cases are found by file pattern (see golden())."""
 import argparse
 import json
-import math
-import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,36 +22,9 @@ from common.records import People, Sample, gather_people
 from common.run import Ema
 from common.weights import count_parameters
 from common.skeletons import get_skeleton
-from tests.conftest import REFERENCE
+from tests.helpers import REFERENCE, close, fill, golden, normal, reference
 
 FOLDER = REFERENCE / "detrpose"
-
-
-def golden(kind: str):
-    """Run a test once for every golden_<kind>_*.npz; none there is a failure to notice, not a silent pass."""
-    files = sorted(FOLDER.glob(f"golden_{kind}_*.npz"))
-    missing = pytest.param(None, marks=pytest.mark.skip(reason=f"no golden_{kind}_*.npz in {FOLDER}"))
-    return pytest.mark.parametrize("file", files or [missing], ids=lambda f: f.stem if f else "none")
-
-
-def normal(key: str, shape, seed: int = 0) -> torch.Tensor:
-    """The reference's standard-normal array, fixed by (seed, key)."""
-    rng = np.random.RandomState(zlib.crc32(f"{seed}:{key}".encode()))
-    return torch.from_numpy(rng.standard_normal(tuple(shape)).astype(np.float32))
-
-
-def fill(key: str, shape, seed: int) -> torch.Tensor:
-    """The reference's weights for a tensor of this name."""
-    if key.endswith("num_batches_tracked"):
-        return torch.zeros(tuple(shape), dtype=torch.int64)
-    n = normal(key, shape, seed)
-    if key.endswith("running_var"):
-        return 1 + 0.2 * n.tanh()
-    if key.endswith(("running_mean", "bias")):
-        return 0.05 * n
-    if len(shape) <= 1:
-        return 1 + 0.1 * n
-    return n / math.sqrt(math.prod(shape[1:]))
 
 
 def official_state(manifest: dict, seed: int) -> dict[str, torch.Tensor]:
@@ -87,15 +58,6 @@ def picture(case, key: str, batch: int, height: int, width: int) -> torch.Tensor
     return (0.5 + 0.25 * low + 0.05 * normal(key, (batch, 3, height, width), seed)).clamp(0, 1)
 
 
-def close(ours, theirs, tolerance: float, what: str = ""):
-    """Largest difference, relative to the largest entry or 1."""
-    ours, theirs = torch.as_tensor(ours).detach().float(), torch.as_tensor(theirs).float()
-    assert ours.shape == theirs.shape, f"{what}: {tuple(ours.shape)} against {tuple(theirs.shape)}"
-    if theirs.numel():
-        error = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)).item()
-        assert error <= tolerance, f"{what}: error {error:.2e}"
-
-
 def targets_of(case) -> list[People]:
     """The case's people, image by image."""
     counts = np.atleast_1d(case["target_counts"]).tolist()
@@ -121,7 +83,7 @@ def noise_of(case) -> detrpose.Noise:
 # ------------------------------------------------------------------------------------------ blocks
 
 
-@golden("backbone")
+@golden("detrpose/golden_backbone_*.npz")
 def test_backbone_equals_the_release(file):
     model, case = official_model(file, "backbone")
     image = picture(case, "image", 1, 128, 160)
@@ -133,7 +95,7 @@ def test_backbone_equals_the_release(file):
         close(x[:, ::4 if x.shape[1] <= 256 else 8], case[f"stage{i}"], 2e-5, f"stage {i}")
 
 
-@golden("encoder")
+@golden("detrpose/golden_encoder_*.npz")
 def test_encoder_equals_the_release(file):
     model, case = official_model(file, "encoder")
     seed, encoder = int(case["seed"]), model.encoder
@@ -158,7 +120,7 @@ def levels_of(model):
     return shapes, sum(h * w for h, w in shapes)
 
 
-@golden("msda")
+@golden("detrpose/golden_msda_*.npz")
 def test_deformable_attention_equals_the_release(file):
     model, case = official_model(file, "msda")
     shapes, cells = levels_of(model)
@@ -169,7 +131,7 @@ def test_deformable_attention_equals_the_release(file):
     close(out, case["out"], 2e-5)
 
 
-@golden("decoder_layer")
+@golden("detrpose/golden_decoder_layer_*.npz")
 def test_decoder_layer_equals_the_release(file):
     model, case = official_model(file, "decoder_layer")
     shapes, cells = levels_of(model)
@@ -186,7 +148,7 @@ def test_decoder_layer_equals_the_release(file):
         close(x[:, ::6, :, ::16], case[name.replace("out", "tgt_after")], 2e-5, "position stays in the token")
 
 
-@golden("heads")
+@golden("detrpose/golden_heads_*.npz")
 def test_heads_equal_the_release(file):
     model, case = official_model(file, "heads")
     seed, dim, k, decoder = int(case["seed"]), model.cfg.dim, model.skeleton.num_keypoints, model.decoder
@@ -213,7 +175,7 @@ def test_heads_equal_the_release(file):
     close(detrpose.inverse_sigmoid(torch.from_numpy(case["inverse_sigmoid_in"])), case["inverse_sigmoid_out"], 1e-6)
 
 
-@golden("heads")
+@golden("detrpose/golden_heads_*.npz")
 def test_anchors_equal_the_release(file):
     case = np.load(file)
     levels = detrpose.PRESETS[preset_of(file.stem.removeprefix("golden_heads_"))[0]].levels
@@ -234,15 +196,15 @@ def check_forward(result, case, step: int):
     for i, feature in enumerate(result["maps"]):
         close(feature[:, ::8, ::step, ::step], case[f"encoder_{i}"], 3e-4, f"encoder {i}")
     assert (result["selected"].numpy() == case["enc_topk_index"]).all()
-    for l, (tokens, reference) in enumerate(zip(decoded["tokens"], decoded["references"])):
+    for l, (tokens, points) in enumerate(zip(decoded["tokens"], decoded["references"])):
         close(tokens[:, ::4, :, ::16], case[f"layer{l}_out"], 3e-4, f"layer {l} output")
-        close(reference[:, ::4], case[f"layer{l}_ref"], 3e-4, f"layer {l} references")
+        close(points[:, ::4], case[f"layer{l}_ref"], 3e-4, f"layer {l} references")
     close(decoded["pre_keypoints"], case["pre_poses"], 3e-4)
     close(decoded["pre_logits"], case["pre_scores"], 3e-4)
     close(decoded["offset_logits"][:, ::6], case["pred_corners"], 3e-4)
 
 
-@golden("forward")
+@golden("detrpose/golden_forward_*.npz")
 def test_forward_equals_the_release(file):
     model, case = official_model(file, "forward")
     size = file.stem.split("_")[-1].split("x")
@@ -262,7 +224,7 @@ def test_forward_equals_the_release(file):
     close(keypoints.flatten(2), case["post_keypoints"].reshape(*scores.shape, -1, 3)[..., :2].reshape(keypoints.flatten(2).shape), 3e-4)
 
 
-@pytest.mark.parametrize("file", sorted(FOLDER.glob("manifest_*.json")), ids=lambda f: f.stem)
+@golden("detrpose/manifest_*.json")
 def test_every_released_tensor_is_used_or_ignored_by_name(file):
     manifest = json.loads(file.read_text())
     preset, skeleton = preset_of(file.stem.removeprefix("manifest_"))
@@ -284,7 +246,7 @@ def test_every_released_tensor_is_used_or_ignored_by_name(file):
 # ------------------------------------------------------------------------------------------ training
 
 
-@golden("denoising")
+@golden("detrpose/golden_denoising_*.npz")
 def test_denoising_queries_equal_the_release(file):
     model, case = official_model(file, "denoising")
     noisy = detrpose.denoising_queries(targets_of(case), tuple(case["img_hw"].tolist()), 60, model.noisy_label,
@@ -295,7 +257,7 @@ def test_denoising_queries_equal_the_release(file):
     close(noisy.content[..., ::16], case["query_content"], 1e-6, "content")
 
 
-@golden("matcher")
+@golden("detrpose/golden_matcher_*.npz")
 def test_matching_costs_and_pairs_equal_the_release(file):
     case = np.load(file)
     targets, logits = targets_of(case), torch.from_numpy(case["pred_logits"])
@@ -311,7 +273,7 @@ def test_matching_costs_and_pairs_equal_the_release(file):
         first += len(people)
 
 
-@golden("losses")
+@golden("detrpose/golden_losses_*.npz")
 def test_every_loss_term_and_its_gradient_equals_the_release(file):
     case = np.load(file)
     targets = targets_of(case)
@@ -348,7 +310,7 @@ def test_every_loss_term_and_its_gradient_equals_the_release(file):
             close(ours, theirs, 1e-4, f"gradient of {name} {part}")
 
 
-@golden("losses")
+@golden("detrpose/golden_losses_*.npz")
 def test_the_union_of_matches_equals_the_release(file):
     case = np.load(file)
     counts = np.atleast_1d(case["target_counts"]).tolist()
@@ -364,7 +326,7 @@ def test_the_union_of_matches_equals_the_release(file):
     assert union == expected
 
 
-@golden("train_step")
+@golden("detrpose/golden_train_step_*.npz")
 def test_training_step_equals_the_release(file):
     model, case = official_model(file, "train_step")
     model.train()
@@ -408,10 +370,7 @@ def check_gradients(model, case):
 
 
 def test_targets_equal_the_release():
-    file = FOLDER / "golden_data_pipeline.npz"
-    if not file.exists():
-        pytest.skip(f"no {file}")
-    case = np.load(file)
+    case = np.load(reference("detrpose/golden_data_pipeline.npz"))
     sample = Sample(Image.fromarray(case["image"]), 1, (97, 61), case["in_keypoints"].astype(np.float32),
                     case["in_boxes"].astype(np.float32), case["in_area"].astype(np.float32), np.zeros(2, bool))
     targets = detrpose.to_people(transforms.resize(sample, (64, 48)))
@@ -421,10 +380,7 @@ def test_targets_equal_the_release():
 
 
 def test_resized_batches_equal_the_release():
-    file = FOLDER / "golden_data_pipeline.npz"
-    if not file.exists():
-        pytest.skip(f"no {file}")
-    case = np.load(file)
+    case = np.load(reference("detrpose/golden_data_pipeline.npz"))
     batch = picture(case, "batch", 1, 64, 64)
     close(batch[..., ::4, ::4], case["batch"], 1e-6)
     for side in (96, 48):

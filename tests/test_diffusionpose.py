@@ -16,7 +16,7 @@ from common.nets import vit
 from common import weights
 from common.errors import UserError
 from common.skeletons import SKELETONS, Skeleton, get_skeleton
-from tests.conftest import REFERENCE
+from tests.helpers import REFERENCE
 from tests.test_querypose import close, fill, normal, watch
 
 FOLDER = REFERENCE / "diffusionpose"

@@ -32,8 +32,8 @@ from common.heatmaps import people_heatmaps
 from common.skeletons import Skeleton, flip_from_names, get_skeleton
 from data import puppets
 from diffusionregpose import Targets
-from tests.conftest import REFERENCE
-from tests.test_runtime import assert_equal
+from tests.helpers import REFERENCE
+from tests.helpers import assert_equal
 
 FOLDER = REFERENCE / "diffusionregpose"
 LEVELS = [(6, 8), (3, 4), (2, 2), (1, 1)]                   # of the goldens of single blocks

@@ -24,7 +24,7 @@ from common.errors import UserError
 from common.records import Prediction
 from common.splits import open_dataset
 from data import puppets
-from tests.conftest import TINY
+from tests.helpers import TINY
 from tests.test_detrpose import official_state
 
 evaluation = importlib.import_module("eval")                 # `import eval` would hide Python's own

@@ -14,7 +14,7 @@ from common.metrics import (box_ap, coco_eval, evaluate, format_table, keypoint_
 from common.oks import oks, oks_matrix, oks_nms, pose_similarity, rescore
 from common.records import Prediction
 from common.skeletons import SKELETONS, get_skeleton
-from tests.conftest import REFERENCE
+from tests.helpers import REFERENCE
 
 COCO, SIGMAS = get_skeleton("coco"), np.array(get_skeleton("coco").sigmas)
 GOLDEN = REFERENCE / "metrics"

@@ -15,7 +15,7 @@ from common.splits import open_dataset
 from common.posetrack import Frame, Person, frames_of, mean_ap
 from common.skeletons import POSETRACK
 from data import puppets
-from tests.conftest import REFERENCE
+from tests.helpers import REFERENCE
 
 FILES = sorted((REFERENCE / "posetrack").glob("golden_poseval*.json"))
 RNG = np.random.default_rng(0)

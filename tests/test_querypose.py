@@ -32,8 +32,8 @@ from common.run import RunFolder
 from common.splits import open_dataset
 from common.skeletons import get_skeleton
 from data import puppets
-from tests.conftest import REFERENCE
-from tests.test_runtime import assert_equal
+from tests.helpers import REFERENCE
+from tests.helpers import assert_equal
 
 FOLDER = REFERENCE / "querypose"
 CUDA = torch.cuda.is_available()

@@ -28,7 +28,7 @@ from common.records import People
 from common.run import Ema, RunFolder, Stopper
 from common.splits import open_dataset
 from common.weights import load_checkpoint, save_checkpoint
-from tests.conftest import TINY
+from tests.helpers import TINY, assert_equal
 
 
 @dataclass(frozen=True)
@@ -315,21 +315,6 @@ def whole_run(puppets_folder, tmp_path_factory) -> Path:
         patch.setattr(RunFolder, "draw", lambda *args: None)
         train(puppets_folder, folder)
     return folder
-
-
-def assert_equal(a, b, where=""):
-    """The same structure with the same bits."""
-    assert type(a) is type(b), where
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        [assert_equal(a[key], b[key], f"{where}.{key}") for key in a]
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        [assert_equal(x, y, f"{where}[{i}]") for i, (x, y) in enumerate(zip(a, b))]
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    else:
-        assert a == b, where
 
 
 SAME = ("model", "ema", "optimizer", "epoch", "step", "best", "rows")        # of a resumed and an uninterrupted run

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 import sdpose as sd
 from common import stable_diffusion, weights
 from common.errors import UserError
-from tests.conftest import REFERENCE
+from tests.helpers import REFERENCE
 
 FOLDER = REFERENCE / "sdpose"
 TEXT_TENSOR = {"^text$": "not in the manifests, set by the tests"}

@@ -22,7 +22,7 @@ from common.records import Prediction
 from common.splits import open_dataset
 from common.skeletons import get_skeleton
 from data import puppets
-from tests.test_runtime import assert_equal
+from tests.helpers import assert_equal
 from tests.test_sdpose import close, golden, normal, read_case, reference_model, write_release
 
 COCO = get_skeleton("coco")

@@ -20,7 +20,7 @@ from common.errors import UserError
 from kernels import selective_scan as scan
 from kernels.dispatch import HAS_TRITON, interpreting
 from kernels.selective_scan import selective_scan, selective_scan_plain
-from tests.conftest import REFERENCE
+from tests.helpers import REFERENCE
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = sorted((REFERENCE / "diffusionpose").glob("golden_scan_*.npz"))

@@ -7,7 +7,7 @@ from PIL import Image
 from common import transforms as T
 from common.errors import UserError
 from common.records import Sample
-from tests.conftest import REFERENCE
+from tests.helpers import REFERENCE
 
 PAIRS = {17: (0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15),
          14: (1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 12, 13)}

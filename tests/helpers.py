@@ -1,0 +1,117 @@
+"""What several tests need: the golden files, the reference's weights and inputs, comparisons, small runs."""
+import json
+import math
+import os
+import zlib
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+GOLDEN = Path(__file__).parent / "golden"
+REFERENCE = Path(os.environ.get("POSE_REFERENCE") or GOLDEN)
+TOO_LARGE = ("metrics/*",                       # real annotations, not ours to ship
+             "sdpose/golden_full*", "sdpose/golden_head_wholebody*", "sdpose/golden_sample.safetensors")
+NEEDS_REFERENCE = "set POSE_REFERENCE to a folder with "
+
+
+def golden(*patterns: str, quick: str = "*"):
+    """Run a test, whose argument is `file`, once for every golden file of these kinds, e.g. "detrpose/golden_heads_*.npz".
+
+    Without any the test fails; only what is too large for this repository is skipped. A file whose name does not match
+    `quick` is for  pytest -m slow.
+    """
+    files = [pytest.param(file, marks=[] if fnmatch(file.name, quick) else pytest.mark.slow, id=file.stem)
+             for pattern in patterns for file in sorted(REFERENCE.glob(pattern))]
+    return pytest.mark.parametrize("file", files or [pytest.param(missing(patterns[0]), id="none")], indirect=True)
+
+
+def missing(pattern: str) -> str:
+    """Why there is no file of a kind, for the fixture `file`."""
+    left_out = REFERENCE == GOLDEN and any(fnmatch(pattern, one) for one in TOO_LARGE)
+    return f"skip: {NEEDS_REFERENCE}{pattern}" if left_out else f"no {pattern} in {REFERENCE}"
+
+
+def reference(path: str) -> Path:
+    """One file of the reference; the test fails where it should be and is not, and is skipped where it is too large."""
+    if not (REFERENCE / path).exists():
+        why = missing(path)
+        pytest.skip(why[6:]) if why.startswith("skip: ") else pytest.fail(why)
+    return REFERENCE / path
+
+
+# ---------------------------------------------------------------- the reference's weights and inputs
+
+def normal(key: str, shape, seed: int = 0) -> torch.Tensor:
+    """The reference's standard-normal array, fixed by (seed, key)."""
+    rng = np.random.RandomState(zlib.crc32(f"{seed}:{key}".encode()))
+    return torch.from_numpy(rng.standard_normal(tuple(shape)).astype(np.float32))
+
+
+def fill(key: str, shape, seed: int) -> torch.Tensor:
+    """The reference's weights for a tensor of this name."""
+    if key.endswith("num_batches_tracked"):
+        return torch.zeros(tuple(shape), dtype=torch.int64)
+    n = normal(key, shape, seed)
+    if key.endswith("running_var"):
+        return 1 + 0.2 * n.tanh()
+    if key.endswith(("running_mean", "bias")):
+        return 0.05 * n
+    if len(shape) <= 1:
+        return 1 + 0.1 * n
+    return n / math.sqrt(math.prod(shape[1:]))
+
+
+def read_case(file: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """The arrays and the meta of a golden file."""
+    arrays = dict(np.load(file))
+    return arrays, json.loads(str(arrays.pop("meta", "{}")))
+
+
+# ---------------------------------------------------------------- comparisons
+
+def close(ours, theirs, tolerance: float, what: str = ""):
+    """Largest difference, relative to the largest number or 1: rounding grows with the numbers that are added up."""
+    ours, theirs = (torch.as_tensor(x).detach().cpu().double() for x in (ours, theirs))
+    assert ours.shape == theirs.shape, f"{what}: {tuple(ours.shape)} against {tuple(theirs.shape)}"
+    finite = theirs.isfinite()
+    assert (ours[~finite] == theirs[~finite]).all(), f"{what}: other numbers are not finite"
+    if finite.any():
+        error = ((ours - theirs)[finite].abs().max() / theirs[finite].abs().max().clamp(min=1)).item()
+        assert error <= tolerance, f"{what}: error {error:.2e}"
+
+
+def assert_equal(a, b, where=""):
+    """The same structure with the same bits."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        [assert_equal(a[key], b[key], f"{where}.{key}") for key in a]
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        [assert_equal(x, y, f"{where}[{i}]") for i, (x, y) in enumerate(zip(a, b))]
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+@contextmanager
+def watch(**modules: nn.Module):
+    """Lists of (arguments, result) of each call of the named modules."""
+    seen, hooks = {name: [] for name in modules}, []
+    for name, module in modules.items():
+        hooks.append(module.register_forward_hook(lambda m, args, out, name=name: seen[name].append((args, out))))
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+# ---------------------------------------------------------------- small runs
+
+TINY = ("--size 64 --levels 1 --dim 32 --layers 1 --decoder_ffn 32 --encoder_ffn 32 --queries 5 --dn_queries 2 "
+        "--processes 1 --workers 0 --eval_every 1").split()      # DETRPose: a step takes a few hundredths of a second
