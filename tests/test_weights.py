@@ -1,5 +1,6 @@
 """Fetching from a server that misbehaves, reading files that are not what they seem, strict loading."""
 import argparse
+import errno
 import hashlib
 import io
 import os
@@ -17,7 +18,7 @@ from torch import nn
 
 from common import weights
 from common.errors import UserError
-from common.weights import RELEASES, fetch, load_strict, load_tensors, rename
+from common.weights import RELEASES, fetch, load_checkpoint, load_strict, load_tensors, rename, save_checkpoint
 
 NAME, FILE = "detrpose-n", "detrpose_hgnetv2_n.pth"
 
@@ -379,3 +380,66 @@ def test_strict_loading_names_five_offenders_of_each_kind_and_changes_nothing():
     assert "7 not in the model: extra0 (0,), extra1 (1,)" in line and "extra4" in line and "extra5" not in line
     assert "1 not in the weights: bias (2,)" in line and "1 of another shape: weight (2, 4) for (2, 3)" in line
     assert "\n" not in line and torch.equal(model.weight, before)
+
+
+# ---------------------------------------------------------------------- checkpoints of ours
+
+@pytest.fixture
+def old(tmp_path):
+    """A file that was saved before, which nothing may spoil."""
+    save_checkpoint(tmp_path / "last.pt", dict(step=1, model=torch.ones(5)))
+    yield tmp_path / "last.pt"
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"], "no half file is left"
+
+
+def full_disk(content, file):
+    file.write(b"half of it")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("where, name, fail", [
+    ("torch", "save", full_disk), ("os", "replace", lambda *args: full_disk(0, io.BytesIO())),
+    ("os", "fsync", lambda *args: full_disk(0, io.BytesIO()))])
+def test_a_save_that_fails_keeps_the_old_file_and_says_so(old, monkeypatch, where, name, fail):
+    monkeypatch.setattr({"os": os, "torch": torch}[where], name, fail)
+    with pytest.raises(UserError, match=r"cannot save .*last.pt.*No space left.*before is intact"):
+        save_checkpoint(old, dict(step=2))
+    monkeypatch.undo()
+
+
+def test_a_really_full_disk_keeps_the_old_file(old):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))              # as `ulimit -f`
+    try:
+        with pytest.raises(UserError, match="cannot save .*File too large.*intact"):
+            save_checkpoint(old, dict(step=2, model=torch.ones(100_000)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_kill_in_the_middle_of_a_save_keeps_the_old_file(old, monkeypatch):
+    def kill(content, file):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(torch, "save", kill)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(old, dict(step=2))
+    monkeypatch.undo()
+
+
+def test_what_is_no_checkpoint_of_ours_is_refused_and_never_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = dict(method="m", preset="p", config={}, skeleton={}, model={"w": torch.ones(9)})
+    torch.save(good, "good.pt")
+    Path("cut.pt").write_bytes(Path("good.pt").read_bytes()[:-300])
+    Path("empty.pt").touch()
+    Path("text.pt").write_text("hello")
+    torch.save(good | {"more": Hostile(os.mkdir, "ran")}, "hostile.pt")
+    torch.save({"model": {}}, "foreign.pt")
+    assert load_checkpoint(Path("good.pt"))["preset"] == "p"
+    for name in ("cut", "empty", "text", "hostile", "foreign"):
+        with pytest.raises(UserError, match=f"{name}.pt is no checkpoint of ours, or it is cut short"):
+            load_checkpoint(Path(f"{name}.pt"))
+    assert not Path("ran").exists()

@@ -1,46 +1,30 @@
-"""Flags, checkpoints, exact resume, averages, order, processes: what every training loop stands on."""
+"""Exact resume, stops, averages, run folders, several processes: what every training loop stands on."""
 import errno
-import io
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, fields
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import detrpose
 from common import run
-from common.cli import field_help, launch, parse, run_main
+from common.cli import parse, run_main
 from common.errors import UserError
 from common.heatmaps import people_heatmap_loss
 from common.predict import collate
-from common.ranks import Ranks, distribute, epoch_batches, gather_lists, init_ranks, mean_over_ranks, pick_device, seed_all
+from common.ranks import Ranks, distribute, epoch_batches, init_ranks, seed_all
 from common.records import People
 from common.run import Ema, RunFolder, Stopper
 from common.splits import open_dataset
 from common.weights import load_checkpoint, save_checkpoint
 from tests.helpers import TINY, assert_equal
-
-
-@dataclass(frozen=True)
-class Config:
-    """What `parse` is tried with; as a checkpoint's method it is called test_runtime, after this file."""
-    size: int = 8               # side, 100 % of it
-    lr_backbone: float = 0.1    # learning rate
-    fdr: bool = True            # off: offsets
-    amp: str = "no"             # precision
-
-
-PRESETS = {"tiny": Config(size=16, lr_backbone=0.2), "big": Config(size=32, lr_backbone=0.3)}
 
 
 @pytest.fixture(autouse=True)
@@ -53,10 +37,6 @@ def quiet(monkeypatch):
         signal.signal(number, handler)
 
 
-def parsed(*argv: str):
-    return parse(Config, PRESETS, "A method.", list(argv))
-
-
 def last_line(capsys, call) -> str:
     """The single line with which `call` ends under run_main, exit code 2."""
     with pytest.raises(SystemExit) as end:
@@ -66,132 +46,8 @@ def last_line(capsys, call) -> str:
     return lines[0]
 
 
-# ------------------------------------------------------------------------------------------ flags
-
-
-def test_every_field_is_a_flag_whose_help_is_its_comment(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "500")
-    for config, presets in (Config, PRESETS), (detrpose.Config, detrpose.PRESETS):
-        with pytest.raises(SystemExit) as end:
-            parse(config, presets, "A method.", ["--help"])
-        text, comments = capsys.readouterr().out, field_help(config)
-        assert end.value.code == 0 and comments.keys() == {field.name for field in fields(config)}
-        for name, comment in comments.items():
-            assert f"--{name}" in text and f"{comment} (default " in text
-
-
-def test_flags_take_dashes_or_underscores_and_values_after_an_equals_sign():
-    for spelling in ("--lr-backbone 2", "--lr_backbone 2", "--lr-backbone=2"):
-        assert parsed(*spelling.split())[0].lr_backbone == 2
-    assert parsed("--no-fdr")[0].fdr is parsed("--no_fdr")[0].fdr is False and parsed("--fdr")[0].fdr is True
-    assert parsed("--amp", "with-dash")[0].amp == "with-dash" and parsed("--amp=a-b")[0].amp == "a-b"
-
-
-def test_precedence_is_class_preset_checkpoint_command_line(tmp_path):
-    saved = dict(method="test_runtime", preset="big", skeleton={}, model={}, config=dict(size=64, amp="bf16"))
-    torch.save(saved, tmp_path / "last.pt")
-    assert parsed()[0] == Config(16, 0.2, True, "no")                        # tiny changes two fields of the class
-    assert parsed("--preset", "big", "--size", "5")[0] == Config(5, 0.3, True, "no")
-    config, args = parsed("--resume", str(tmp_path), "--amp", "fp16")
-    assert (config.size, config.amp, args.preset, args.train) == (64, "fp16", "big", True)
-
-
-@pytest.mark.parametrize("argv, message", [
-    ("--bacth 4", "unknown flag --bacth: did you mean --batch?"),
-    ("--no-frd", "unknown flag --no-frd: did you mean --no-fdr?"), ("--siz 32", "did you mean --size?"),
-    ("train", "did you mean --train?"), ("--batch four", "--batch: invalid int value: 'four'"),
-    ("--batch 1.5", "invalid int"), ("--lr fast", "invalid float value"), ("--lr", "expected one argument"),
-    ("--preset tny", "there is no preset tny: choose from tiny, n, s"), ("--amp foo", "--amp foo: choose from no, bf16"),
-    ("--schedule foo", "--schedule foo: choose from constant, cosine"), ("--backbone foo", "--backbone foo: choose from"),
-    ("--batch 0", "--batch 0: expected at least 1"), ("--epochs 0", "--epochs 0"), ("--accum 0", "--accum 0"),
-    ("--lr -1", "--lr -1.0: expected"), ("--lr nan", "--lr nan"), ("--clip 0", "--clip"), ("--workers -1", "--workers -1"),
-    ("--mosaic 2", "--mosaic 2.0: expected a number from 0 to 1"), ("--heads 5", "choose a multiple of 20"),
-    ("--size 100", "multiple of 32"), ("--batch 6 --accum 4", "does not split into 4 micro-batches"),
-    ("--resume nowhere", "there is no checkpoint nowhere"), ("--init", "expected one argument")])
-def test_a_wrong_command_line_is_one_line_that_says_what_to_do(argv, message, capsys):
-    line = last_line(capsys, lambda: parse(detrpose.Config, detrpose.PRESETS, "", argv.split()))
-    assert message in line
-
-
-@pytest.mark.parametrize("device, message", [
-    ("gpu", "expected auto, cpu, cuda"), ("mps", "expected auto"), ("cuda", "no GPU that torch"),
-    ("cuda:7", "--device cuda:7")])
-def test_a_device_that_is_not_there_is_one_line(device, message, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=message):
-        pick_device(device)
-    assert pick_device("auto") == torch.device("cpu")
-
-
-def test_errors_of_loader_processes_memory_and_disk_are_one_line_too(capsys):
-    def fail(error):
-        raise error
-    wrapped = "Caught UserError in DataLoader worker process 0.\nTraceback\n  x\ncommon.UserError: no image"
-    assert last_line(capsys, lambda: fail(UserError(wrapped))) == "error: no image"
-    assert "smaller --batch" in last_line(capsys, lambda: fail(torch.OutOfMemoryError("CUDA out of memory. Tried")))
-    assert "No space left" in last_line(capsys, lambda: fail(OSError(errno.ENOSPC, "No space left on device")))
-    with pytest.raises(SystemExit) as end:
-        run_main(lambda: fail(KeyboardInterrupt()))
-    assert end.value.code == 130
-
-
-def test_a_lost_peer_is_silent_because_it_has_spoken_and_a_killed_process_is_explained(monkeypatch, capsys):
-    def lose():
-        raise RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1234")
-
-    def killed(*args, **options):
-        raise torch.multiprocessing.ProcessExitedException("", 1, 99, exit_code=-9, signal_name="SIGKILL")
-
-    with pytest.raises(RuntimeError):
-        run_main(lose)                                              # alone it would be a riddle
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    with pytest.raises(SystemExit) as end:
-        run_main(lose)
-    assert end.value.code == 1 and capsys.readouterr().err == ""
-    monkeypatch.setattr(sys, "platform", "linux")                           # elsewhere `launch` is a plain call
-    group = type("Group", (), dict(join=killed, pids=lambda self: []))()
-    monkeypatch.setattr(torch.multiprocessing, "start_processes", lambda *args, **options: group)
-    args = type("Args", (), dict(device="cpu"))
-    assert "ended by SIGKILL: was the memory full?" in last_line(capsys, lambda: launch(None, detrpose.PRESETS["tiny"], args))
-
-
-# ------------------------------------------------------------------------------------------ seeds, order, average
-
-
-def test_seeds_are_a_function_of_the_numbers_alone():
-    def draws(*where):
-        seed_all(*where)
-        return random.random(), np.random.rand(), torch.rand(()).item()
-    assert draws(0, 3, 1) == draws(0, 3, 1)
-    assert len({draws(*where) for where in ((0, 3, 1), (0, 31), (1, 3, 1), (0, 3), (3, 0, 1))}) == 5
-    assert draws(0)[1] == pytest.approx(0.309532208)                          # the same on every machine and every day
-
-
 def rank(i: int, world: int) -> Ranks:
     return Ranks(i, world, torch.device("cpu"))
-
-
-@pytest.mark.parametrize("count, step", [(23, 4), (24, 8), (100, 12), (3, 8), (1, 4)])
-def test_the_images_of_a_step_do_not_depend_on_the_number_of_processes(count, step):
-    alone = epoch_batches(count, step, 1, 0, 5, rank(0, 1))
-    assert alone != epoch_batches(count, step, 1, 0, 6, rank(0, 1)) or count == 1
-    assert alone != epoch_batches(count, step, 1, 1, 5, rank(0, 1)) or count == 1
-    for world, accum in ((2, 1), (4, 1), (1, 4), (2, 2)):
-        each = [epoch_batches(count, step // world // accum, accum, 0, 5, rank(i, world)) for i in range(world)]
-        assert all(len(batches) == len(alone) * accum for batches in each)
-        for k, whole in enumerate(alone):
-            parts = [part for batches in each for part in batches[k * accum:(k + 1) * accum]]
-            assert sorted(sum(parts, [])) == sorted(whole)
-
-
-def test_an_epoch_has_every_image_at_most_once_and_a_tiny_set_fills_a_step():
-    batches = epoch_batches(23, 2, 2, 0, 0, rank(0, 1))
-    assert len(batches) == 10 and len(set(sum(batches, []))) == 20          # 3 of 23 wait for the next epoch
-    seen = {i for epoch in range(9) for batch in epoch_batches(23, 2, 2, 0, epoch, rank(0, 1)) for i in batch}
-    assert seen == set(range(23))
-    assert epoch_batches(1, 2, 2, 0, 0, rank(0, 1)) == [[0, 0], [0, 0]]
-    small = epoch_batches(3, 4, 2, 0, 0, rank(0, 1))
-    assert len(small) == 2 and sorted(np.bincount(sum(small, []))) == [2, 3, 3]
 
 
 def test_the_average_follows_its_formula_and_copies_what_is_no_fraction():
@@ -211,88 +67,6 @@ def test_the_average_follows_its_formula_and_copies_what_is_no_fraction():
     assert ema.module[1].num_batches_tracked == 70 and ema.updates == 7
     assert history == sorted(history) and 4 < history[-1] < 7               # lags behind, buffers too
     assert not any(p.requires_grad for p in ema.parameters()) and not ema.module.training
-
-
-def test_one_process_is_its_own_mean_and_its_own_list():
-    value = torch.tensor([1.0, 2.0])
-    assert torch.equal(mean_over_ranks(value), value) and gather_lists([1, "a"]) == [1, "a"]
-
-
-# ------------------------------------------------------------------------------------------ checkpoints
-
-
-def plain(value) -> bool:
-    if isinstance(value, dict):
-        return all(type(key) in (str, int) and plain(item) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return all(map(plain, value))
-    return isinstance(value, torch.Tensor) or value is None or type(value) in (str, int, float, bool)
-
-
-@pytest.fixture
-def old(tmp_path):
-    """A file that was saved before, which nothing may spoil."""
-    save_checkpoint(tmp_path / "last.pt", dict(step=1, model=torch.ones(5)))
-    yield tmp_path / "last.pt"
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"], "no half file is left"
-
-
-def full_disk(content, file):
-    file.write(b"half of it")
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-@pytest.mark.parametrize("where, name, fail", [
-    ("torch", "save", full_disk), ("os", "replace", lambda *args: full_disk(0, io.BytesIO())),
-    ("os", "fsync", lambda *args: full_disk(0, io.BytesIO()))])
-def test_a_save_that_fails_keeps_the_old_file_and_says_so(old, monkeypatch, where, name, fail):
-    monkeypatch.setattr({"os": os, "torch": torch}[where], name, fail)
-    with pytest.raises(UserError, match=r"cannot save .*last.pt.*No space left.*before is intact"):
-        save_checkpoint(old, dict(step=2))
-    monkeypatch.undo()
-
-
-def test_a_really_full_disk_keeps_the_old_file(old):
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))              # as `ulimit -f`
-    try:
-        with pytest.raises(UserError, match="cannot save .*File too large.*intact"):
-            save_checkpoint(old, dict(step=2, model=torch.ones(100_000)))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_kill_in_the_middle_of_a_save_keeps_the_old_file(old, monkeypatch):
-    def kill(content, file):
-        file.write(b"half of it")
-        raise KeyboardInterrupt
-    monkeypatch.setattr(torch, "save", kill)
-    with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(old, dict(step=2))
-    monkeypatch.undo()
-
-
-class Hostile:
-    def __reduce__(self):
-        return os.mkdir, ("ran",)
-
-
-def test_what_is_no_checkpoint_of_ours_is_refused_and_never_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    good = dict(method="m", preset="p", config={}, skeleton={}, model={"w": torch.ones(9)})
-    torch.save(good, "good.pt")
-    Path("cut.pt").write_bytes(Path("good.pt").read_bytes()[:-300])
-    Path("empty.pt").touch()
-    Path("text.pt").write_text("hello")
-    torch.save(good | {"more": Hostile()}, "hostile.pt")
-    torch.save({"model": {}}, "foreign.pt")
-    assert load_checkpoint(Path("good.pt"))["preset"] == "p"
-    for name in ("cut", "empty", "text", "hostile", "foreign"):
-        with pytest.raises(UserError, match=f"{name}.pt is no checkpoint of ours, or it is cut short"):
-            load_checkpoint(Path(f"{name}.pt"))
-    assert not Path("ran").exists()
 
 
 # ------------------------------------------------------------------------------------------ training runs
@@ -315,6 +89,14 @@ def whole_run(puppets_folder, tmp_path_factory) -> Path:
         patch.setattr(RunFolder, "draw", lambda *args: None)
         train(puppets_folder, folder)
     return folder
+
+
+def plain(value) -> bool:
+    if isinstance(value, dict):
+        return all(type(key) in (str, int) and plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(plain, value))
+    return isinstance(value, torch.Tensor) or value is None or type(value) in (str, int, float, bool)
 
 
 SAME = ("model", "ema", "optimizer", "epoch", "step", "best", "rows")        # of a resumed and an uninterrupted run
@@ -635,7 +417,7 @@ def torchrun(function: str, data: Path, out: Path) -> str:
     """Call a function of this file in two processes; what they print."""
     root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
-               "tests.test_runtime", function, str(data), str(out)]
+               "tests.test_run", function, str(data), str(out)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300,
                           env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)})
     assert done.returncode == 0, done.stderr[-3000:]
