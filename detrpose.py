@@ -2,21 +2,22 @@
 
 Idea     One query per person. A query is K+1 tokens: one for the person, one for each keypoint. A decoder
          moves the keypoints in small steps, each step a probability distribution over offsets, and judges
-         its own result by looking at the image under the predicted keypoints. No boxes, no NMS.
+         its own result by the encoder's features under the predicted keypoints. No boxes, no NMS.
 Flow     image (B,3,H,W) → HGNetv2 → maps of stride 8, 16, 32 → HybridEncoder → memory (B,N,C)
          → QuerySelection: the Q best cells → poses (B,Q,K,2) → Decoder, D layers → poses, scores (B,Q,2)
 Read     noisy_pose (Sec. 3.1, eq. 1-4) → QuerySelection (Sec. 3.2) → DecoderLayer, Decoder (Sec. 3.3)
          → PoseLQE (Sec. 3.3.1) → DETRPose.forward → ksvf_loss (Sec. 3.4, eq. 5) → criterion → train
 Letters  B images  Q person queries  K keypoints  T = K+1 tokens of a person, the person's own first
          N memory cells  C channels  M heads  L levels  P sampling points per level  D decoder layers
-         G denoising groups  R people of a batch, each as often as it has noisy copies
-         κ = 2σ how loosely a keypoint is placed (OKS)  s² = area of the person  KS similarity of one keypoint
+         G denoising groups  R = 2G × the people of the batch: rows of noisy poses
+         κ = 2σ how loosely a keypoint is placed (OKS)  s² area of the person  KS similarity of one keypoint
+         2 labels per query: 1 is a person; 0 is never anything, kept because the released heads have it
 Units    xy in [0,1] of the network's input image, x first; names ending in _px are pixels; boxes cxcywh
 Tables   at the end of the main text: equation → function, the rows of the paper's Table 4, departures from
          paper and release
 
     python detrpose.py                                  what each preset is: parameters, GFLOPs
-    python detrpose.py --train                          learn the embedded puppets on this machine
+    python detrpose.py --train                          learn puppets, synthetic people drawn on first use
     python detrpose.py --train --data data/coco --preset l --init dfine-l-obj365
     python eval.py detrpose-l --images photo.jpg        the authors' weights on your photo
 """
@@ -60,7 +61,7 @@ from kernels.deform_attn import deform_attn
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
+class Config(RunConfig):           # which adds data, accum (micro-batches), amp, processes, workers, eval_*, seed
     # model (Sec. 3; numbers without a source are the release's)
     backbone: str = "B4"           # HGNetv2 size (Table 1): B0, B2, B4, B5
     lab: bool = False              # learnable affine block after each activation of the backbone
@@ -78,12 +79,12 @@ class Config(RunConfig):
     size: int = 640                # side of the square network input, pixels (Sec. 4.1)
     # the paper's ablations (Table 4); all of them are on in the paper's model
     pose_denoising: bool = True    # noisy copies of the true poses as extra queries (Sec. 3.1; row 3 adds)
-    fdr: bool = True               # distribution heads, pre-pose (Sec. 3.3; row 4 adds); off: plain offsets
+    fdr: bool = True               # fine-grained distribution refinement, pre-pose (Sec. 3.3; row 4 adds)
     ksvf: bool = True              # keypoint similarity varifocal loss (eq. 5; row 5 adds); off: focal loss
-    pose_lqe: bool = True          # scores look at the image under the pose (Sec. 3.3.1; row 6 adds it)
+    pose_lqe: bool = True          # scores look at the features under the pose (Sec. 3.3.1; row 6 adds)
     init: str = "dfine-l-obj365"   # start weights: file or name, DETRPose, D-FINE (row 7 adds it) or HGNetv2
-    dn_queries: int = 20           # positive denoising queries per image, shared among its people
-    as_released: bool = False      # the released code's noise, see `released_direction`
+    dn_queries: int = 20           # G is this over the people of the fullest image of a batch, at least 1
+    as_released: bool = False      # the released code's noise: its direction, its point of the person
     # optimisation (Sec. 4.1: lr, batch; Table 1: epochs; the rest is the release's)
     epochs: int = 52               # passes over the training images
     batch: int = 16                # images per optimiser step, over all GPUs and micro-batches
@@ -95,7 +96,7 @@ class Config(RunConfig):
     ema: float = 0.9999            # decay of the weight average that is evaluated
     ema_warmup: int = 2000         # optimiser steps over which the decay grows to that
     # augmentation (Sec. 4.1 names it; numbers of the release)
-    multiscale: int = 4            # input side 0.75 to 1.25 of size, size itself as often as this; 0: off
+    multiscale: int = 4            # how often size itself is among the sides 0.75 to 1.25 size; 0: off
     jitter: float = 0.5            # probability of a change of colours
     zoom_out: float = 0.5          # probability of black borders around the image
     mosaic: float = 0.5            # probability of four images in one
@@ -103,8 +104,8 @@ class Config(RunConfig):
     mosaic_until: int = 28         # first epoch without mosaic
     aug_until: int = 48            # first epoch without zoom-out and multi-scale
     # aids to learn from nothing: ours, not the paper's; the presets of the paper do without them
-    frozen_norm: bool = True       # off: the backbone's norms learn; nothing has given them statistics yet
-    ksvf_from: int = 0             # first epoch with eq. 5, which rewards a cell by an OKS that is 0 at first
+    frozen_norm: bool = True       # the backbone's norms are constants; off without weights that gave them
+    ksvf_from: int = 0             # first epoch with eq. 5; focal loss before, as all OKS are near 0 at first
     score_weight: float = 2.0      # weight of the score's loss (release: 2)
     mean_pose: bool = False        # first poses start as the training set's mean pose, not as a point
     heatmap_weight: float = 0.0    # of an auxiliary loss that asks the encoder's finest map for heatmaps
@@ -173,21 +174,23 @@ Pairs = tuple[Tensor, Tensor, Tensor]  # image, query, person: equally long; `pe
 
 
 class Noise(NamedTuple):
-    """All random numbers of R noisy poses; rows: half-group by half-group, people in image order."""
+    """All random numbers of R noisy poses: the positives of group 1, its negatives, the positives of group 2, ...,
+    in each of these half-groups everybody in image order."""
     relabel: Tensor        # (R,) bool: whose label is replaced
     labels: Tensor         # (R,) the labels then used
     direction: Tensor      # (R, K, 2) n⃗ of eq. 2
     ks: Tensor             # (R, K) similarity to the true keypoint: (0.5, 1) positives, (0.1, 0.5) negatives
 
 
-LABELS = 80                # size of D-FINE's label embedding, kept by the release
+LABELS = 80                # D-FINE's label embedding has these and one more for "none"; the release keeps it
+PERSON = 1                 # the label of a person
 
 
 def draw_noise(half_groups: int, people: int, keypoints: int, device: torch.device,
                as_released: bool) -> Noise:
     """Draws for `half_groups` (positive, negative, positive, ...) copies of `people` poses.
 
-    Departs from the paper: as released −ln KS is uniform; there KS itself is, U(0.5, 1) and U(0.1, 0.5).
+    Departs from the paper: −ln KS is uniform, as in the release; there KS is, U(0.5, 1) and U(0.1, 0.5).
     """
     rows = half_groups * people
     negative = torch.arange(half_groups, device=device).repeat_interleave(people) % 2 == 1
@@ -217,10 +220,10 @@ def noisy_pose(p: Tensor, ks: Tensor, direction: Tensor, kappa: Tensor, area_px:
         KS = exp(−d² / (2 s² κ²))       similarity at a distance d                        (eq. 1)
         p̂  = p + α̂ n⃗                    so d(p, p̂) = α̂                                   (eq. 2)
         α̂² = −2 ln(KS) s² κ²            eq. 1 solved for d                                (eq. 3)
-        α̂  = s κ √(−2 ln(KS) w h)       the same in pixels, where s² w h = area_px        (eq. 4)
+        α̂  = s κ √(−2 ln(KS) w h)       the same in pixels: s² w h = area_px              (eq. 4)
 
-    kappa (K,) = 2σ;  area_px (R,) of each person;  side_px, max(H, W) of the input, as Sec. 3.1 and the
-    release divide both axes.
+    kappa (K,) = 2σ. In eq. 4 the input has w × h pixels and s² is the person's share of it; area_px (R,).
+    side_px = max(w, h), by which Sec. 3.1 and the release divide both axes.
     """
     alpha_px = kappa * (-2 * ks.log() * area_px[:, None]).sqrt()                        # (R, K), eq. 3 and 4
     return p + (alpha_px / side_px).unsqueeze(-1) * direction                           # eq. 2
@@ -235,14 +238,16 @@ class Denoising(NamedTuple):
 
 
 def denoising_mask(n_max: int, groups: int, queries: int, device: torch.device) -> Tensor:
-    """(pad+Q, pad+Q), True = may not look. A group sees itself and the matching queries, they see only each
-    other: who saw another group's noisy poses, made of the same people, could copy the answer.
+    """(pad+Q, pad+Q), True = may not look. A group attends to itself and to the matching queries; matching
+    queries attend to one another alone. Otherwise a query could copy the answer from the noisy poses of the
+    same people in another group.
 
-        query ↓  key →      pos neg   pos neg   matching      a pos and a neg have n_max slots each,
-        group 1: pos, neg    ·   ·     ✗   ✗       ·           one for every person of the fullest image
+        query ↓  key →      pos neg   pos neg   matching
+        group 1: pos, neg    ·   ·     ✗   ✗       ·
         group 2: pos, neg    ✗   ✗     ·   ·       ·
         matching             ✗   ✗     ✗   ✗       ·
 
+    A pos and a neg have n_max slots each, one for every person of the fullest image of the batch.
     Departs from the paper: Sec. 3.3 keeps positives, negatives and predictions apart; the release does this.
     """
     pad = 2 * n_max * groups
@@ -262,12 +267,15 @@ def denoising_queries(people: list[People], image_hw: tuple[int, int], queries: 
                       ) -> Denoising | None:
     """The noisy queries of a batch: G groups, in each a positive and a negative copy of every person.
 
-    Takes    the people of each image, the network input's (height, width), how many matching queries follow,
-             what the tokens of a noisy query start from
-    Returns  None for a batch without people (Departs from the release: it crashes)
+    With n people in the fullest image, G = max(1, dn_queries // n), and an image has pad = 2·n·G slots.
+    Takes    the people of each image; the network input's (height, width); how many matching queries follow;
+             embeddings of labels (81, C) and of keypoints (K, C), from which the tokens start
+    Returns  a Denoising, whose pairs are the positives. Empty slots, of images with fewer people, have content
+             0 and reference 0.5; they count as negatives, as in the release. None for a batch without people
+             (Departs from the release: it crashes)
     Departs from the paper: labels are replaced at times (DN-DETR's label noise). The person's reference
-    point is the centre of the true box, also of a negative; Sec. 3.2 has the mean of the keypoints. As
-    released it is not even that centre: (cx, cy, w, h) are taken for corners.
+    point is the centre of the true box, also of a negative; Sec. 3.2 has the mean of the keypoints. With
+    --as_released it is not even that centre: the release takes (cx, cy, w, h) for corners.
     """
     counts, device = [len(one) for one in people], sigmas.device
     n_max, total = max(counts), sum(counts)
@@ -282,8 +290,9 @@ def denoising_queries(people: list[People], image_hw: tuple[int, int], queries: 
     moved = noisy_pose(true.keypoints, noise.ks, noise.direction, 2 * sigmas, area_px, max(image_hw))
     noisy = torch.where(true.visible[..., None] > 0, moved, true.keypoints)   # unlabelled ones stay at (0, 0)
     centre = (true.boxes[:, :2] + true.boxes[:, 2:]) / 2 if cfg.as_released else true.boxes[:, :2]
+    # noise may have left the image: this keeps to [0.001, 0.999]
     reference = inverse_sigmoid(torch.cat([centre[:, None], noisy], 1)).sigmoid()                  # (R, T, 2)
-    replaced = torch.where(noise.relabel, noise.labels, 1)
+    replaced = torch.where(noise.relabel, noise.labels, PERSON)
     own = repeat(keypoint.weight, "k c -> r k c", r=len(replaced))
     content = torch.cat([label(replaced)[:, None], own], 1)                                        # (R, T, C)
 
@@ -317,7 +326,8 @@ class MLP(nn.Module):
 
 
 def cell_anchors(shapes: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Centres of all cells of all levels as logits (1, N, 2), and which touch the border (1, N, 1)."""
+    """Centres of all cells of all levels as logits (1, N, 2), and which lie within 1 % of the image's edge
+    (1, N, 1): at 640 pixels the outer ring of the finest map. shapes: (height, width) of each level."""
     centres = []
     for height, width in shapes:
         rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
@@ -329,11 +339,11 @@ def cell_anchors(shapes: list[tuple[int, int]], device: torch.device) -> tuple[T
 
 
 class QuerySelection(nn.Module):
-    """Scores every cell of the memory and turns the Q best into first poses, around the cell's centre.
+    """Scores every cell of the memory and turns the Q best into first poses: σ(offset + logit of its centre).
 
     Takes    memory (B, N, C) and the levels' shapes
-    Returns  logits (B, Q, 2), keypoints (B, Q, K, 2), index (B, Q) of the chosen cells, best first
-    Border cells are blanked but still compete: their features become LayerNorm's bias, as in the release.
+    Returns  logits (B, Q, 2), keypoints (B, Q, K, 2), index (B, Q) of the chosen cells, best first; N if N < Q
+    Cells at the edge are blanked but still compete, as in the release: all have the features that zeros give.
     """
 
     def __init__(self, dim: int, keypoints: int, queries: int):
@@ -368,7 +378,7 @@ def with_centre(keypoints: Tensor) -> Tensor:
 class SelfAttention(nn.Module):
     """Multi-head self-attention; x (batch, tokens, C) → the same shape.
 
-    `position` is added to queries and keys only; `blocked` (tokens, tokens): True = may not look.
+    `position` (the encoder's) is added to queries and keys only; `blocked` (tokens, tokens): True = may not look.
     Parameter names as in nn.MultiheadAttention: in_proj_weight stacks q, k, v.
     """
 
@@ -398,7 +408,7 @@ class SelfAttention(nn.Module):
 class DeformableAttention(nn.Module):
     """Each token reads P points per level around its reference point (Deformable DETR eq. 3).
 
-        out = Σ_t w_t · memory(reference + offset_t / (W, H))        w = softmax over all L·P points of a head
+        out = Σ_i w_i · memory(reference + offset_i / (W, H))        w = softmax over all L·P points of a head
 
     No value and no output projection: head m reads channels [m·d, (m+1)·d) of the encoder maps as they are.
     Takes x (B, Q·T, C), reference (B, Q·T, 2), memory (B, N, C); returns (B, Q·T, C).
@@ -411,16 +421,16 @@ class DeformableAttention(nn.Module):
         self.attention_weights = nn.Linear(dim, heads * levels * points)
 
     def reset_parameters(self) -> None:
-        """Point i of head m starts i+1 cells along the m-th of M rays (i modulo 4); all weights start equal.
+        """Point i of head m starts i+1 cells along the m-th of M rays; all weights start equal.
 
-        Departs from the release: where P is no multiple of four its points of a head start in one place and
-        then stay together, for their gradients are equal.
+        Departs from the release: where P is no multiple of four (n) its points of a head start in one place
+        and then stay together, for their gradients are equal.
         """
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
         angle = torch.arange(self.heads) * 2 * math.pi / self.heads
         ray = F.normalize(torch.stack([angle.cos(), angle.sin()], -1), p=math.inf, dim=-1)
-        steps = torch.arange(self.points) % 4 + 1
+        steps = torch.arange(self.points) + 1
         bias = repeat(ray[:, None] * steps[:, None], "m p xy -> (m l p xy)", l=self.levels)
         self.sampling_offsets.bias.data.copy_(bias)
 
@@ -548,8 +558,11 @@ def offset_values(reg_scale: float, up: float = 0.5) -> Tensor:
 class Decoder(nn.Module):
     """D layers that refine the poses, with their heads.
 
-    FDR (Sec. 3.3): layer l adds logits z_l to those of the layer before; the pose is the pre-pose p₀ plus
-    the mean offset under softmax(z):   p_l = p₀ + Σ_n softmax(z_l)_n W(n) / reg_scale.
+    FDR, fine-grained distribution refinement (Sec. 3.3; D-FINE): the pre-pose p₀ of the first layer is the base
+    of all, and layer l (h_l its keypoint tokens, from 0 on) adds to the logits of a distribution over offsets:
+
+        z_l = z_{l−1} + head_l(h_l + h_{l−1})        p_l = p₀ + Σ_n softmax(z_l)_n W(n) / reg_scale
+
     Without FDR (Table 4 rows 1 to 3), as in GroupPose: no pre-pose, and p_l = σ(head(h) + σ⁻¹(reference)).
     """
 
@@ -567,18 +580,22 @@ class Decoder(nn.Module):
 
     def refine(self, layer: int, h: Tensor, previous: Tensor | float, z: Tensor | float, reference: Tensor,
                pre_pose: Tensor | None) -> tuple[Tensor, Tensor | float]:
-        """Keypoint tokens h (B, Q, K, C) → poses (B, Q, K, 2) and the accumulated logits z (B, Q, K, 66)."""
+        """h_l and h_{l−1} (`previous`) (B, Q, K, C) → p_l (B, Q, K, 2), and z_l (B, Q, K, 66) from z_{l−1}.
+
+        reference: where layer l looked, the base of a step without FDR.
+        """
         if not self.fdr:
             return (self.pose_heads[layer](h).float() + inverse_sigmoid(reference)).sigmoid(), z
         z = self.pose_heads[layer](h + previous).float() + z
-        # a sum, because autocast would run a product in half precision
+        # no matrix product, which autocast would run in half precision
         offset = (rearrange(z, "b q k (xy n) -> b q k xy n", xy=2).softmax(-1) * self.offset_values).sum(-1)
         return pre_pose + offset / self.reg_scale, z
 
     def forward(self, x: Tensor, reference: Tensor, maps: list[Tensor], memory: Tensor,
                 shapes: list[tuple[int, int]], blocked: Tensor | None) -> dict[str, Tensor | list[Tensor]]:
         """x (B, Q, T, C), reference (B, Q, T, 2) → lists over layers of logits (B, Q, 2) and keypoints
-        (B, Q, K, 2), with FDR also pre_logits and pre_keypoints; the rest is to look at.
+        (B, Q, K, 2), with FDR also pre_logits and pre_keypoints; the rest is for inspection, no loss. In
+        training Q means pad + Q here.
         """
         out = dict(logits=[], keypoints=[], tokens=[], references=[])
         z, pre_pose = 0.0, None
@@ -586,7 +603,8 @@ class Decoder(nn.Module):
             points = reference[:, :, 1:]
             position = self.position_head(sine_embedding(points, x.shape[-1], temperature=10000).to(x.dtype))
             x = add_position(x, position)
-            # Departs from the paper: the release keeps a view of the last output, with this position added
+            # h of the layer before. Departs from the paper: with this layer's position, which the release
+            # has added in place
             previous = x[:, :, 1:].detach() if l > 0 else 0.0
             x = layer(x, position, reference, memory, shapes, blocked)
             person, h = x[:, :, 0], x[:, :, 1:]
@@ -598,7 +616,8 @@ class Decoder(nn.Module):
             if self.training or l == len(self.layers) - 1:           # at inference only the last score counts
                 logits = self.score_heads[l](person)
                 if self.lqe_heads:
-                    logits = logits + self.lqe_heads[-1 if not self.training else l](maps[0], keypoints)
+                    # from the end at inference, for which `fuse` keeps the last head alone
+                    logits = logits + self.lqe_heads[l if self.training else -1](maps[0], keypoints)
                 out["logits"].append(logits)
             reference = with_centre(keypoints).detach()
             out["keypoints"].append(keypoints)
@@ -638,7 +657,8 @@ class DETRPose(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start values of the release: Xavier everywhere, sampling points on eight rays, outputs at zero."""
+        """Start values of the release: Xavier for decoder layers, embeddings and the encoder's input, sampling
+        points on rays, the last layers of pose and quality heads at zero."""
         embeddings = [self.rank_content, self.keypoint_content, self.instance_content, self.noisy_label,
                       self.noisy_keypoint]
         for parameter in [p for part in [self.decoder.layers, self.decoder.position_head, *embeddings]
@@ -664,8 +684,8 @@ class DETRPose(nn.Module):
     def content(self, batch: int, queries: int) -> Tensor:
         """The tokens (B, Q, T, C) that matching queries start from.
 
-        Departs from the paper: it has one learned content query per person; as released the rank among the
-        selected cells is told to the keypoint tokens, and all people share one token of their own.
+        Departs from the paper: it has one learned content query per person. In the release, and here, the
+        keypoint tokens are told the cell's rank among the selected, and all people share one person's token.
         """
         keypoints = self.rank_content.weight[:queries, None] + self.keypoint_content.weight        # (Q, K, C)
         person = repeat(self.instance_content.weight, "one c -> q one c", q=queries)
@@ -675,7 +695,7 @@ class DETRPose(nn.Module):
         """images (B, 3, H, W) RGB in [0, 1], H and W divisible by 32.
 
         Always      logits (B, Q, 2), keypoints (B, Q, K, 2) of the last layer
-        Evaluation  to look at: `decoded`, all that the decoder gave, `selected` cells (B, Q), encoder's `maps`
+        Evaluation  for inspection: `decoded`, all of the decoder, `selected` cells (B, Q), encoder's `maps`
         Training    (people given, and the model in train()): `outputs` and `dn_outputs`, lists of Output;
                     `denoising`; `heatmaps` (B, K, 2h, 2w) of the finest map (h, w), None without
                     `heatmap_weight`; `unused`, a 0 that belongs to the losses
@@ -720,10 +740,11 @@ class DETRPose(nn.Module):
 
 
 def match_cost(logits: Tensor, keypoints: Tensor, people: People, sigmas: Tensor) -> Tensor:
-    """Cost of giving a query to a person, (B, Q, P): 2·class + 10·Σ v|Δ| + 4·(1 − OKS), as released."""
-    p = logits[..., 1].sigmoid().unsqueeze(-1)
+    """Cost of giving a query to a person, (B, Q, people): 2·class + 10·Σ v|Δ| + 4·(1 − OKS), as in the release;
+    v = 1 where a keypoint is labelled, Δ its difference in x and y."""
+    p = logits[..., PERSON].sigmoid().unsqueeze(-1)
     focal = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.75 * p ** 2 * -(1 - p + 1e-8).log()
-    difference = keypoints[:, :, None] - people.keypoints                                    # (B, Q, P, K, 2)
+    difference = keypoints[:, :, None] - people.keypoints                                    # (B, Q, people, K, 2)
     distance = (difference.abs().sum(-1) * people.visible).sum(-1)
     similarity = similarity_of(difference.square().sum(-1), people.visible, people.areas, sigmas)
     return 2 * focal + 10 * distance + 4 * (1 - similarity)
@@ -734,8 +755,8 @@ def match(outputs: list[Output], people: list[People], sigmas: Tensor) -> list[P
     """The cheapest one-to-one assignment of people to queries, for each output alone (Hungarian method)."""
     everybody = gather_people(people)
     costs = torch.stack([match_cost(output.logits.float(), output.keypoints.float(), everybody, sigmas)
-                         for output in outputs])                                              # (O, B, Q, P)
-    costs = costs.nan_to_num(1e6, 1e6, -1e6).cpu().numpy()          # broken numbers end the run by their loss
+                         for output in outputs])                              # (outputs, B, Q, people)
+    costs = costs.nan_to_num(1e6, 1e6, -1e6).cpu().numpy()          # NaN is the loss's to show, not a crash here
     ends = np.cumsum([0] + [len(one) for one in people])
     matchings = []
     for cost in costs:
@@ -751,7 +772,7 @@ def union_of_matches(matchings: list[Pairs]) -> Pairs:
     """Global-optimal set (D-FINE Sec. 4.3): all pairs that any output found, but each query keeps only the
     person it was paired with most often (the first of equals). A person may keep several queries.
 
-    With FDR a layer's pose is the sum of all layers' logits before it, so the layers must pull a query
+    With FDR the logits of a layer are the sum of its own and of all before, so the layers must pull a query
     towards the same person. Their scores are still taught by their own matching.
     """
     pairs, counts = torch.cat([torch.stack(m) for m in matchings], 1).cpu().unique(dim=1, return_counts=True)
@@ -770,12 +791,12 @@ def ksvf_loss(logits: Tensor, pairs: Pairs, quality: Tensor) -> Tensor:
         −α p^γ log(1 − p)                    for all others, label 0 too; α = 0.25, γ = 2 of the release
 
     The score learns to be the similarity q of its own pose. logits (B, Q, 2); quality (pairs,) = q.
-    Departs from the paper: as released q is the OKS of the person; there it is KS, that of a keypoint.
+    Departs from the paper: q is the OKS of the person, as in the release; there it is KS, of a keypoint.
     """
     image, query, _ = pairs
     matched, target = torch.zeros_like(logits), torch.zeros_like(logits)
-    matched[image, query, 1] = 1
-    target[image, query, 1] = quality.detach()
+    matched[image, query, PERSON] = 1
+    target[image, query, PERSON] = quality.detach()
     p = logits.detach().sigmoid()
     weight = 0.25 * p ** 2 * (1 - matched) + target                                           # eq. 5
     return F.binary_cross_entropy_with_logits(logits, target, weight, reduction="sum")
@@ -785,7 +806,7 @@ def focal_loss(logits: Tensor, pairs: Pairs) -> Tensor:
     """The score's loss in Table 4's rows without KSVF: focal, α = 0.25, γ = 2, summed. logits (B, Q, 2)."""
     image, query, _ = pairs
     matched = torch.zeros_like(logits)
-    matched[image, query, 1] = 1
+    matched[image, query, PERSON] = 1
     p = logits.sigmoid()
     weight = torch.where(matched > 0, 0.25 * (1 - p) ** 2, 0.75 * p ** 2)
     return (weight * F.binary_cross_entropy_with_logits(logits, matched, reduction="none")).sum()
@@ -801,7 +822,7 @@ def pair_errors(keypoints: Tensor, pairs: Pairs, people: People, sigmas: Tensor)
 
 
 def count_per_rank(count: int, device: torch.device) -> Tensor:
-    """The mean of a count over all processes, at least 1: dividing by it, N GPUs have the gradient of one."""
+    """The mean of a count over all processes, at least 1: divided by it, many GPUs have the gradient of one."""
     return mean_over_ranks(torch.tensor(float(count), device=device)).clamp(min=1)
 
 
@@ -809,10 +830,10 @@ def criterion(result: dict, people: list[People], sigmas: Tensor, cfg: Config,
               ksvf: bool = True) -> dict[str, Tensor]:
     """All weighted loss terms of a training forward, by name, to be summed; computed in float32.
 
-    For the final poses (no suffix), the layers before (_0, _1, ...), the pre-poses (_pre), the selected
-    cells (_enc_0) and the denoising queries (_dn_...), per person:  2·score + 10·Σ v|Δ| + 4·(1 − OKS);
-    ksvf: whether eq. 5 is the score's loss. Poses of the first four are paired by the union of all
-    matchings, with FDR. No pairs give 0 with a zero gradient.
+    Per person:  score_weight·score + 10·Σ v|Δ| + 4·(1 − OKS), for the final poses (no suffix), the layers
+    before (_0, _1, ...), the pre-poses (_pre), the selected cells (_enc_0) and the denoising queries (_dn_...).
+    With FDR the poses of all but the last kind are paired by the union of all matchings. ksvf: whether eq. 5
+    is the score's loss. No pairs give 0 with a zero gradient.
     Departs from the paper: it states only eq. 5; L1, OKS, their weights, matching and union are the
     release's.
     """
@@ -869,9 +890,9 @@ def predict(model: DETRPose, batch: dict) -> list[Prediction]:
     sizes = torch.tensor(batch["sizes_px"], dtype=torch.float32, device=device)
     found, predictions = postprocess(result["logits"].float(), result["keypoints"].float(), sizes), []
     for image_id, scores, labels, keypoints in zip(batch["image_ids"], *(t.cpu().numpy() for t in found)):
-        people = keypoints[labels == 1]
+        people = keypoints[labels == PERSON]
         certain = np.ones(people.shape[:2], np.float32)
-        predictions.append(Prediction(image_id, people, certain, scores[labels == 1]))
+        predictions.append(Prediction(image_id, people, certain, scores[labels == PERSON]))
     return predictions
 
 
@@ -981,12 +1002,13 @@ def train(cfg: Config, args) -> None:
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=fp16)
     parts = dict(model=model, ema=average, optimizer=optimizer, scaler=scaler)
     run = Run("detrpose", cfg, args, ranks, data, held_out, parts)
-    net, learned = distribute(model, ranks), data.training()
+    net, train_set = distribute(model, ranks), data.training()
     shown = ["loss_vfl", "loss_keypoints", "loss_oks"] + ["loss_heatmaps"] * bool(cfg.heatmap_weight)
 
     for epoch in run.epochs():
         net.train()
-        for images, people in run.batches(TrainImages(learned, cfg, epoch)):   # a resumed run: from mid-epoch
+        # micro-batches; a resumed run goes on in mid-epoch, unreadable files are reported
+        for images, people in run.batches(TrainImages(train_set, cfg, epoch)):
             factor = lr_scale(run.step, run.steps, epoch, cfg)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
@@ -1030,7 +1052,8 @@ EQUATIONS = {           # equation or section of the paper → where it stands h
     "Sec. 3.4": criterion, "Sec. 4.1": train,
 }
 
-# Rows of the paper's ablations. Each adds to the one above; the last is the paper's model.
+# Rows of the paper's ablations: what, AP in the paper, flags of the paper's preset, flags of the tiny preset. Each row
+# adds to the one it is compared with (versus); the fifth loses AP there, too, until Pose-LQE joins it.
 NO_PARTS = "--no-pose_denoising --no-fdr --no-ksvf --no-pose_lqe"
 TABLES = {"4": Table(
     "Ablation on COCO val, 12 epochs", preset="l", flags="--epochs 12", metric="AP", rows=[
@@ -1050,7 +1073,7 @@ TABLES = {"4": Table(
 # Departures. Each: what: paper | release | here | why ("weights": the released ones were trained so)
 #
 # eq. 2, n⃗: random unit vector | norm over the wrong axis: right and down, dozens long | paper, or
-#     --as_released | AP 0.230 against 0.059 after two epochs of puppets
+#     --as_released | after two epochs of puppets AP 0.230 with the paper's, 0.059 with the release's
 # Sec. 3.1, KS: uniform | −ln KS is uniform | release | weights
 # Sec. 3.1, labels of noisy queries: – | a quarter replaced at random (DN-DETR) | release | weights
 # Sec. 3.2, a noisy person's point: mean of the keypoints | (cx, cy, w, h) read as corners | centre of the true
@@ -1073,7 +1096,7 @@ TABLES = {"4": Table(
 #     weights. CrowdPose (Sec. 4.2.2): S 150, X 80 | 176, 52
 # Tables 2 and 5, parameters of S to X: 11.9, 23.5, 36.8, 82.3 M | 11.5, 20.8, 32.8, 73.3 M | release | it
 #     counts what is deployed
-# sampling points of n: – | all points of a head start in one place | on rays | equal points stay equal
+# sampling points of n: – | all points of a head start in one place | along rays | equal points stay equal
 # --init with D-FINE: – | takes `model` | takes the average where there is one | it is what D-FINE evaluates
 
 # ---- Appendix: borrowed parts, released names, start weights, summary. Not needed on a first reading. ----
