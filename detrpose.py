@@ -1,16 +1,16 @@
 """DETRPose: real-time multi-person pose estimation with a transformer (arXiv 2506.13027, 2025).
 
 Idea     One query per person. A query is K+1 tokens: one for the person, one for each keypoint. A decoder
-         moves the keypoints in small steps, each step a probability distribution over offsets, and judges
-         its own result by the encoder's features under the predicted keypoints. No boxes, no NMS.
+         refines distributions over offsets from a first pose, layer by layer, and judges its own result by
+         the encoder's features under the predicted keypoints. No boxes, no NMS.
 Flow     image (B,3,H,W) → HGNetv2 → maps of stride 8, 16, 32 → HybridEncoder → memory (B,N,C)
          → QuerySelection: the Q best cells → poses (B,Q,K,2) → Decoder, D layers → poses, scores (B,Q,2)
 Read     noisy_pose (Sec. 3.1, eq. 1-4) → QuerySelection (Sec. 3.2) → DecoderLayer, Decoder (Sec. 3.3)
          → PoseLQE (Sec. 3.3.1) → DETRPose.forward → ksvf_loss (Sec. 3.4, eq. 5) → criterion → train
-Letters  B images  Q person queries  K keypoints  T = K+1 tokens of a person, the person's own first
+Letters  B images  Q person queries  K keypoints  T = K+1 tokens of a person, the instance token first
          N memory cells  C channels  M heads  L levels  P sampling points per level  D decoder layers
          G denoising groups  R = 2G × the people of the batch: rows of noisy poses
-         κ = 2σ how loosely a keypoint is placed (OKS)  s² area of the person  KS similarity of one keypoint
+         κ = 2σ fall-off of a keypoint (OKS)  s² area of the person  KS similarity of one keypoint
          2 labels per query: 1 is a person; 0 is never anything, kept because the released heads have it
 Units    xy in [0,1] of the network's input image, x first; names ending in _px are pixels; boxes cxcywh
 Tables   at the end of the main text: equation → function, the rows of the paper's Table 4, departures from
@@ -49,7 +49,7 @@ from common.heatmaps import CellHeatmaps, people_heatmap_loss
 from common.nets.resnet import FrozenBatchNorm
 from common.oks import similarity_of
 from common.predict import predict_all
-from common.ranks import Ranks, autocast, distribute, init_ranks, mean_over_ranks, rank_zero_first, seed_all
+from common.ranks import Ranks, autocast, distribute, init_ranks, mean_over_ranks, rank_zero_first, say, seed_all
 from common.records import People, Prediction, Sample, gather_people
 from common.run import Ema, Run
 from common.skeletons import Skeleton, get_skeleton
@@ -61,7 +61,7 @@ from kernels.deform_attn import deform_attn
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):           # which adds data, accum (micro-batches), amp, processes, workers, eval_*, seed
+class Config(RunConfig):       # which adds data, accum (micro-batches), amp, processes, workers, eval_*, seed
     # model (Sec. 3; numbers without a source are the release's)
     backbone: str = "B4"           # HGNetv2 size (Table 1): B0, B2, B4, B5
     lab: bool = False              # learnable affine block after each activation of the backbone
@@ -77,15 +77,16 @@ class Config(RunConfig):           # which adds data, accum (micro-batches), amp
     reg_scale: float = 4.0         # 1/c of D-FINE's offset distribution; larger means finer steps
     queries: int = 60              # Q, people at most (Sec. 4.3; Table 4: its first row has 100)
     size: int = 640                # side of the square network input, pixels (Sec. 4.1)
-    # the paper's ablations (Table 4); all of them are on in the paper's model
+    # the paper's ablations (Table 4); all are on in its model
     pose_denoising: bool = True    # noisy copies of the true poses as extra queries (Sec. 3.1; row 3 adds)
-    fdr: bool = True               # fine-grained distribution refinement, pre-pose (Sec. 3.3; row 4 adds)
+    fdr: bool = True               # distribution heads, pre-pose, gate (Sec. 3.3; row 4 adds); off: GroupPose's
     ksvf: bool = True              # keypoint similarity varifocal loss (eq. 5; row 5 adds); off: focal loss
     pose_lqe: bool = True          # scores look at the features under the pose (Sec. 3.3.1; row 6 adds)
     init: str = "dfine-l-obj365"   # start weights: file or name, DETRPose, D-FINE (row 7 adds it) or HGNetv2
+    # pose denoising (release)
     dn_queries: int = 20           # G is this over the people of the fullest image of a batch, at least 1
     as_released: bool = False      # the released code's noise: its direction, its point of the person
-    # optimisation (Sec. 4.1: lr, batch; Table 1: epochs; the rest is the release's)
+    # optimisation (Sec. 4.1: AdamW, lr, batch; the rest is the release's, also the epochs: see Departures)
     epochs: int = 52               # passes over the training images
     batch: int = 16                # images per optimiser step, over all GPUs and micro-batches
     lr: float = 1e-4               # learning rate
@@ -95,7 +96,7 @@ class Config(RunConfig):           # which adds data, accum (micro-batches), amp
     clip: float = 0.1              # largest L2 norm of the gradient
     ema: float = 0.9999            # decay of the weight average that is evaluated
     ema_warmup: int = 2000         # optimiser steps over which the decay grows to that
-    # augmentation (Sec. 4.1 names it; numbers of the release)
+    # augmentation (Sec. 4.1: flip, colour, mosaic, multi-scale; zoom-out and all numbers are the release's)
     multiscale: int = 4            # how often size itself is among the sides 0.75 to 1.25 size; 0: off
     jitter: float = 0.5            # probability of a change of colours
     zoom_out: float = 0.5          # probability of black borders around the image
@@ -123,19 +124,17 @@ class Config(RunConfig):           # which adds data, accum (micro-batches), amp
         check_range(self, 0, math.inf, "lr_backbone weight_decay warmup drop_epoch ema_warmup multiscale "
                     "aug_from mosaic_until aug_until ksvf_from score_weight heatmap_weight")
         check_range(self, 0, 1, "ema jitter zoom_out mosaic")
-        if self.dim % (2 * self.heads) or self.dim % 4:
-            raise UserError(f"--dim {self.dim} does not split over {self.heads} heads: choose a multiple of "
-                            f"{math.lcm(4, 2 * self.heads)}")
+        if self.dim % self.heads or self.dim % 4:
+            raise UserError(f"--dim {self.dim} does not split over {self.heads} heads, and sines and cosines of x "
+                            f"and y: choose a multiple of {math.lcm(4, self.heads)}")
         if self.size % 32:
             raise UserError(f"--size {self.size}: expected a multiple of 32")
         if self.expansion * self.dim < 2:
             raise UserError(f"--expansion {self.expansion} leaves nothing of --dim {self.dim}")
-        if self.batch % self.accum:
-            raise UserError(f"--batch {self.batch} does not split into {self.accum} micro-batches (--accum)")
 
 
 def _presets() -> dict[str, Config]:
-    """Table 1 and the release's configurations."""
+    """Sizes of Table 1 (n: Table 5 alone has it), the rest of the release's configurations."""
     s = Config(backbone="B0", lab=True, expansion=0.5, depth=1, layers=3, epochs=100, lr_backbone=1e-4,
                multiscale=20, mosaic_until=52, aug_until=96, init="dfine-s-obj365")
     n = replace(s, levels=2, dim=128, encoder_ffn=512, expansion=0.34, depth=2, decoder_ffn=512, points=6,
@@ -159,7 +158,7 @@ def _presets() -> dict[str, Config]:
             "s-crowdpose": replace(s, **crowd, epochs=176, mosaic_until=82, aug_until=156),
             "m-crowdpose": replace(m, **crowd, epochs=76, mosaic_until=40, aug_until=72, drop_epoch=0),
             "l-crowdpose": replace(l, **crowd, epochs=64, aug_until=60),
-            "x-crowdpose": replace(x, **crowd, aug_until=60)}
+            "x-crowdpose": replace(x, **crowd, aug_until=60)}        # as released: after the last epoch
 
 
 PRESETS: dict[str, Config] = _presets()
@@ -174,8 +173,9 @@ Pairs = tuple[Tensor, Tensor, Tensor]  # image, query, person: equally long; `pe
 
 
 class Noise(NamedTuple):
-    """All random numbers of R noisy poses: the positives of group 1, its negatives, the positives of group 2, ...,
-    in each of these half-groups everybody in image order."""
+    """All random numbers of R noisy poses: the positives of group 1, its negatives, the positives of group
+    2, ..., in each of these half-groups everybody in image order.
+    """
     relabel: Tensor        # (R,) bool: whose label is replaced
     labels: Tensor         # (R,) the labels then used
     direction: Tensor      # (R, K, 2) n⃗ of eq. 2
@@ -270,7 +270,8 @@ def denoising_queries(people: list[People], image_hw: tuple[int, int], queries: 
     With n people in the fullest image, G = max(1, dn_queries // n), and an image has pad = 2·n·G slots.
     Takes    the people of each image; the network input's (height, width); how many matching queries follow;
              embeddings of labels (81, C) and of keypoints (K, C), from which the tokens start
-    Returns  a Denoising, whose pairs are the positives. Empty slots, of images with fewer people, have content
+    Returns  a Denoising, whose pairs are the positives. Empty slots, of images with fewer people, have
+    content
              0 and reference 0.5; they count as negatives, as in the release. None for a batch without people
              (Departs from the release: it crashes)
     Departs from the paper: labels are replaced at times (DN-DETR's label noise). The person's reference
@@ -342,8 +343,9 @@ class QuerySelection(nn.Module):
     """Scores every cell of the memory and turns the Q best into first poses: σ(offset + logit of its centre).
 
     Takes    memory (B, N, C) and the levels' shapes
-    Returns  logits (B, Q, 2), keypoints (B, Q, K, 2), index (B, Q) of the chosen cells, best first; N if N < Q
-    Cells at the edge are blanked but still compete, as in the release: all have the features that zeros give.
+    Returns  logits (B, Q, 2), keypoints (B, Q, K, 2), index (B, Q) of the chosen cells, best first; N if N
+    < Q Cells at the edge are blanked but still compete, as in the release: all have the features that zeros
+    give.
     """
 
     def __init__(self, dim: int, keypoints: int, queries: int):
@@ -378,7 +380,8 @@ def with_centre(keypoints: Tensor) -> Tensor:
 class SelfAttention(nn.Module):
     """Multi-head self-attention; x (batch, tokens, C) → the same shape.
 
-    `position` (the encoder's) is added to queries and keys only; `blocked` (tokens, tokens): True = may not look.
+    `position` (the encoder's) is added to queries and keys only; `blocked` (tokens, tokens): True = may not
+    look.
     Parameter names as in nn.MultiheadAttention: in_proj_weight stacks q, k, v.
     """
 
@@ -449,7 +452,8 @@ class DeformableAttention(nn.Module):
 class Gateway(nn.Module):
     """A learned gate between a token x and what it read y:  LayerNorm(g₁·x + g₂·y),  (g₁, g₂) = σ(W [x, y]).
 
-    Departs from the paper: a norm of the sum stands there; the released weights need the gate.
+    D-FINE's, as are the FDR heads. The paper does not mention it, but Table 4's parameters and GFLOPs have
+    it from "+ FDR heads" on, and GroupPose's norm of the sum before.
     """
 
     def __init__(self, dim: int):
@@ -459,6 +463,17 @@ class Gateway(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         g1, g2 = self.gate(torch.cat([x, y], -1)).sigmoid().chunk(2, -1)
         return self.norm(g1 * x + g2 * y)
+
+
+class AddNorm(nn.Module):
+    """LayerNorm(x + y): GroupPose's, in place of the gate (Table 4 rows 1 to 3)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.norm(x + y)
 
 
 def sine_embedding(xy: Tensor, dim: int, temperature: float) -> Tensor:
@@ -491,8 +506,8 @@ class DecoderLayer(nn.Module):
     Takes    x that already carries `position` (B, Q, K, C); reference (B, Q, T, 2); memory (B, N, C);
              blocked (Q, Q) or None: which queries may not see which
     Returns  (B, Q, T, C)
-    Departs from the paper: the position is part of x from here on (values and residuals contain it), and is
-    added again before the cross-attention: the release adds in place, and the weights were trained so.
+    As released: the position is part of x from here on (values and residuals contain it), and is added again
+    before the cross-attention, because the release adds in place, and the weights were trained so.
     """
 
     def __init__(self, cfg: Config):
@@ -500,7 +515,7 @@ class DecoderLayer(nn.Module):
         self.within_attn, self.within_norm = SelfAttention(cfg.dim, cfg.heads), nn.LayerNorm(cfg.dim)
         self.across_attn, self.across_norm = SelfAttention(cfg.dim, cfg.heads), nn.LayerNorm(cfg.dim)
         self.cross_attn = DeformableAttention(cfg.dim, cfg.heads, cfg.levels, cfg.points)
-        self.gateway = Gateway(cfg.dim)
+        self.gateway = Gateway(cfg.dim) if cfg.fdr else AddNorm(cfg.dim)
         self.linear1, self.linear2 = nn.Linear(cfg.dim, cfg.decoder_ffn), nn.Linear(cfg.decoder_ffn, cfg.dim)
         self.norm2 = nn.LayerNorm(cfg.dim)
 
@@ -517,27 +532,7 @@ class DecoderLayer(nn.Module):
         return self.norm2(x.clamp(-65504, 65504))                          # float16's range
 
 
-# ---- Pose-LQE (Sec. 3.3.1) and the decoder (Sec. 3.3) ----------------------------------------------------
-
-
-class PoseLQE(nn.Module):
-    """Pose location quality estimation: a correction of the score from the image under the pose.
-
-    At each predicted keypoint the finest encoder map is sampled; the four largest channel values and their
-    mean, for all K keypoints, go through a small MLP whose single output is added to both logits.
-    Takes finest (B, C, H, W), keypoints (B, Q, K, 2); returns (B, Q, 1).
-    Departs from the paper: it has top-k values and one layer; as released the mean, too, and two layers.
-    """
-
-    def __init__(self, keypoints: int):
-        super().__init__()
-        self.mlp = MLP(5 * keypoints, 256, 1)
-
-    def forward(self, finest: Tensor, keypoints: Tensor) -> Tensor:
-        sampled = F.grid_sample(finest.float(), 2 * keypoints - 1, align_corners=False)    # (B, C, Q, K)
-        top = sampled.topk(4, dim=1).values                                                # (B, 4, Q, K)
-        quality = torch.cat([top, top.mean(1, keepdim=True)], 1)
-        return self.mlp(rearrange(quality, "b five q k -> b q (k five)"))
+# ---- Decoder (Sec. 3.3) and Pose-LQE (Sec. 3.3.1) --------------------------------------------------------
 
 
 REG_MAX = 32           # the offset of a coordinate is a distribution over REG_MAX + 1 = 33 values
@@ -558,11 +553,13 @@ def offset_values(reg_scale: float, up: float = 0.5) -> Tensor:
 class Decoder(nn.Module):
     """D layers that refine the poses, with their heads.
 
-    FDR, fine-grained distribution refinement (Sec. 3.3; D-FINE): the pre-pose p₀ of the first layer is the base
-    of all, and layer l (h_l its keypoint tokens, from 0 on) adds to the logits of a distribution over offsets:
+    FDR, fine-grained distribution refinement (Sec. 3.3; D-FINE): the pre-pose p₀ of the first layer is the
+    base of all, and layer l (h_l its keypoint tokens, from 0 on) adds to the logits of a distribution over
+    offsets:
 
         z_l = z_{l−1} + head_l(h_l + h_{l−1})        p_l = p₀ + Σ_n softmax(z_l)_n W(n) / reg_scale
 
+    where no gradient goes through p₀ and h_{l−1}.
     Without FDR (Table 4 rows 1 to 3), as in GroupPose: no pre-pose, and p_l = σ(head(h) + σ⁻¹(reference)).
     """
 
@@ -603,27 +600,44 @@ class Decoder(nn.Module):
             points = reference[:, :, 1:]
             position = self.position_head(sine_embedding(points, x.shape[-1], temperature=10000).to(x.dtype))
             x = add_position(x, position)
-            # h of the layer before. Departs from the paper: with this layer's position, which the release
-            # has added in place
+            # h of the layer before; as released with this layer's position, which is added in place there
             previous = x[:, :, 1:].detach() if l > 0 else 0.0
             x = layer(x, position, reference, memory, shapes, blocked)
-            person, h = x[:, :, 0], x[:, :, 1:]
+            score, h = self.score_heads[l](x[:, :, 0]), x[:, :, 1:]
             if l == 0 and self.fdr:
                 out["pre_keypoints"] = (self.pre_pose_head(h).float() + inverse_sigmoid(points)).sigmoid()
-                out["pre_logits"] = self.score_heads[0](person)
+                out["pre_logits"] = score
                 pre_pose = out["pre_keypoints"].detach()                    # p₀ of every layer
             keypoints, z = self.refine(l, h, previous, z, points, pre_pose)
             if self.training or l == len(self.layers) - 1:           # at inference only the last score counts
-                logits = self.score_heads[l](person)
-                if self.lqe_heads:
-                    # from the end at inference, for which `fuse` keeps the last head alone
-                    logits = logits + self.lqe_heads[l if self.training else -1](maps[0], keypoints)
-                out["logits"].append(logits)
+                if self.lqe_heads:                                  # from the end: `fuse` keeps the last head
+                    score = score + self.lqe_heads[l if self.training else -1](maps[0], keypoints)
+                out["logits"].append(score)
             reference = with_centre(keypoints).detach()
             out["keypoints"].append(keypoints)
             out["tokens"].append(x)
             out["references"].append(reference)
         return {**out, "offset_logits": z}
+
+
+class PoseLQE(nn.Module):
+    """Pose location quality estimation: a correction of the score from the features under the pose.
+
+    At each predicted keypoint the finest encoder map is sampled; the four largest channel values and their
+    mean, for all K keypoints, go through a small MLP whose single output is added to both logits.
+    Takes finest (B, C, H, W), keypoints (B, Q, K, 2); returns (B, Q, 1).
+    Departs from the paper: it has top-k values and one layer; as released the mean, too, and two layers.
+    """
+
+    def __init__(self, keypoints: int):
+        super().__init__()
+        self.mlp = MLP(5 * keypoints, 256, 1)
+
+    def forward(self, finest: Tensor, keypoints: Tensor) -> Tensor:
+        sampled = F.grid_sample(finest.float(), 2 * keypoints - 1, align_corners=False)    # (B, C, Q, K)
+        top = sampled.topk(4, dim=1).values                                                # (B, 4, Q, K)
+        quality = torch.cat([top, top.mean(1, keepdim=True)], 1)
+        return self.mlp(rearrange(quality, "b five q k -> b q (k five)"))
 
 
 # ---- The model (Fig. 1) ----------------------------------------------------------------------------------
@@ -657,8 +671,9 @@ class DETRPose(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start values of the release: Xavier for decoder layers, embeddings and the encoder's input, sampling
-        points on rays, the last layers of pose and quality heads at zero."""
+        """Start values of the release: Xavier for decoder layers, embeddings and the encoder's input,
+        sampling points on rays, the last layers of pose and quality heads at zero.
+        """
         embeddings = [self.rank_content, self.keypoint_content, self.instance_content, self.noisy_label,
                       self.noisy_keypoint]
         for parameter in [p for part in [self.decoder.layers, self.decoder.position_head, *embeddings]
@@ -666,7 +681,8 @@ class DETRPose(nn.Module):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
         for layer in self.decoder.layers:
-            nn.init.zeros_(layer.gateway.gate.bias)
+            if self.cfg.fdr:
+                nn.init.zeros_(layer.gateway.gate.bias)
             layer.cross_attn.reset_parameters()
         for project in self.encoder.input_proj:
             nn.init.xavier_uniform_(project.conv.weight)
@@ -740,11 +756,12 @@ class DETRPose(nn.Module):
 
 
 def match_cost(logits: Tensor, keypoints: Tensor, people: People, sigmas: Tensor) -> Tensor:
-    """Cost of giving a query to a person, (B, Q, people): 2·class + 10·Σ v|Δ| + 4·(1 − OKS), as in the release;
-    v = 1 where a keypoint is labelled, Δ its difference in x and y."""
+    """Cost of giving a query to a person, (B, Q, people): 2·class + 10·Σ v|Δ| + 4·(1 − OKS), as in the
+    release; v = 1 where a keypoint is labelled, Δ its difference in x and y.
+    """
     p = logits[..., PERSON].sigmoid().unsqueeze(-1)
     focal = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.75 * p ** 2 * -(1 - p + 1e-8).log()
-    difference = keypoints[:, :, None] - people.keypoints                                    # (B, Q, people, K, 2)
+    difference = keypoints[:, :, None] - people.keypoints                               # (B, Q, people, K, 2)
     distance = (difference.abs().sum(-1) * people.visible).sum(-1)
     similarity = similarity_of(difference.square().sum(-1), people.visible, people.areas, sigmas)
     return 2 * focal + 10 * distance + 4 * (1 - similarity)
@@ -756,7 +773,7 @@ def match(outputs: list[Output], people: list[People], sigmas: Tensor) -> list[P
     everybody = gather_people(people)
     costs = torch.stack([match_cost(output.logits.float(), output.keypoints.float(), everybody, sigmas)
                          for output in outputs])                              # (outputs, B, Q, people)
-    costs = costs.nan_to_num(1e6, 1e6, -1e6).cpu().numpy()          # NaN is the loss's to show, not a crash here
+    costs = costs.nan_to_num(1e6, 1e6, -1e6).cpu().numpy()       # NaN is the loss's to show, not a crash here
     ends = np.cumsum([0] + [len(one) for one in people])
     matchings = []
     for cost in costs:
@@ -769,7 +786,7 @@ def match(outputs: list[Output], people: list[People], sigmas: Tensor) -> list[P
 
 
 def union_of_matches(matchings: list[Pairs]) -> Pairs:
-    """Global-optimal set (D-FINE Sec. 4.3): all pairs that any output found, but each query keeps only the
+    """Global-optimal set (D-FINE Sec. 4.2): all pairs that any output found, but each query keeps only the
     person it was paired with most often (the first of equals). A person may keep several queries.
 
     With FDR the logits of a layer are the sum of its own and of all before, so the layers must pull a query
@@ -790,7 +807,8 @@ def ksvf_loss(logits: Tensor, pairs: Pairs, quality: Tensor) -> Tensor:
         −q (q log p + (1 − q) log(1 − p))    for the person logit of a matched query              (eq. 5)
         −α p^γ log(1 − p)                    for all others, label 0 too; α = 0.25, γ = 2 of the release
 
-    The score learns to be the similarity q of its own pose. logits (B, Q, 2); quality (pairs,) = q.
+    The score learns to be the similarity q of its own pose; as released, q and p^γ are constants for the
+    gradient. logits (B, Q, 2); quality (pairs,) = q.
     Departs from the paper: q is the OKS of the person, as in the release; there it is KS, of a keypoint.
     """
     image, query, _ = pairs
@@ -803,7 +821,9 @@ def ksvf_loss(logits: Tensor, pairs: Pairs, quality: Tensor) -> Tensor:
 
 
 def focal_loss(logits: Tensor, pairs: Pairs) -> Tensor:
-    """The score's loss in Table 4's rows without KSVF: focal, α = 0.25, γ = 2, summed. logits (B, Q, 2)."""
+    """The score's loss in Table 4's rows without KSVF, summed; logits (B, Q, 2). The paper does not name
+    it: this is the focal loss that the release has switched off, α = 0.25, γ = 2.
+    """
     image, query, _ = pairs
     matched = torch.zeros_like(logits)
     matched[image, query, PERSON] = 1
@@ -813,7 +833,10 @@ def focal_loss(logits: Tensor, pairs: Pairs) -> Tensor:
 
 
 def pair_errors(keypoints: Tensor, pairs: Pairs, people: People, sigmas: Tensor) -> tuple[Tensor, Tensor]:
-    """For each pair, Σ v|Δ| over the keypoints and the OKS, (pairs,) each; keypoints (B, Q, K, 2)."""
+    """For each pair, Σ v|Δ| over the keypoints and the OKS, (pairs,) each; keypoints (B, Q, K, 2).
+
+    OKS is the mean of KS (eq. 1) over the labelled keypoints: the q of eq. 5.
+    """
     image, query, person = pairs
     matched = people.take(person)
     difference = keypoints[image, query] - matched.keypoints
@@ -822,18 +845,21 @@ def pair_errors(keypoints: Tensor, pairs: Pairs, people: People, sigmas: Tensor)
 
 
 def count_per_rank(count: int, device: torch.device) -> Tensor:
-    """The mean of a count over all processes, at least 1: divided by it, many GPUs have the gradient of one."""
+    """The mean of a count over all processes, at least 1: divided by it, losses have the gradient of one
+    GPU.
+    """
     return mean_over_ranks(torch.tensor(float(count), device=device)).clamp(min=1)
 
 
 def criterion(result: dict, people: list[People], sigmas: Tensor, cfg: Config,
-              ksvf: bool = True) -> dict[str, Tensor]:
+              epoch: int) -> dict[str, Tensor]:
     """All weighted loss terms of a training forward, by name, to be summed; computed in float32.
 
     Per person:  score_weight·score + 10·Σ v|Δ| + 4·(1 − OKS), for the final poses (no suffix), the layers
-    before (_0, _1, ...), the pre-poses (_pre), the selected cells (_enc_0) and the denoising queries (_dn_...).
-    With FDR the poses of all but the last kind are paired by the union of all matchings. ksvf: whether eq. 5
-    is the score's loss. No pairs give 0 with a zero gradient.
+    before (_0, _1, ...), the pre-poses (_pre), the selected cells (_enc_0) and the denoising queries
+    (_dn_...). With FDR the poses of all but the last kind are paired by the union of all matchings. The
+    score's loss, which the release calls vfl, is eq. 5 or a focal loss. No pairs give 0 with a zero
+    gradient.
     Departs from the paper: it states only eq. 5; L1, OKS, their weights, matching and union are the
     release's.
     """
@@ -843,15 +869,16 @@ def criterion(result: dict, people: list[People], sigmas: Tensor, cfg: Config,
     union = union_of_matches(matchings) if cfg.fdr else None
     union_count = count_per_rank(len(union[0]), sigmas.device) if cfg.fdr else count
 
-    losses = {}
+    ksvf, losses = cfg.ksvf and epoch >= cfg.ksvf_from, {}
 
     def add(output: Output, score_pairs: Pairs, pose_pairs: Pairs, score_count: Tensor,
             pose_count: Tensor) -> None:
         logits, keypoints = output.logits.float(), output.keypoints.float()
         suffix = f"_{output.name}" if output.name else ""
-        quality = pair_errors(keypoints, score_pairs, everybody, sigmas)[1]
-        score = ksvf_loss(logits, score_pairs, quality) if ksvf else focal_loss(logits, score_pairs)
         distance, similarity = pair_errors(keypoints, pose_pairs, everybody, sigmas)
+        own = score_pairs is pose_pairs
+        quality = similarity if own else pair_errors(keypoints, score_pairs, everybody, sigmas)[1]
+        score = ksvf_loss(logits, score_pairs, quality) if ksvf else focal_loss(logits, score_pairs)
         losses[f"loss_vfl{suffix}"] = cfg.score_weight * score / score_count
         losses[f"loss_keypoints{suffix}"] = 10 * distance.sum() / pose_count
         losses[f"loss_oks{suffix}"] = 4 * (1 - similarity).sum() / pose_count
@@ -871,8 +898,7 @@ def criterion(result: dict, people: list[People], sigmas: Tensor, cfg: Config,
 def postprocess(logits: Tensor, keypoints: Tensor, sizes_px: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The Q best of all 2·Q (query, label) scores → scores, labels (B, Q), keypoints (B, Q, K, 2) in pixels.
 
-    sizes_px (B, 2) width and height of the original images. No NMS, no threshold. Label 1 is a person;
-    label 0 is taught to be nothing everywhere and comes last.
+    sizes_px (B, 2) width and height of the original images. No NMS, no threshold. Label 0 has low scores.
     """
     scores, index = logits.sigmoid().flatten(1).topk(logits.shape[1], dim=1)
     query = (index // 2)[..., None, None].expand(-1, -1, *keypoints.shape[2:])
@@ -912,7 +938,8 @@ def to_people(sample: Sample) -> People:
 
 
 class TrainImages(torch.utils.data.Dataset):
-    """One epoch of augmented images; item i is (image (3, size, size), People, its id, why files were skipped).
+    """One epoch of augmented images; item i is (image (3, size, size), People, its id, why files were
+    skipped).
 
     What happens to image i depends on (seed, epoch, i) alone. An unreadable file gives way to the next.
     """
@@ -987,8 +1014,8 @@ def train(cfg: Config, args) -> None:
     """Train, evaluate, keep all in the run folder. Runs alone or under torchrun; Ctrl-C saves and leaves."""
     ranks = init_ranks(args.device, cfg)
     if cfg.frozen_norm and not (cfg.init or args.saved):
-        raise UserError("frozen norms need start weights: add --init hgnetv2-b4 (or another), or "
-                        "--no-frozen_norm")
+        raise UserError(f"frozen norms need start weights: add --init hgnetv2-{cfg.backbone.lower()} (or another), "
+                        "or --no-frozen_norm")
     data, held_out = open_splits(cfg, ranks)
     seed_all(cfg.seed)                                              # equal start weights on every process
     model = DETRPose(cfg, data.skeleton)
@@ -1020,12 +1047,12 @@ def train(cfg: Config, args) -> None:
 
             with autocast(ranks.device, cfg.amp):
                 result = net(images, people)
-            losses = criterion(result, people, model.sigmas, cfg, cfg.ksvf and epoch >= cfg.ksvf_from)
+            losses = criterion(result, people, model.sigmas, cfg, epoch)
             losses["unused"] = result["unused"]
             if cfg.heatmap_weight:                                  # an aid, see Config
                 losses["loss_heatmaps"] = cfg.heatmap_weight * people_heatmap_loss(result["heatmaps"], people)
             scaler.scale(sum(losses.values()) / cfg.accum).backward()
-            if run.more_micro_batches():
+            if run.more_micro_batches(losses):
                 continue
 
             scaler.unscale_(optimizer)
@@ -1034,7 +1061,7 @@ def train(cfg: Config, args) -> None:
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             average.update(model)
-            if run.stepped(losses, norm, shown):                   # logs, saves when due; True: asked to stop
+            if run.stepped(norm, shown):                   # logs, saves when due; True: asked to stop
                 return
 
         if run.evaluates():
@@ -1044,7 +1071,8 @@ def train(cfg: Config, args) -> None:
 # ---- Tables ----------------------------------------------------------------------------------------------
 
 EQUATIONS = {           # equation or section of the paper → where it stands here
-    "eq. 1": noisy_pose, "eq. 2": noisy_pose, "eq. 3": noisy_pose, "eq. 4": noisy_pose, "eq. 5": ksvf_loss,
+    "eq. 1, inverted": noisy_pose, "eq. 1, evaluated": pair_errors, "eq. 2": noisy_pose, "eq. 3": noisy_pose,
+    "eq. 4": noisy_pose, "eq. 5": ksvf_loss,
     "Sec. 3.1, KS ~ U": draw_noise, "Sec. 3.1, denoising queries": denoising_queries,
     "Sec. 3.2, positional queries": QuerySelection, "Sec. 3.2, content queries": DETRPose.content,
     "Sec. 3.2, instance query": with_centre, "Sec. 3.3, decoder layer": DecoderLayer,
@@ -1052,8 +1080,10 @@ EQUATIONS = {           # equation or section of the paper → where it stands h
     "Sec. 3.4": criterion, "Sec. 4.1": train,
 }
 
-# Rows of the paper's ablations: what, AP in the paper, flags of the paper's preset, flags of the tiny preset. Each row
-# adds to the one it is compared with (versus); the fifth loses AP there, too, until Pose-LQE joins it.
+# Rows of the paper's ablations: what, AP in the paper, flags of the paper's preset, flags of the tiny
+# preset. Each adds to the one it is compared with (versus); the fifth loses AP there, too, until Pose-LQE
+# joins it. Open in the paper, and assumed here: ImageNet start weights before the last row, the focal loss
+# before KSVF, augmentation to the last of the 12 epochs.
 NO_PARTS = "--no-pose_denoising --no-fdr --no-ksvf --no-pose_lqe"
 TABLES = {"4": Table(
     "Ablation on COCO val, 12 epochs", preset="l", flags="--epochs 12", metric="AP", rows=[
@@ -1070,34 +1100,37 @@ TABLES = {"4": Table(
         Row("+ transfer learning: D-FINE's start weights", 67.5, "", None, versus=6, default=True,
             missing="needs D-FINE's weights, which do not fit the tiny preset")])}
 
-# Departures. Each: what: paper | release | here | why ("weights": the released ones were trained so)
+# Departures. Each: what: paper | release | here | why ("weights": the released ones need it; "recipe":
+# training alone, as the release does)
 #
 # eq. 2, n⃗: random unit vector | norm over the wrong axis: right and down, dozens long | paper, or
-#     --as_released | after two epochs of puppets AP 0.230 with the paper's, 0.059 with the release's
-# Sec. 3.1, KS: uniform | −ln KS is uniform | release | weights
-# Sec. 3.1, labels of noisy queries: – | a quarter replaced at random (DN-DETR) | release | weights
-# Sec. 3.2, a noisy person's point: mean of the keypoints | (cx, cy, w, h) read as corners | centre of the true
-#     box, or --as_released | the release's is no point of the person
-# Sec. 3.2, content: one learned query a person | rank on keypoint tokens, one shared token | release | weights
-# Sec. 3.3, mask: positives, negatives, predictions apart | a group sees itself and all matching queries |
-#     release | weights
-# Sec. 3.3, position: added to the token | added in place, so values and residuals have it, too | release |
-#     weights
-# Sec. 3.3, norm after the cross-attention: norm | gate | release | weights
-# Sec. 3.3.1: top-k values, one layer | four values and their mean, two layers | release | weights
-# eq. 5, q: KS of a keypoint | OKS of the person | release | weights; a query has one score
-# Sec. 3.4, other losses: – | L1 10, OKS 4, score 2, Hungarian matching, union of matches | release | weights
-# OKS in the losses: – | of fractions, also of a stretched picture | release | weights
-# batch without people: – | crashes | no denoising queries | –
-# micro-batches: – | gradients added | averaged, each divided by its own people and pairs | the union's size is
-#     known only after a forward pass, so --accum 2 is not exactly the gradient of the batch; clipping hides
-#     the release's factor
-# Table 1, epochs of S, M, L, X: 96, 60, 48, 48 | 100, 64, 52, 52, the last 4 without augmentation | release |
-#     weights. CrowdPose (Sec. 4.2.2): S 150, X 80 | 176, 52
-# Tables 2 and 5, parameters of S to X: 11.9, 23.5, 36.8, 82.3 M | 11.5, 20.8, 32.8, 73.3 M | release | it
-#     counts what is deployed
+# --as_released | after two epochs of puppets AP 0.230 with the paper's, 0.059 with the release's Sec. 3.1,
+# KS: uniform | −ln KS is uniform | release | recipe Sec. 3.1, labels of noisy queries: – | a quarter
+# replaced at random (DN-DETR) | release | recipe Sec. 3.2, a noisy person's point: mean of the keypoints |
+# (cx, cy, w, h) read as corners | centre of the     true box, or --as_released | the release's is no point
+# of the person; unlabelled keypoints sit at (0, 0)     and would pull the mean Sec. 3.2, content: one
+# learned query a person | rank on keypoint tokens, one instance token | release | weights Sec. 3.2,
+# positional queries: N (k + 1) | the instance token has a reference point and no position | release |
+# weights Sec. 3.2, cells at the edge: – | blanked, but still compete | release | weights Sec. 3.3, mask:
+# positives, negatives, predictions apart | a group sees itself and all matching queries |     release |
+# recipe Sec. 3.3, position: – | added in place: values, residuals and h_{l−1} have it, too | release |
+# weights Sec. 3.3, after the cross-attention: – | D-FINE's gate | release; --no-fdr: a norm | weights Sec.
+# 3.3.1: top-k values, one layer | four values and their mean, two layers | release | weights Fig. 3,
+# keypoints visible or missing: yes; App. B: no | not predicted | not predicted | – eq. 5, q: KS of a
+# keypoint | OKS of the person | release | recipe; a query has one score Sec. 3.4, other losses: – | L1 10,
+# OKS 4, score 2, Hungarian matching, union of matches | release | recipe Sec. 3.4, ties in the union: – |
+# any | the first of equals | runs repeat OKS in the losses: – | of fractions, also of a stretched picture |
+# release | recipe Table 4, loss of the scores without KSVF: – | a focal loss, switched off | that focal
+# loss | – batch without people: – | crashes | no denoising queries | – micro-batches: – | gradients added |
+# averaged, each divided by its own people and pairs | the size of the union     is known only after a
+# forward pass, so --accum 2 is not exactly the gradient of the batch; clipping hides     the release's
+# factor Sec. 4.1, augmentation: flip, colour, mosaic, multi-scale | and zoom-out | release | recipe Table
+# 1, epochs of S, M, L, X: 96, 60, 48, 48 | 100, 64, 52, 52, the last 4 without mosaic, zoom-out and
+# multi-scale | release | recipe. CrowdPose (Sec. 4.2.2): S 150, X 80 | 176, 52 Tables 2 and 5, parameters
+# of S to X: 11.9, 23.5, 36.8, 82.3 M | 11.5, 20.8, 32.8, 73.3 M | release | it     counts what is deployed
+# Sec. 4.1, start weights: D-FINE on Objects365 | n: on COCO, there is no other | release | recipe --init
+# with D-FINE: – | takes `model` | takes the average where there is one | it is what D-FINE evaluates
 # sampling points of n: – | all points of a head start in one place | along rays | equal points stay equal
-# --init with D-FINE: – | takes `model` | takes the average where there is one | it is what D-FINE evaluates
 
 # ---- Appendix: borrowed parts, released names, start weights, summary. Not needed on a first reading. ----
 
@@ -1336,8 +1369,8 @@ class HybridEncoder(nn.Module):
 
 @torch.no_grad()
 def fuse(model: DETRPose) -> DETRPose:
-    """A copy for inference: norms folded into convolutions, two-branch blocks merged, the score heads' and
-    heatmaps' training parts dropped; embeddings of noisy queries stay, because the release counts them.
+    """A copy for inference: norms folded into convolutions, two-branch blocks merged, quality heads of
+    earlier layers and heatmaps dropped; embeddings of noisy queries stay, because the release counts them.
     """
     model = copy.deepcopy(model).eval()
     model.heatmaps = None
@@ -1418,15 +1451,16 @@ def start_weights(model: DETRPose, data: PoseDataset) -> None:
 def load_init(model: DETRPose, source: str) -> None:
     """Start weights by file or name: DETRPose (all), D-FINE (backbone and encoder) or HGNetv2 (backbone).
 
-    Departs: of a D-FINE checkpoint it is the average that is taken.
+    Departs from the release: of a D-FINE checkpoint it is the average that is taken.
     Raises UserError for tensors that do not fit.
     """
     path = Path(source) if Path(source).exists() else weights.fetch(source)
     state = convert_official(weights.load_tensors(path), model.cfg)
     own = model.state_dict()
-    if "decoder.layers.0.gateway.gate.weight" in state:
-        weights.load_strict(model, state, {r"^heatmaps\.": "of an auxiliary loss, which starts anew"})
-        print(f"start weights from {path}: {len(state)} of {len(own)} tensors")
+    if "selection.pose.layers.0.weight" in state:
+        weights.load_strict(model, state, {r"^heatmaps\.": "of an auxiliary loss, which starts anew",
+                                           r"num_batches_tracked$": "frozen norms have none"})
+        say(f"start weights from {path}: {len(state)} of {len(own)} tensors")
         return
     chosen = {name: value for name, value in state.items() if name.startswith(("backbone.", "encoder.")) and name in own}
     bad = [f"{name} {tuple(v.shape)} against {tuple(own[name].shape)}" for name, v in chosen.items()
@@ -1434,14 +1468,14 @@ def load_init(model: DETRPose, source: str) -> None:
     if bad or not chosen:
         raise UserError(f"{path} does not fit this model: " + ("; ".join(bad[:5]) or "no tensor of its names"))
     model.load_state_dict(chosen, strict=False)
-    print(f"start weights from {path}: {len(chosen)} of {len(own)} tensors")
+    say(f"start weights from {path}: {len(chosen)} of {len(own)} tensors")
 
 
 @torch.no_grad()
 def start_from_mean_pose(selection: QuerySelection, data: PoseDataset, people: int = 1000) -> None:
     """Let the first poses be the mean pose around a cell, instead of all keypoints in its centre.
 
-    Departs: ours, for training from nothing. A point has OKS 0, and eq. 5 rewards a cell by the OKS of its
+    Ours, for training from nothing. A point has OKS 0, and eq. 5 rewards a cell by the OKS of its
     pose: without pre-training, the cell on the person would first have to grow a pose that nobody asks it
     for.
     """
@@ -1453,7 +1487,7 @@ def start_from_mean_pose(selection: QuerySelection, data: PoseDataset, people: i
         if len(poses) >= people:
             break
     if not poses:
-        print("--mean_pose: nobody has all keypoints labelled, so first poses start as points")
+        say("--mean_pose: nobody has all keypoints labelled, so first poses start as points")
         return
     # σ has slope 1/4 in the middle of the image
     selection.pose.layers[-1].bias.copy_(4 * torch.from_numpy(np.mean(poses, 0)).flatten())

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from common.errors import UserError
 
@@ -109,6 +110,12 @@ def mean_over_ranks(value: Tensor) -> Tensor:
         dist.all_reduce(value)
         value = value / dist.get_world_size()
     return value
+
+
+def say(text: str) -> None:
+    """Print on rank 0 alone, above a progress bar."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(text)
 
 
 def gather_lists(part: list) -> list:

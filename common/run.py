@@ -4,10 +4,10 @@
     for epoch in run.epochs():
         for images, people in run.batches(items):       # a resumed run goes on in mid-epoch
             ...                                         # forward, losses, backward: the method's own
-            if run.more_micro_batches():
+            if run.more_micro_batches(losses):
                 continue
             ...                                         # clip, step, average: the method's own
-            if run.stepped(losses, norm):               # True: somebody asked to stop, and everything is saved
+            if run.stepped(norm):                       # True: somebody asked to stop, and everything is saved
                 return
         if run.evaluates():
             run.record(*evaluate(...))
@@ -425,27 +425,32 @@ class Run:
             seed_all(cfg.seed, epoch, self.number, self.ranks.rank)
             yield tuple(columns)
 
-    def more_micro_batches(self) -> bool:
-        """Whether gradients are still to be added up before the optimiser's step."""
+    def more_micro_batches(self, losses: dict[str, Tensor]) -> bool:
+        """Whether gradients are still to be added up before the optimiser's step; losses: weighted terms by name."""
+        if self.number % self.cfg.accum == 0:
+            self.terms = {name: 0.0 for name in losses}
+        for name, value in losses.items():
+            self.terms[name] = self.terms[name] + value.detach() / self.cfg.accum
         return (self.number + 1) % self.cfg.accum > 0
 
-    def stepped(self, losses: dict[str, Tensor], norm: Tensor, shown: Iterable[str] = ()) -> bool:
+    def stepped(self, norm: Tensor, shown: Iterable[str] = ()) -> bool:
         """After an optimiser step: check its numbers, count it, log every 20th, save when that is due.
 
-        losses: terms by name, weighted; norm: the gradient's, before it was clipped; shown: the terms to log, all
-        without it. Returns whether somebody asked to stop: everything is saved then.
+        norm: the gradient's, before it was clipped; shown: the terms to log, all without it. Returns whether somebody
+        asked to stop: everything is saved then.
         Raises UserError, which names the terms and the images, where a number is not finite: what was saved before is
         intact. A GradScaler has then left the step out, and tries again with a smaller scale as long as it can.
         """
-        finite = torch.stack([*losses.values(), norm]).isfinite().tolist()          # one wait for the GPU
+        finite = torch.stack([*self.terms.values(), norm]).isfinite().tolist()      # one wait for the GPU
         scaler = self.parts["scaler"]
         if not all(finite) and not (scaler.is_enabled() and scaler.get_scale() >= 1):
-            names = [name for name, good in zip(losses, finite) if not good] or ["the gradient"]
+            names = [name for name, good in zip(self.terms, finite) if not good] or ["the gradient"]
             raise self.folder.not_finite(", ".join(names[:5]), self.step, self.seen)
         self.at.update(step=self.step + 1, done=self.at["done"] + 1)
         self.seen = []
         if self.step % LOG_EVERY == 0:
-            terms = dict(loss=sum(losses.values()).item()) | {name: losses[name].item() for name in shown or losses}
+            terms = dict(loss=sum(self.terms.values()).item())
+            terms |= {name: self.terms[name].item() for name in shown or self.terms}
             self.folder.log(step=self.step, epoch=self.at["epoch"], **terms, grad_norm=float(norm),
                             lr=self.parts["optimizer"].param_groups[-1]["lr"])
             self.bar.set_postfix({name.removeprefix("loss_"): f"{value:.3g}" for name, value in terms.items()})

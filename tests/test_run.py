@@ -343,7 +343,7 @@ def test_one_ctrl_c_asks_and_a_second_one_is_immediate(monkeypatch):
 def total_loss(net: nn.Module, model: detrpose.DETRPose, images: torch.Tensor, people: list[People]) -> torch.Tensor:
     """What a step of the training goes back from; `net` is the model or distributes it."""
     result = net(images, people)
-    losses = detrpose.criterion(result, people, model.sigmas, model.cfg, ksvf=False)
+    losses = detrpose.criterion(result, people, model.sigmas, model.cfg, epoch=0)
     auxiliary = people_heatmap_loss(result["heatmaps"], people) if model.cfg.heatmap_weight else 0
     return sum(losses.values()) + result["unused"] + auxiliary
 
