@@ -1,0 +1,82 @@
+"""How much faster SDPose's prediction is here than in its obvious form, on the same weights and threads.
+
+    python -m tests.bench_sdpose [--preset tiny wholebody] [--side 128] [--pairs 7] [--threads 1]
+
+The obvious form is what the released eager code computes: attention that stores its scores, the whole U-Net whatever
+the heatmap head reads of it, the text repeated for every crop, and a pass of its own for the mirrored crop. Both forms
+run in turn; the table has the median processor time of each and the median ratio of the pairs. For the presets of full
+width it is one crop of `side` pixels' height: at 1024 a pair takes many minutes on a CPU.
+"""
+import argparse
+import statistics
+import time
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import sdpose
+
+
+def stored_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention as its formula is written."""
+    return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
+
+
+def obvious(model: sdpose.SDPose, crops: Tensor) -> Tensor:
+    """Heatmaps of crops (N, 3, H, W) in [-1, 1], averaged with those of the mirrored crops."""
+    def one_pass(view: Tensor) -> Tensor:
+        z, tap = model.latents(view), model.unet.up_blocks[model.cfg.tap]
+        seen = []
+        last = (tap.upsamplers or tap.attentions)[-1]
+        hook = last.register_forward_hook(lambda module, args, result: seen.append(result))
+        model.unet.output(model.unet(z, model.task(sdpose.POSE).expand(len(z), -1), model.text.expand(len(z), -1, -1)))
+        hook.remove()
+        return model.decoder(seen[0])
+
+    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", stored_scores):
+        return (one_pass(crops) + one_pass(crops.flip(3))[:, list(model.skeleton.flip)].flip(3)) / 2
+
+
+def seconds(run) -> float:
+    """Processor time of all threads."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+@torch.no_grad()
+def compare(preset: str, side: int, pairs: int) -> str:
+    """One row: preset, crop, milliseconds of both forms, ratio; the heatmaps of both agree first."""
+    size = dict() if preset == "tiny" else dict(height=side, width=side * 3 // 4)
+    model = sdpose.build(preset, "wholebody" if preset == "wholebody" else "coco", **size).eval()
+    cfg = model.cfg
+    crops = torch.rand(16 if preset == "tiny" else 1, 3, cfg.height, cfg.width) * 2 - 1
+
+    def ours() -> Tensor:
+        return sdpose.average_heatmaps(model, crops)
+
+    torch.testing.assert_close(ours(), obvious(model, crops), rtol=1e-3, atol=1e-4)
+    times = [(seconds(lambda: obvious(model, crops)), seconds(ours)) for _ in range(pairs)]
+    slow, fast = (statistics.median(column) * 1e3 for column in zip(*times))
+    ratio = statistics.median(a / b for a, b in times)
+    return f"{preset:<10}{f'{cfg.width}x{cfg.height}':>9}{slow:>14.0f} ms{fast:>10.0f} ms{ratio:>9.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", nargs="+", default=["tiny", "wholebody"])
+    parser.add_argument("--side", type=int, default=128)
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    print(f"torch {torch.__version__}, {args.threads} threads, with the flip test\n"
+          f"preset         crop  obvious form       ours    ratio")
+    for preset in args.preset:
+        print(compare(preset, args.side, args.pairs), flush=True)
+
+
+if __name__ == "__main__":
+    main()
