@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import draw
+from kernels.dispatch import KernelError
 
 AMP = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ConfigT = TypeVar("ConfigT")
@@ -50,7 +51,7 @@ def run_main(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
+    except (UserError, KernelError, OSError, torch.OutOfMemoryError) as error:
         message = str(error).rsplit("UserError: ", 1)[-1]       # a loader process puts its traceback before it
         if isinstance(error, torch.OutOfMemoryError):
             message = f"{message.split('. ')[0]}: choose a smaller --batch, for training also a larger --accum"
