@@ -26,6 +26,7 @@ import torch.distributed as dist
 from common.errors import UserError
 from common.ranks import AMP, pick_device
 from common.weights import load_checkpoint
+from kernels.dispatch import KernelError
 
 ConfigT = TypeVar("ConfigT")
 
@@ -58,7 +59,7 @@ def run_main(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
+    except (UserError, KernelError, OSError, torch.OutOfMemoryError) as error:
         message = str(error).rsplit("UserError: ", 1)[-1]       # a loader process puts its traceback before it
         if isinstance(error, torch.OutOfMemoryError):
             message = f"{message.split('. ')[0]}: choose a smaller --batch, for training also a larger --accum"

@@ -48,6 +48,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from tqdm import tqdm
 
+from common import draw, skeletons
 from common.errors import UserError
 
 VERSION = {"coco": 3, "crowd": 3, "video": 7, "ood": 3}      # raised when the same seed gives another picture or label
@@ -58,10 +59,8 @@ COUNTS = {"coco": {"train": 4000, "val": 500}, "crowd": {"val": 300}, "video": {
 FRAMES = {"train": 5, "val": 12}              # per clip: what trains sees many people briefly
 PASSERS = 0.7                                 # per person and frame of a clip: how often something passes in front
 
-COCO = ("nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow right_elbow left_wrist "
-        "right_wrist left_hip right_hip left_knee right_knee left_ankle right_ankle").split()
-COCO_EDGES = [[16, 14], [14, 12], [17, 15], [15, 13], [12, 13], [6, 12], [7, 13], [6, 7], [6, 8], [7, 9],
-              [8, 10], [9, 11], [2, 3], [1, 2], [1, 3], [2, 4], [3, 5], [4, 6], [5, 7]]   # 1-based, as in the files
+COCO = list(skeletons.COCO.keypoints)
+COCO_EDGES = [[a + 1, b + 1] for a, b in skeletons.COCO.edges]                  # 1-based, as in the files
 JOINTS = [*COCO, "neck", "head_top"]          # what a figure has; the sets below pick from it
 CROWDPOSE = [*COCO[5:], "head_top", "neck"]   # the file calls head_top "head"
 POSETRACK = ["nose", "neck", "head_top", *COCO[3:]]   # the file calls neck "head_bottom"; its ears are never labelled
@@ -1080,21 +1079,21 @@ def run_jobs(make_one, counts: dict, workers: int | None, title) -> dict[str, li
 
 
 # --------------------------------------------------------------------------------------------- preview
-def preview(folder: Path, path: Path, columns: int = 4, rows: int = 3, zoom: int = 3):
-    """Contact sheet of a made part: seen joints filled, hidden ones hollow, left orange, right blue."""
+def preview(folder: Path, path: Path, columns: int = 4, rows: int = 3):
+    """Contact sheet of a made part with its labels; hidden joints are rings."""
     tiles = []
     for content, image in sheet_images(folder)[:columns * rows]:
-        picture = Image.open(next(folder.rglob("/".join(Path(image["file_name"]).parts[-2:]))))
-        picture = picture.resize((image["width"] * zoom, image["height"] * zoom), Image.LANCZOS)
-        for person in content["annotations"]:
-            if person["image_id"] == image["id"]:
-                draw_annotation(ImageDraw.Draw(picture), person, content["categories"][0]["keypoints"], zoom)
-        tiles.append(picture)
-    w, h = tiles[0].size
-    sheet = Image.new("RGB", (w * columns, h * rows))
-    for i, tile in enumerate(tiles):
-        sheet.paste(tile, (i % columns * w, i // columns * h))
-    sheet.save(path)
+        with Image.open(next(folder.rglob("/".join(Path(image["file_name"]).parts[-2:])))) as picture:
+            picture.load()
+        people = [person for person in content["annotations"] if person["image_id"] == image["id"]]
+        skeleton = skeletons.skeleton_from_category(content["categories"][0])
+        keypoints = np.reshape([person["keypoints"] for person in people], (-1, skeleton.num_keypoints, 3))
+        if folder.name == "video":                                   # PoseTrack does not say what is hidden
+            keypoints = keypoints * [1, 1, 2]
+        boxes = np.reshape([person["bbox"] for person in people], (-1, 4)).astype(float)
+        boxes[:, 2:] += boxes[:, :2]
+        tiles.append(draw.draw_people(picture, keypoints, None, skeleton, boxes))
+    draw.contact_sheet(tiles, columns).save(path)
 
 
 def sheet_images(folder: Path) -> list[tuple[dict, dict]]:
@@ -1104,26 +1103,6 @@ def sheet_images(folder: Path) -> list[tuple[dict, dict]]:
         return [(content, image) for content in contents for image in content["images"][1:-1:3]]
     content = json.loads((folder / "annotations/person_keypoints_val2017.json").read_text())
     return [(content, image) for image in content["images"]]
-
-
-def draw_annotation(pen: ImageDraw.ImageDraw, person: dict, names: list, zoom: int):
-    x, y, w, h = (value * zoom for value in person["bbox"])
-    pen.rectangle((x, y, x + w, y + h), outline="red" if person.get("iscrowd") else "white")
-    joints = {name: ((x + .5) * zoom, (y + .5) * zoom, v) for name, (x, y, v)
-              in zip(names, np.reshape(person["keypoints"], (-1, 3))) if v}
-    for a, b in COCO_EDGES:
-        ends = [COCO[a - 1], COCO[b - 1]]
-        if joints.keys() >= set(ends):
-            sides = {name[:4] for name in ends} & {"left", "righ"}
-            colour = COLOURS[sides.pop()] if len(sides) == 1 else "yellow"
-            pen.line([joints[name][:2] for name in ends], fill=colour)
-    for name, (x, y, v) in joints.items():
-        colour = COLOURS.get(name[:4], "yellow")
-        seen = v == 2 or "track_id" in person                        # PoseTrack does not say what is hidden
-        pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour if seen else None, outline=colour)
-
-
-COLOURS = {"left": "orange", "righ": "dodgerblue"}
 
 
 def main():

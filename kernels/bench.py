@@ -6,33 +6,30 @@
     python -m kernels.bench --threads 1            CPU threads (ratios that we quote are for one)
     python -m kernels.bench --only deform_attn     one kernel
     python -m kernels.bench --json rows.jsonl      the rows of the table as JSON lines, too
-    python -m kernels.bench --picture roof.png     where the rows are under the GPU's roofline
 
 On a CPU a row compares our form with the published PyTorch formulation of the same thing, run in turns; a
-ratio above 1 means that ours is faster. On a GPU it compares the Triton kernel with the PyTorch twin and with
-every peer that can be imported, and says which share of the floor is reached. The floor is the least time that
-moving each tensor once, the arithmetic, or the reads from the L1 caches would take.
+ratio above 1 means that ours is faster. On a GPU it compares the Triton kernel with the formula, the naive
+kernel and every peer that can be imported, and says which share of the floor is reached: the least time that
+moving each tensor once, the arithmetic, the exponentials, or the reads from the L1 caches would take.
 
-How a kernel takes part: a section of this file with two functions, one for `Case` objects (what to time) and
-one for `Build` objects (what to compile), named in SECTIONS. The rest of the file knows no kernel.
+A kernel has a section with two functions, for what to time and what to compile, named in SECTIONS.
 """
 import argparse
 import datetime
 import importlib
 import json
-import math
 import re
 import subprocess
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from kernels import deform_attn as msda
@@ -40,31 +37,23 @@ from kernels import selective_scan as scan
 from kernels.dispatch import HAS_TRITON, triton
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}     # relative, against float64
+GPU_TYPES = (torch.float32, torch.bfloat16)                                         # a CPU runs float32
 SECONDS = 3.0                                                                     # of a CPU row, or 5 rounds
 ROUNDS = 30                                                                       # of a GPU row
-
-
-@dataclass
-class Work:
-    """What a call must at least do, for the floor."""
-    bytes: float            # each tensor moved once between memory and chip
-    flop: float             # arithmetic in float32
-    gathered: float = 0     # bytes read through the L1 caches
-    exps: float = 0         # exponentials
 
 
 @dataclass
 class Case:
     """One call of a kernel at a real size."""
     kernel: str
-    size: str                                   # for the table
-    make: Callable                              # (device, dtype) -> arguments; leaves need gradients
-    ours: Callable                              # the public function, Triton on a GPU
-    plain: Callable                             # the oracle, also in float64
-    obvious: Callable                           # the published PyTorch formulation
-    work: Callable                              # (bytes per number) -> {"forward": Work, "backward": Work}
-    peers: dict[str, Callable] = field(default_factory=dict)        # operators of others, same arguments
-    dtypes: tuple = (torch.float32, torch.bfloat16)                 # on a GPU; a CPU runs float32
+    size: str                       # for the table
+    make: Callable                  # (device, dtype) -> arguments; leaves need gradients
+    ours: Callable                  # the public function, Triton on a GPU
+    plain: Callable                 # the formula, also in float64
+    published: Callable             # the published PyTorch formulation
+    naive: Callable                 # the naive kernel, forward only
+    work: Callable                  # (bytes per number) -> work of the forward, and of the backward pass
+    peers: dict[str, Callable]      # operators of others, same arguments
 
 
 @dataclass
@@ -76,7 +65,7 @@ class Build:
     signature: dict[str, str]                   # of the arguments that are no constants
     constants: dict
     warps: int
-    samples: float                              # points (or steps · channels) per turn of a program's main loop
+    samples: float                              # points (or steps · channels) per turn of its main loop
 
 # ----------------------------------------------------------------------------- deformable attention
 
@@ -96,84 +85,73 @@ def published_deform_attn(value: Tensor, shapes: list, locations: Tensor, weight
     return (stacked * weights).sum(-1).view(batch, heads * dim, queries).transpose(1, 2).contiguous()
 
 
-def deform_attn_arguments(batch: int, queries: int | None, heads: int, dim: int, shapes: list,
-                          points: list) -> Callable:
+def deform_attn_arguments(batch: int, queries: int | None, heads: int, dim: int, shapes: list, points: list,
+                          device: torch.device, dtype: torch.dtype) -> tuple:
     """Random arguments. queries None: every token is a query, looking about itself, as in an encoder."""
-
-    def make(device: torch.device, dtype: torch.dtype) -> tuple:
-        random = torch.Generator().manual_seed(0)
-        tokens, count = sum(h * w for h, w in shapes), sum(points)
-        size = torch.tensor([(w, h) for (h, w), n in zip(shapes, points) for _ in range(n)])
-        if queries is None:
-            axes = [((torch.arange(w) + 0.5) / w, (torch.arange(h) + 0.5) / h) for h, w in shapes]
-            grids = [torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 2) for x, y in axes]
-            centre = torch.cat(grids).expand(batch, -1, 2)
-        else:
-            centre = torch.rand(batch, queries, 2, generator=random)
-        near = 2 * torch.randn(*centre.shape[:2], heads, count, 2, generator=random)        # pixels
-        pixel = centre[:, :, None, None] * size - 0.5 + near
-        fraction = (pixel - pixel.floor()).clamp(2e-3, 1 - 2e-3)    # no rounding changes a point's cell
-        locations = (pixel.floor() + fraction + 0.5) / size
-        weights = torch.randn(locations.shape[:-1], generator=random).softmax(-1)
-        value = torch.randn(batch, tokens, heads, dim, generator=random)
-        leaves = value.to(device, dtype), locations.to(device), weights.to(device, dtype)
-        value, locations, weights = (x.requires_grad_() for x in leaves)
-        return value, shapes, locations, weights, points
-
-    return make
+    random = torch.Generator().manual_seed(0)
+    tokens, count = sum(h * w for h, w in shapes), sum(points)
+    size = torch.tensor([(w, h) for (h, w), n in zip(shapes, points) for _ in range(n)])
+    if queries is None:
+        axes = [((torch.arange(w) + 0.5) / w, (torch.arange(h) + 0.5) / h) for h, w in shapes]
+        grids = [torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 2) for x, y in axes]
+        centre = torch.cat(grids).expand(batch, -1, 2)
+    else:
+        centre = torch.rand(batch, queries, 2, generator=random)
+    near = 2 * torch.randn(*centre.shape[:2], heads, count, 2, generator=random)            # pixels
+    pixel = centre[:, :, None, None] * size - 0.5 + near
+    fraction = (pixel - pixel.floor()).clamp(2e-3, 1 - 2e-3)        # no rounding changes a point's cell
+    locations = (pixel.floor() + fraction + 0.5) / size
+    weights = torch.randn(locations.shape[:-1], generator=random).softmax(-1)
+    value = torch.randn(batch, tokens, heads, dim, generator=random)
+    tensors = value.to(device, dtype), locations.to(device), weights.to(device, dtype)
+    value, locations, weights = (x.requires_grad_() for x in tensors)
+    return value, shapes, locations, weights, points
 
 
-def deform_attn_work(batch: int, queries: int | None, heads: int, dim: int, shapes: list,
-                     points: list) -> Callable:
-    """Bytes and arithmetic: value, locations (float32), weights and out once; backward a gradient of each, too."""
+def deform_attn_work(batch: int, queries: int | None, heads: int, dim: int, shapes: list, points: list,
+                     size: int) -> tuple[dict, dict]:
+    """Value, locations (float32), weights and out once; backward a gradient of each, too."""
     tokens = sum(h * w for h, w in shapes)
     queries = queries or tokens
     value, out = batch * tokens * heads * dim, batch * queries * heads * dim
     samples = batch * queries * heads * sum(points)
-
-    def work(size: int) -> dict[str, Work]:
-        forward = size * (value + out + samples) + 8 * samples
-        return {"forward": Work(forward, 10 * samples * dim, 4 * samples * dim * size),
-                "backward": Work(2 * forward + 4 * value, 20 * samples * dim, 4 * samples * dim * (size + 4))}
-
-    return work
+    moved, read = size * (value + out + samples) + 8 * samples, 4 * samples * dim
+    return (dict(memory=moved, arithmetic=10 * samples * dim, L1=read * size),
+            dict(memory=2 * moved + 4 * value, arithmetic=20 * samples * dim, L1=read * (size + 4)))
 
 
-def official_deform_attn(module) -> Callable:
-    """The CUDA extension of Deformable DETR. float32 only, equal points on all levels."""
+class OfficialDeformAttn(torch.autograd.Function):
+    """The CUDA extension of Deformable DETR, `module`."""
 
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, value, shapes, starts, locations, weights):
-            ctx.save_for_backward(value, shapes, starts, locations, weights)
-            return module.ms_deform_attn_forward(value, shapes, starts, locations, weights, 64)
+    @staticmethod
+    def forward(ctx, module, *tensors):
+        ctx.module = module
+        ctx.save_for_backward(*tensors)
+        return module.ms_deform_attn_forward(*tensors, 64)
 
-        @staticmethod
-        def backward(ctx, grad):
-            grads = module.ms_deform_attn_backward(*ctx.saved_tensors, grad.contiguous(), 64)
-            return grads[0], None, None, grads[1], grads[2]
-
-    def call(value, shapes, locations, weights, points):
-        sides = torch.tensor(shapes, device=value.device)
-        starts = sides.prod(1).cumsum(0) - sides.prod(1)
-        split = (len(points), points[0])
-        locations, weights = locations.unflatten(3, split), weights.float().unflatten(3, split)
-        return Function.apply(value.float(), sides, starts, locations, weights)
-
-    return call
+    @staticmethod
+    def backward(ctx, grad):
+        grads = ctx.module.ms_deform_attn_backward(*ctx.saved_tensors, grad.contiguous(), 64)
+        return None, grads[0], None, None, grads[1], grads[2]
 
 
-def msda_triton_deform_attn(module) -> Callable:
+def official_deform_attn(module, value: Tensor, shapes: list, locations: Tensor, weights: Tensor,
+                         points: list) -> Tensor:
+    """float32 only, equal points on all levels."""
+    sides = torch.tensor(shapes, device=value.device)
+    starts = sides.prod(1).cumsum(0) - sides.prod(1)
+    locations, weights = (x.float().unflatten(3, (len(points), points[0])) for x in (locations, weights))
+    return OfficialDeformAttn.apply(module, value.float(), sides, starts, locations, weights)
+
+
+def msda_triton_deform_attn(module, value: Tensor, shapes: list, locations: Tensor, weights: Tensor,
+                            points: list) -> Tensor:
     """The package msda-triton: float32 only, equal points on all levels."""
-
-    def call(value, shapes, locations, weights, points):
-        split = (len(points), points[0])
-        out = module.multiscale_deformable_attention(
-            value.float(), torch.tensor(shapes, device=value.device), locations.unflatten(3, split),
-            weights.float().unflatten(3, split), padding_mode="zeros", align_corners=False)
-        return out.flatten(2)
-
-    return call
+    locations, weights = (x.float().unflatten(3, (len(points), points[0])) for x in (locations, weights))
+    sides = torch.tensor(shapes, device=value.device)
+    out = module.multiscale_deformable_attention(value.float(), sides, locations, weights,
+                                                 padding_mode="zeros", align_corners=False)
+    return out.flatten(2)
 
 
 def deform_attn_cases() -> list[Case]:
@@ -194,35 +172,45 @@ def deform_attn_cases() -> list[Case]:
         sizes["DiffusionRegPose encoder, B 16"] = (16, None, 8, 32, clip, [4] * 4)
     peers = found({"official CUDA": ("MultiScaleDeformableAttention", official_deform_attn),
                    "msda_triton": ("msda_triton", msda_triton_deform_attn)})
-    return [Case("deform_attn", name, deform_attn_arguments(*size), msda.deform_attn, msda.deform_attn_plain,
-                 published_deform_attn, deform_attn_work(*size), peers) for name, size in sizes.items()]
+    return [Case("deform_attn", name, partial(deform_attn_arguments, *size), msda.deform_attn,
+                 msda.deform_attn_plain, published_deform_attn, msda.deform_attn_naive,
+                 partial(deform_attn_work, *size), peers) for name, size in sizes.items()]
 
 
 def deform_attn_builds() -> list[Build]:
-    """Both kernels for every type and head dimension of the methods."""
+    """The steps from the naive kernel to ours; then both kernels for every type and head dimension."""
     builds = []
+
+    def add(name: str, function: Callable, kind: str, dim: int, shape: dict, **constants):
+        types = {x: "*" + kind for x in ("value", "out", "grad", "weights", "d_weights")}
+        types |= {x: "*fp32" for x in ("locations", "sides", "unit_at", "d_locations")}
+        types |= {"tokens_at": "*i32", "queries": "i32", "tokens": "i32"}
+        types["d_value"] = "*i64" if constants.get("FIXED") else "*fp32"
+        warps = shape.pop("num_warps")
+        constants |= dict(HEADS=8, DIM=dim, POINTS=12, **shape)
+        builds.append(Build("deform_attn", f"{name} d {dim} {kind}", function, types, constants, warps,
+                            shape.get("QUERIES", 1)))
+
+    add("naive", msda.naive_kernel, "fp32", 32, dict(BLOCK=32, num_warps=1))
+    for queries, chunk in ((1, 32), (4, 32), (8, 16), (16, 8)):
+        shape = dict(QUERIES=queries, CHUNK=chunk, CHUNKS=32 // chunk, num_warps=1)
+        add(f"queries {queries}, chunk {chunk},", msda.forward_kernel, "fp32", 32, shape, THIN=False)
     for kind, bits in (("fp32", 32), ("bf16", 16), ("fp16", 16)):
         for dim in (16, 32, 48, 64):
-            pointers = {name: "*" + kind for name in ("value", "out", "grad", "weights")}
-            pointers |= {name: "*fp32" for name in ("locations", "sides", "unit_at", "d_value", "d_locations")}
-            pointers |= {"d_weights": "*" + kind, "tokens_at": "*i32", "queries": "i32", "tokens": "i32"}
-            for name, function, shape in (("forward", msda.forward_kernel, msda.forward_shape(dim, bits)),
-                                          ("backward", msda.backward_kernel, msda.backward_shape(dim))):
-                warps = shape.pop("num_warps")
-                constants = dict(HEADS=8, DIM=dim, POINTS=12, THIN=False, **shape)
-                if name == "backward":
-                    constants["FIXED"] = False
-                builds.append(Build("deform_attn", f"{name} d {dim} {kind}", function, pointers, constants, warps,
-                                    shape["QUERIES"]))
+            add("forward", msda.forward_kernel, kind, dim, msda.launch_shape(dim, bits), THIN=False)
+            shape = msda.launch_shape(dim, backward=True)
+            add("backward", msda.backward_kernel, kind, dim, shape, THIN=False, FIXED=False)
+    shape = msda.launch_shape(32, backward=True)
+    add("deterministic backward", msda.backward_kernel, "fp32", 32, shape, THIN=False, FIXED=True)
     return builds
 
 
 # ----------------------------------------------------------------------------- selective scan
 
 
-def published_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, delta_bias: Tensor,
-                   delta_softplus: bool) -> Tensor:
-    """The formulation that everybody uses on a CPU: factors of all steps by einsum, then a loop with an einsum per step."""
+def published_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor,
+                   delta_bias: Tensor, delta_softplus: bool) -> Tensor:
+    """The one that everybody uses on a CPU: factors of all steps by einsum, then a loop, an einsum per step."""
     d = delta + delta_bias[:, None]
     d = F.softplus(d) if delta_softplus else d
     decay = torch.exp(torch.einsum("bel,en->beln", d, A))
@@ -234,68 +222,73 @@ def published_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     return (torch.stack(outs, 2) + u * D[:, None]) * F.silu(z)
 
 
-def selective_scan_arguments(batch: int, length: int, channels: int) -> Callable:
-    """Random arguments in the memory order of a Mamba block, A and step sizes as it initialises them; N = 16."""
+def selective_scan_arguments(batch: int, length: int, channels: int, device: torch.device,
+                             dtype: torch.dtype) -> tuple:
+    """Random arguments as in a Mamba block: memory order, N = 16, A and step sizes as it initialises them."""
+    random = torch.Generator().manual_seed(0)
 
-    def make(device: torch.device, dtype: torch.dtype) -> tuple:
-        random = torch.Generator().manual_seed(0)
+    def normal(*shape) -> Tensor:
+        return torch.randn(shape, generator=random).to(device)
 
-        def normal(*shape) -> Tensor:
-            return torch.randn(shape, generator=random)
-
-        u, delta, z = (normal(batch, length, channels).to(device, dtype).transpose(1, 2) for _ in range(3))
-        B, C = (normal(batch, length, 16).to(device, dtype).transpose(1, 2) for _ in range(2))
-        A, D, bias = -torch.arange(1.0, 17).repeat(channels, 1).to(device), normal(channels).to(device), normal(channels).to(device) - 4
-        return *(x.requires_grad_() for x in (u, delta, A, B, C, D, z, bias)), True
-
-    return make
+    u, delta, z = (normal(batch, length, channels).to(dtype).transpose(1, 2) for _ in range(3))
+    B, C = (normal(batch, length, 16).to(dtype).transpose(1, 2) for _ in range(2))
+    A = -torch.arange(1.0, 17, device=device).repeat(channels, 1)
+    D, bias = normal(channels), normal(channels) - 4
+    return *(x.requires_grad_() for x in (u, delta, A, B, C, D, z, bias)), True
 
 
-def selective_scan_work(batch: int, length: int, channels: int) -> Callable:
-    """Bytes and arithmetic: u, delta, z, out once; backward reads four and writes three of the kind; N = 16."""
+def selective_scan_work(batch: int, length: int, channels: int, size: int) -> tuple[dict, dict]:
+    """u, delta, z, out once; backward reads four and writes three of the kind; N = 16."""
     numbers = batch * length * channels
-
-    def work(size: int) -> dict[str, Work]:
-        return {"forward": Work(4 * size * numbers, 80 * numbers, exps=16 * numbers),
-                "backward": Work(7 * size * numbers, 20 * 16 * numbers, exps=32 * numbers)}
-
-    return work
+    return (dict(memory=4 * size * numbers, arithmetic=80 * numbers, exp=16 * numbers),
+            dict(memory=7 * size * numbers, arithmetic=20 * 16 * numbers, exp=32 * numbers))
 
 
 def selective_scan_cases() -> list[Case]:
-    """DiffusionPose: spatial Mamba sees three frames of 209 tokens as three sequences, full-sequence Mamba as one of 627."""
+    """DiffusionPose: spatial Mamba sees three frames of 209 tokens as three sequences, the other as one."""
     sizes = {"DiffusionPose-S spatial": (3, 209, 768), "DiffusionPose-S sequence": (1, 627, 768),
              "DiffusionPose-B spatial": (3, 209, 1536), "DiffusionPose-B sequence": (1, 627, 1536),
              "one frame, E 768": (1, 209, 768)}
     if torch.cuda.is_available():
         sizes["DiffusionPose-B spatial, B 64"] = (192, 209, 1536)
         sizes["DiffusionPose-B sequence, B 64"] = (64, 627, 1536)
-    peers = found({"mamba_ssm": ("mamba_ssm.ops.selective_scan_interface", lambda module: module.selective_scan_fn)})
-    return [Case("selective_scan", name, selective_scan_arguments(*size), scan.selective_scan, scan.selective_scan_plain,
-                 published_scan, selective_scan_work(*size), peers) for name, size in sizes.items()]
+    peers = found({"mamba_ssm": ("mamba_ssm.ops.selective_scan_interface",
+                                 lambda module, *arguments: module.selective_scan_fn(*arguments))})
+    return [Case("selective_scan", name, partial(selective_scan_arguments, *size), scan.selective_scan,
+                 scan.selective_scan_plain, published_scan,
+                 lambda *arguments: scan.selective_scan_naive(*arguments[:8]),
+                 partial(selective_scan_work, *size), peers) for name, size in sizes.items()]
 
 
 def selective_scan_builds() -> list[Build]:
-    """Both kernels with everything on, for N = 16 and each type; and the forms that need most registers.
+    """The steps from the naive kernel to ours; then both kernels for each type, and in their other shapes.
 
-    A sample is a step of a channel. The backward kernel's loop holds the detour, which every other turn takes, in full.
+    A sample is a step of a channel. The backward kernel's loop holds the detour, which every other turn takes.
+    Strides are those of DiffusionPose-B, where B and C are views of rows of 80 numbers.
     """
+    series = ("u_ptr", "delta_ptr", "z_ptr", "g_ptr", "out_ptr", "du_ptr", "ddelta_ptr", "dz_ptr")
     builds = []
-    both = (("forward", scan.forward_kernel, scan.CHUNK), ("backward", scan.backward_kernel, scan.HALF))
-    for name, kind, states, wide, moves, kernels in (("E 768", "fp32", 16, 32, True, both), ("E 768", "bf16", 16, 32, True, both),
-                                                     ("few channels", "fp32", 16, 8, True, both), ("N 64", "fp32", 64, 16, True, both[1:]),
-                                                     ("constant B, C", "fp32", 16, 16, False, both[1:])):
-        for direction, function, steps in kernels:
-            series = {"u_ptr", "delta_ptr", "z_ptr", "g_ptr", "out_ptr", "du_ptr", "ddelta_ptr", "dz_ptr"}
-            signature = {x: ("*" + kind if x in series else "*fp32") if x.endswith("_ptr") else "i32" for x in function.arg_names}
-            constants = dict(E=768, N=states, BLOCK_N=states, BLOCK_E=wide, ROUNDS=wide.bit_length() - 1, CHUNK=scan.CHUNK, HALF=scan.HALF,
-                             groups=1, SOFTPLUS=True, B_MOVES=moves, C_MOVES=moves, g_last_ptr=None,
-                             **{x + y: stride for x in "BC" for y, stride in (("_b", 209 * states), ("_g", 0), ("_l", states))},
-                             **{x: 768 for x in ("u_l", "delta_l", "z_l", "g_l")},
-                             **{x: None for x in (("dB_ptr", "dC_ptr") if moves else ("dBC_ptr",))})
-            constants = {x: value for x, value in constants.items() if x in function.arg_names}
-            builds.append(Build("selective_scan", f"{direction} {name} {kind}", function, signature, constants,
-                                max(1, states // 16), steps * wide))
+
+    def add(name: str, function: Callable, kind: str, wide: int = 32, steps: int = scan.CHUNK, states: int = 16):
+        types = {x: "*" + kind if x in series else "*fp32" if x.endswith("_ptr") else "i32"
+                 for x in function.arg_names}
+        constants = dict(E=1536, N=states, BLOCK_N=states, BLOCK_E=wide, ROUNDS=wide.bit_length() - 1, groups=1,
+                         CHUNK=steps, HALF=scan.HALF, SOFTPLUS=True, B_b=209 * 80, C_b=209 * 80, B_g=0, C_g=0,
+                         B_l=80, C_l=80, u_l=1536, delta_l=1536, z_l=1536, g_l=1536)
+        constants = {x: value for x, value in constants.items() if x in function.arg_names}
+        turn = {scan.naive_kernel: 1, scan.forward_kernel: steps * wide, scan.backward_kernel: scan.HALF * wide}
+        builds.append(Build("selective_scan", f"{name} {kind}", function, types, constants, max(1, states // 16),
+                            turn[function]))
+
+    add("naive", scan.naive_kernel, "fp32")
+    add("channels 8, step by step,", scan.forward_kernel, "fp32", wide=8, steps=1)
+    add("channels 32, step by step,", scan.forward_kernel, "fp32", steps=1)
+    for kind in ("fp32", "bf16"):
+        add("forward", scan.forward_kernel, kind)
+        add("backward", scan.backward_kernel, kind)
+    for name, function in (("forward", scan.forward_kernel), ("backward", scan.backward_kernel)):
+        add(f"{name}, channels 8,", function, "fp32", wide=8)
+    add("backward, N 64,", scan.backward_kernel, "fp32", wide=16, states=64)
     return builds
 
 
@@ -317,24 +310,20 @@ def leaves(arguments: tuple) -> list[Tensor]:
     return [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
 
 
-def error(case: Case, device: torch.device, dtype: torch.dtype) -> float:
-    """Largest relative norm of the difference from the plain form in float64 on the same rounded numbers."""
-    arguments = case.make(device, dtype)
-    exact = tuple(x.detach().double().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
-                  for x in arguments)
-    ours, plain = gradients(case.ours, arguments), gradients(case.plain, exact)
-    return max(((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item() for a, b in zip(ours, plain))
-
-
 def check(cases: list[Case], device: torch.device) -> list[dict]:
-    """Print the error of each case and type; SystemExit if one is too large."""
+    """Print how far ours is from the formula in float64 on the same rounded numbers, the largest relative norm
+    of out and gradients, for each case and type; SystemExit if it is too far."""
     rows = []
     for case in cases:
-        for dtype in case.dtypes if device.type == "cuda" else (torch.float32,):
-            wrong = error(case, device, dtype)
-            rows.append(dict(kernel=case.kernel, size=case.size, dtype=name_of(dtype), error=wrong))
-            print(f"{case.kernel:15} {case.size:32} {name_of(dtype):9} largest error {wrong:.1e}", flush=True)
-            if not wrong < TOLERANCE[dtype]:
+        for dtype in GPU_TYPES if device.type == "cuda" else (torch.float32,):
+            arguments = case.make(device, dtype)
+            exact = tuple(x.detach().double().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+                          for x in arguments)
+            pairs = zip(gradients(case.ours, arguments), gradients(case.plain, exact))
+            error = max(((ours - plain).norm() / plain.norm().clamp(min=1e-30)).item() for ours, plain in pairs)
+            rows.append(dict(kernel=case.kernel, size=case.size, dtype=str(dtype), error=error))
+            print(f"{case.kernel:15} {case.size:32} {str(dtype):14} largest error {error:.1e}", flush=True)
+            if not error < TOLERANCE[dtype]:
                 raise SystemExit(f"wrong result: the error may be {TOLERANCE[dtype]:.0e} at most")
     return rows
 
@@ -348,11 +337,7 @@ def runner(form: Callable, arguments: tuple, direction: str) -> Callable:
         grad = torch.ones_like(form(*arguments))
         return lambda: torch.autograd.grad(form(*arguments), leaves(arguments), grad)
 
-    def inference():
-        with torch.no_grad():
-            return form(*arguments)
-
-    return inference
+    return torch.no_grad()(lambda: form(*arguments))
 
 
 def cpu_times(first: Callable, second: Callable) -> tuple[float, float, int]:
@@ -371,9 +356,9 @@ def cpu_rows(case: Case) -> list[dict]:
     """Our form against the published formulation, without and with gradients."""
     arguments, rows = case.make(torch.device("cpu"), torch.float32), []
     for direction in ("inference", "training"):
-        calls = (runner(form, arguments, direction) for form in (case.ours, case.obvious))
+        calls = (runner(form, arguments, direction) for form in (case.ours, case.published))
         ours, theirs, rounds = cpu_times(*calls)
-        rows.append(dict(kernel=case.kernel, size=case.size, dtype="float32", direction=direction, ms=ours,
+        rows.append(dict(kernel=case.kernel, size=case.size, dtype="torch.float32", direction=direction, ms=ours,
                          against="published", against_ms=theirs, ratio=theirs / ours, rounds=rounds))
         print(f"{case.kernel:15} {case.size:32} {direction:9} {ours:9.2f} ms  published {theirs:9.2f} ms  "
               f"ratio {theirs / ours:5.2f}  ({rounds} rounds)", flush=True)
@@ -400,50 +385,44 @@ def gpu_times(calls: dict[str, Callable]) -> dict[str, tuple[float, float]]:
     return {name: (times[name][ROUNDS // 2], peak[name]) for name in calls}
 
 
-@dataclass
-class Chip:
-    """Speeds of the GPU: measured bandwidth of a copy, and what its clock allows."""
-    bandwidth: float        # bytes/s
-    flops: float            # float32 flop/s: 128 multiply-adds per cycle and multiprocessor
-    l1: float               # bytes/s: 128 per cycle and multiprocessor
-    exps: float             # 1/s: 16 per cycle and multiprocessor
-
-
-def measure_chip() -> Chip:
+def measure_chip() -> dict[str, float]:
+    """Of the GPU, per second: bytes to and from memory (a copy, measured); and as its clock allows, float32 flop
+    (128 multiply-adds per cycle and multiprocessor), bytes from L1 (128), exponentials (16)."""
     properties = torch.cuda.get_device_properties(0)
     cycles = properties.multi_processor_count * 1e3 * getattr(properties, "clock_rate", 1.98e6)
     source = torch.empty(2 ** 28, device="cuda")
     target = torch.empty_like(source)
     ms, _ = gpu_times({"copy": lambda: target.copy_(source)})["copy"]
-    return Chip(2 * source.numel() * 4 / ms * 1e3, 256 * cycles, 128 * cycles, 16 * cycles)
+    return {"memory": 2 * source.numel() * 4 / ms * 1e3, "arithmetic": 256 * cycles, "L1": 128 * cycles,
+            "exp": 16 * cycles}
 
 
-def floor(work: Work, chip: Chip) -> tuple[float, str]:
+def floor(work: dict[str, float], chip: dict[str, float]) -> tuple[float, str]:
     """The least milliseconds, and what binds."""
-    bounds = {"memory": work.bytes / chip.bandwidth, "arithmetic": work.flop / chip.flops,
-              "L1": work.gathered / chip.l1, "exp": work.exps / chip.exps}
-    name = max(bounds, key=bounds.get)
-    return 1e3 * bounds[name], name
+    times = {name: 1e3 * amount / chip[name] for name, amount in work.items()}
+    name = max(times, key=times.get)
+    return times[name], name
 
 
-def gpu_rows(case: Case, chip: Chip) -> list[dict]:
-    """The Triton form against the twin and the peers, for each type, without and with gradients."""
+def gpu_rows(case: Case, chip: dict[str, float]) -> list[dict]:
+    """The Triton form against the formula, the naive kernel and the peers, by type and direction."""
     rows = []
-    for dtype in case.dtypes:
+    for dtype in GPU_TYPES:
         arguments = case.make(torch.device("cuda"), dtype)
         for direction in ("inference", "training"):
-            forms = {"ours": case.ours, "twin": case.plain, **case.peers}
+            forms = {"ours": case.ours, "plain": case.plain, **case.peers}
+            if direction == "inference":
+                forms["naive"] = case.naive
             times = gpu_times({name: runner(form, arguments, direction) for name, form in forms.items()})
-            work = case.work(arguments[0].element_size())
-            parts = [work["forward"]] + ([work["backward"]] if direction == "training" else [])
+            parts = case.work(arguments[0].element_size())[:2 if direction == "training" else 1]
             ms, peak = times.pop("ours")
             least, binds = sum(floor(part, chip)[0] for part in parts), floor(parts[-1], chip)[1]
-            moved, flop = sum(part.bytes for part in parts), sum(part.flop for part in parts)
+            moved = sum(part["memory"] for part in parts)
             ratios = {name: t / ms for name, (t, _) in times.items()}
-            rows.append(dict(kernel=case.kernel, size=case.size, dtype=name_of(dtype), direction=direction, ms=ms,
+            rows.append(dict(kernel=case.kernel, size=case.size, dtype=str(dtype), direction=direction, ms=ms,
                              peak_mb=peak, gb_per_s=moved / ms / 1e6, floor_ms=least, share=least / ms,
-                             binds=binds, gflops=flop / ms / 1e6, flop_per_byte=flop / moved, ratios=ratios))
-            print(f"{case.kernel:15} {case.size:32} {name_of(dtype):9} {direction:9} {ms:8.3f} ms "
+                             binds=binds, ratios=ratios))
+            print(f"{case.kernel:15} {case.size:32} {str(dtype):14} {direction:9} {ms:8.3f} ms "
                   f"{moved / ms / 1e6:7.0f} GB/s {100 * least / ms:4.0f}% of the {binds} floor {peak:6.0f} MB;  "
                   + "  ".join(f"{name} {ratio:.2f}x" for name, ratio in ratios.items()), flush=True)
     return rows
@@ -455,8 +434,8 @@ def gpu_rows(case: Case, chip: Chip) -> list[dict]:
 def compile_build(build: Build, capability: int = 90) -> dict:
     """Registers, spilled and shared bytes, and instructions of the main loop per sample, for sm_80, sm_90, …
 
-    Needs Triton, whose wheel brings NVIDIA's assembler and disassembler, but no GPU, and no TRITON_INTERPRET=1.
-    The instructions are a warp's, in the loop that has the most of them; times the program's warps, divided by its
+    Needs Triton, whose wheel brings NVIDIA's assembler and disassembler, but no GPU, no TRITON_INTERPRET=1. The
+    instructions are a warp's, in the loop that has the most of them, times the program's warps, divided by its
     samples. `widest` is the bits of the widest load there.
     """
     names = build.function.arg_names
@@ -501,7 +480,7 @@ def compile_rows(builds: list[Build]) -> list[dict]:
     for build in builds:
         row = compile_build(build)
         rows.append(row)
-        print(f"{row['kernel']:15} {row['build']:24} sm_{row['sm']} {row['registers']:4} registers "
+        print(f"{row['kernel']:15} {row['build']:32} sm_{row['sm']} {row['registers']:4} registers "
               f"{row['spilled']:4} bytes spilled {row['shared']:6} shared {row['per_sample']:6.1f} warp "
               "instructions per sample (counted, not timed)", flush=True)
     return rows
@@ -511,45 +490,14 @@ def compile_rows(builds: list[Build]) -> list[dict]:
 
 
 def found(peers: dict[str, tuple]) -> dict[str, Callable]:
-    """From {name: (module, function of it that makes a form)} the forms of the modules that can be imported."""
+    """From {name: (module, form that takes it first)} the forms of the modules that can be imported."""
     forms = {}
-    for name, (module, make) in peers.items():
+    for name, (module, form) in peers.items():
         try:
-            forms[name] = make(importlib.import_module(module))
+            forms[name] = partial(form, importlib.import_module(module))
         except ImportError:
             print(f"absent: {name} ({module} cannot be imported)")
     return forms
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def roofline(rows: list[dict], chip: Chip, path: str):
-    """Draw GFLOP/s over flop per byte, both on logarithmic axes, under the roofs of memory and arithmetic."""
-    width, height, left, bottom = 1000, 700, 80, 60
-    low, high = math.log10(0.1), math.log10(1000)                           # flop per byte
-    top = math.log10(chip.flops / 1e9 * 2)
-    image = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(image)
-
-    def place(intensity: float, gflops: float) -> tuple[float, float]:
-        x = left + (math.log10(intensity) - low) / (high - low) * (width - left - 20)
-        return x, height - bottom - math.log10(max(gflops, 1)) / top * (height - bottom - 20)
-
-    knee = chip.flops / chip.bandwidth
-    roof = [place(0.1, 0.1 * chip.bandwidth / 1e9), place(knee, chip.flops / 1e9), place(1000, chip.flops / 1e9)]
-    draw.line(roof, "black", 2)
-    draw.text((left, height - 40), "flop per byte (0.1 to 1000)", "black")
-    title = f"GFLOP/s: roofs {chip.bandwidth / 1e9:.0f} GB/s and {chip.flops / 1e9:.0f} GFLOP/s"
-    draw.text((5, 5), title, "black")
-    for i, row in enumerate(rows):
-        x, y = place(row["flop_per_byte"], row["gflops"])
-        draw.ellipse([x - 4, y - 4, x + 4, y + 4], "red" if row["direction"] == "training" else "blue")
-        draw.text((x + 6, y - 6), str(i + 1), "black")
-        text = f"{i + 1} {row['kernel']} {row['size']} {row['dtype']} {row['direction']}"
-        draw.text((width - 420, 60 + 11 * i), text, "black")
-    image.save(path)
 
 
 def main():
@@ -559,7 +507,6 @@ def main():
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--only", choices=list(SECTIONS), help="one kernel")
     parser.add_argument("--json", help="file for the rows, one JSON object per line")
-    parser.add_argument("--picture", help="file for a picture of the roofline (GPU)")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -579,10 +526,7 @@ def main():
             rows += [row for case in cases for row in cpu_rows(case)]
         elif not args.check:
             chip = measure_chip()
-            timed = [row for case in cases for row in gpu_rows(case, chip)]
-            rows += timed
-            if args.picture:
-                roofline(timed, chip, args.picture)
+            rows += [row for case in cases for row in gpu_rows(case, chip)]
     if args.json:
         Path(args.json).write_text("".join(json.dumps(row) + "\n" for row in rows))
 

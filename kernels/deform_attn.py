@@ -20,7 +20,8 @@ Idea      A query does not look at every pixel of the feature maps, but at T poi
              │    │    │    │    │   y = H·location_y − ½  │               │
           1.0└────┴────┴────┴────┘                     v10 ●───────────────● v11    row y = 1
                                                          column x = 1    column x = 2
-Read      deform_attn_plain (the formula) → the bags (fast on a CPU) → the Triton kernels → deform_attn
+Read      deform_attn_plain, the formula → naive_kernel, the same in Triton → forward_kernel, the same fast →
+          deform_attn, what methods call. The form that runs on a CPU is in deform_attn_cpu.py
 Letters   B images  Q queries  M heads  d channels per head  L levels  P points of a level  T of all levels
           S = ΣH·W tokens: level by level, in raster order
 Units     locations are xy in [0, 1] of the (padded) level: 0 and 1 are the outer edges of the border pixels
@@ -30,18 +31,16 @@ Outside   A point at x ≤ −1, y ≤ −1, x ≥ W or y ≥ H counts 0 and get
           infinite location. An infinite *value* may spoil other points: weight 0 times infinity is NaN.
 """
 import math
-import warnings
 from functools import lru_cache
-from typing import Iterator, NamedTuple, Sequence
+from typing import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.dispatch import choose, gave_up, mode, tl, triton, use_triton
-
-warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")       # see `products`
+from kernels.deform_attn_cpu import backward_cpu, forward_cpu
+from kernels.dispatch import choose, gave_up, mode, plain, tl, triton, use_triton, working_type
 
 # ----------------------------------------------------------------------------- the formula
 
@@ -54,7 +53,7 @@ def deform_attn_plain(value: Tensor, shapes: Sequence, locations: Tensor, weight
     """
     locations, weights, points = by_point(locations, weights, points, len(shapes))
     batch, _, heads, dim = value.shape
-    real = working_type(value)
+    real = working_type(value.dtype)
     grid = (2 * locations.to(real)).sub_(1)
     grid.detach().nan_to_num_(nan=-9.0, posinf=9.0, neginf=-9.0)        # far outside, where gradients are 0
     tokens = [height * width for height, width in shapes]
@@ -80,248 +79,85 @@ def by_point(locations: Tensor, weights: Tensor, points: Sequence | None, levels
     return locations, weights, list(points or [])
 
 
-def working_type(value: Tensor) -> torch.dtype:
-    return torch.float64 if value.dtype == torch.float64 else torch.float32
-
-
-# ----------------------------------------------------------------------------- the bags: fast on a CPU
+# ----------------------------------------------------------------------------- the naive kernel
 #
-# out[q, m] is a weighted sum of 4T rows of the table `value.view(B*S*M, d)`. PyTorch has one operator for
-# weighted sums of table rows, made for word embeddings and much faster than grid_sample: embedding_bag.
-# What remains is to write down which rows and which weights. That costs more than the sums, unless it is
-# done with care:
-#   * queries go in blocks whose lists stay in the L2 cache, in buffers that the next block uses again;
-#   * x and y, and the four corners, are separate planes: each operation runs over contiguous numbers;
-#   * no masks: a corner counts the product of two tents, max(0, 1 − |x − column|) and max(0, 1 − |y − row|),
-#     which is 0 by itself for a pixel too far away. So the cell, the square between four pixels around the
-#     point, may be moved to the nearest one inside of the level.
-
-BLOCK = 2 ** 15         # points whose lists are held at once, 20 numbers for each
-CHUNK = 2 ** 13         # rows of ∂value that the backward pass completes at once
-ONE = torch.tensor(1.0)
+# A Triton kernel is written for a block of numbers at once: `tl.arange(0, 32)` is 32 numbers,
+# `tl.load(pointer + them)` 32 loads, and the compiler hands the block out to the threads, of which 32, a
+# warp, go in step. Many copies of the kernel, "programs", run side by side and differ in `tl.program_id`
+# only. Here a program is one query of one head of one image, its block are the d channels. No method calls
+# it: it is where to begin.
 
 
-class Grid(NamedTuple):
-    """What the levels mean for each point, repeated for M heads: operations then run over M*T numbers."""
-    size: Tensor        # (2, 1, M, T)     W and H
-    top: Tensor         # (2, 1, M, T)     the last cell: W − 2 and H − 2, but at least 0
-    second: Tensor      # (2, 2, 1, M, T)  where corners 0 and 1 of a cell are, in x and y: 0 and 1
-    down: Tensor        # (1, M, T)        rows of the table from a pixel to the one below: W*M
-    corners: Tensor     # (4, 1, M, T)     rows of v00, v01, v10, v11 of the level's first cell
+@triton.jit
+def naive_kernel(value, sides, tokens_at, locations, weights, out, queries, tokens,
+                 HEADS: tl.constexpr, DIM: tl.constexpr, POINTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Eq. 3 as it is written, forward, for float32 tensors of less than 2³¹ numbers and finite locations.
 
-
-@lru_cache(maxsize=64)
-def make_grid(shapes: tuple, points: tuple, heads: int, real: torch.dtype, index: torch.dtype,
-              device: torch.device) -> Grid:
-    """The constants of a call. On a level one pixel wide (high), corner 1 is put at −3, where no point is."""
-    level = torch.repeat_interleave(torch.tensor(points))
-    height, width = torch.tensor(shapes).unbind(1)
-    start = (height * width).cumsum(0) - height * width
-    height, width, start = height[level], width[level], start[level]                    # (T,) each
-    right, down = (width > 1).long(), (height > 1) * width
-    size = torch.stack([width, height])
-    second = torch.stack([torch.zeros_like(size), torch.where(size > 1, 1, -3)])
-    corners = start + torch.stack([0 * start, right, down, right + down])
-
-    def over_heads(x: Tensor, dtype: torch.dtype) -> Tensor:
-        return x[..., None, None, :].expand(*x.shape[:-1], 1, heads, -1).to(device, dtype).contiguous()
-
-    return Grid(over_heads(size, real), over_heads((size - 2).clamp(min=0), real), over_heads(second, real),
-                over_heads(width * heads, index),
-                over_heads(corners * heads, index) + torch.arange(heads, dtype=index, device=device)[:, None])
-
-
-def tent_(x: Tensor) -> Tensor:
-    """max(0, 1 − |x|), in place."""
-    return torch.sub(ONE, x.abs_(), out=x).clamp_(min=0)
-
-
-class Block:
-    """The lists of a block of k queries, for M heads and T points each.
-
-    offset (2, k, M, T): xy from the cell's first pixel; tents (2, 2, k, M, T): of corners 0 and 1, of x and
-    y; rows (4, k, M, T): where in the table the corners are.
+    sides (T, 2) float32: W, H of each point's level; tokens_at (T, 2) int32: W and the level's first token.
     """
-
-    def __init__(self, queries: int, grid: Grid):
-        self.grid = grid
-        plane = (queries, *grid.size.shape[2:])
-        self.offset, self.corner = grid.size.new_empty(2, *plane), grid.size.new_empty(2, *plane)
-        self.tents = grid.size.new_empty(2, 2, *plane)
-        self.pixel, self.rows = grid.down.new_empty(2, *plane), grid.down.new_empty(4, *plane)
-
-    def locate(self, locations: Tensor, image: Tensor):
-        """Fill the lists, from locations (k, M, T, 2) and the first row of each query's image (k, 1, 1)."""
-        grid, heads = self.grid, locations.shape[1]
-        xy = torch.mul(locations.movedim(-1, 0), grid.size, out=self.offset).sub_(0.5).nan_to_num_(nan=-9.0)
-        F.threshold_(xy, -1, -9)                                # at −1 and below: outside, slopes included
-        torch.minimum(xy, grid.top, out=self.corner).clamp_(min=0).trunc_()
-        torch.sub(xy.sub_(self.corner), grid.second, out=self.tents)
-        tent_(self.tents)
-        self.pixel.copy_(self.corner)
-        cell = self.pixel[1].mul_(grid.down).add_(self.pixel[0], alpha=heads).add_(image)
-        torch.add(cell, grid.corners, out=self.rows)
-
-
-def blocks(locations: Tensor, grid: Grid, image_rows: int) -> Iterator[tuple[int, int, Block]]:
-    """Over all B*Q queries: (first, last, their located Block), whose lists hold until the next block."""
-    batch, queries, heads, points = locations.shape[:4]
-    flat = locations.flatten(0, 1)                                                      # (B*Q, M, T, 2)
-    image = torch.arange(batch, dtype=grid.down.dtype, device=flat.device) * image_rows
-    image = image.repeat_interleave(queries)[:, None, None]
-    step, block = max(1, BLOCK // (heads * points)), None
-    for first in range(0, len(flat), step):
-        last = min(first + step, len(flat))
-        if block is None or last - first < step:
-            block = Block(last - first, grid)
-        block.locate(flat[first:last], image[first:last])
-        yield first, last, block
+    program = tl.program_id(0)                                      # one of all (image, query, head)
+    image, head = program // (queries * HEADS), program % HEADS
+    channel = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for t in range(POINTS):
+        width, height = tl.load(sides + 2 * t), tl.load(sides + 2 * t + 1)
+        row, start = tl.load(tokens_at + 2 * t), tl.load(tokens_at + 2 * t + 1)
+        x = tl.load(locations + 2 * (program * POINTS + t)) * width - 0.5
+        y = tl.load(locations + 2 * (program * POINTS + t) + 1) * height - 0.5
+        weight = tl.load(weights + program * POINTS + t)
+        for corner in tl.static_range(4):                           # v00, v01, v10, v11
+            column, line = tl.floor(x) + corner % 2, tl.floor(y) + corner // 2
+            inside = (column >= 0) & (column < width) & (line >= 0) & (line < height)
+            share = (1 - tl.abs(x - column)) * (1 - tl.abs(y - line))
+            token = image * tokens + start + line.to(tl.int32) * row + column.to(tl.int32)
+            at = value + (token * HEADS + head) * DIM + channel
+            total += weight * share * tl.load(at, mask=channel < tl.where(inside, DIM, 0), other=0.0)
+    tl.store(out + program * DIM + channel, total, mask=channel < DIM)
 
 
-def bag_setup(value: Tensor, sizes: Sequence, points: Sequence, locations: Tensor) -> tuple[Tensor, Grid]:
-    """The table (B*S*M, d), and the constants."""
+def deform_attn_naive(value: Tensor, shapes: Sequence, locations: Tensor, weights: Tensor,
+                      points: Sequence) -> Tensor:
+    """Eq. 3 by `naive_kernel`, forward only; arguments as of `deform_attn`."""
+    value, locations, weights = (x.float().contiguous() for x in (value, locations, weights))
     batch, tokens, heads, dim = value.shape
-    index = torch.int32 if max(batch * tokens * heads, locations.numel()) < 2 ** 31 else torch.int64
-    shapes, real = tuple(zip(sizes[::2], sizes[1::2])), working_type(value)
-    table = value.to(real).reshape(-1, dim)
-    return table, make_grid(shapes, tuple(points), heads, real, index, value.device)
-
-
-def bag_forward(value: Tensor, sizes: Sequence, points: Sequence, locations: Tensor,
-                weights: Tensor) -> Tensor:
-    """Eq. 3 as four bags of T rows for each query and head, one for each corner."""
-    batch, tokens, heads, dim = value.shape
-    queries, count = locations.shape[1], locations.shape[3]
-    table, grid = bag_setup(value, sizes, points, locations)
-    out = table.new_empty(batch * queries, heads, dim)
-    weights = weights.to(table.dtype).flatten(0, 1)
-    share = None                                                    # (2, 2, k, M, T): what each corner counts
-    for first, last, block in blocks(locations.to(table.dtype), grid, tokens * heads):
-        if share is None or share.shape[2] != last - first:
-            share = torch.empty_like(block.tents)
-            begin = torch.arange(0, share[0, 0].numel(), count, dtype=grid.down.dtype, device=value.device)
-        along_x, along_y = block.tents.unbind(1)
-        torch.mul(along_y.mul_(weights[first:last])[:, None], along_x, out=share)
-        sums = [bag(table, rows, begin, amounts) for rows, amounts in zip(block.rows, share.flatten(0, 1))]
-        out[first:last] = sums[0].add_(sums[1]).add_(sums[2]).add_(sums[3]).view(-1, heads, dim)
-    return out.view(batch, queries, heads * dim).to(value.dtype)
-
-
-def bag(table: Tensor, rows: Tensor, begin: Tensor, weights: Tensor) -> Tensor:
-    """(bags, d): for bag i the sum of weights · table[rows] over its entries, begin[i] … begin[i + 1] − 1."""
-    mode_sum = 0
-    return torch.embedding_bag(table, rows.view(-1), begin, False, mode_sum, False, weights.view(-1))[0]
-
-
-# The backward pass of one point, with g = ∂loss/∂out[q, m] and s the vector read there:
-#
-#     ∂weight = <g, s>     ∂location = weight · (W, H) · <g, ∂s/∂(x, y)>     ∂v_corner += weight · tents · g
-#
-# The first two come from four numbers per point, the products <g, v_corner>. `sampled_addmm` makes exactly
-# them: a few entries of the matrix g · tableᵀ. The third is a weighted sum again, now over the points that
-# touch a pixel: sort the points by cell, and it is a bag whose table is g. This is about three times as
-# fast as index_add_.
-
-
-def bag_backward(grad: Tensor, value: Tensor, sizes: Sequence, points: Sequence, locations: Tensor,
-                 weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, locations and weights, for grad (B, Q, M*d)."""
-    batch, tokens, heads, dim = value.shape
-    table, grid = bag_setup(value, sizes, points, locations)
-    g = grad.to(table.dtype).reshape(-1, dim)                                           # (B*Q*M, d)
-    flat_weights = weights.to(table.dtype).flatten(0, 1)                                # (B*Q, M, T)
-    d_locations, d_weights = table.new_empty(*flat_weights.shape, 2), torch.empty_like(flat_weights)
-    cell = torch.empty(flat_weights.shape, dtype=grid.down.dtype, device=value.device)
-    share = table.new_empty(2, 2, *flat_weights.shape)                                  # by corner: y, x
-    for first, last, block in blocks(locations.to(table.dtype), grid, tokens * heads):
-        weight, (along_x, along_y) = flat_weights[first:last], block.tents.unbind(1)
-        torch.mul((along_y * weight)[:, None], along_x, out=share[:, :, first:last])
-        cell[first:last] = block.rows[0]
-        dots = products(g[first * heads:last * heads], table, block.rows).view_as(block.tents)
-        over_x, over_y = (dots * along_x).sum(1), (dots * along_y[:, None]).sum(0)
-        slope_x, slope_y = slopes(block.offset, grid).unbind(1)
-        d_weights[first:last] = (over_x * along_y).sum(0)
-        d_xy = torch.stack([(over_y * slope_x).sum(0), (over_x * slope_y).sum(0)])
-        d_locations[first:last] = d_xy.mul_(weight).mul_(grid.size).movedim(0, -1)
-    d_value = spread(g, cell, share.flatten(0, 1), list(zip(sizes[::2], sizes[1::2])) * batch, batch * tokens)
-    return (d_value.view_as(value).to(value.dtype), d_locations.view_as(locations).to(locations.dtype),
-            d_weights.view_as(weights).to(weights.dtype))
-
-
-def slopes(offset: Tensor, grid: Grid) -> Tensor:
-    """Derivatives of the tents (2, 2, k, M, T): between two pixels a tent is straight, so a difference."""
-    left = torch.sub(offset.floor(), grid.second)
-    return tent_(left + 1).sub_(tent_(left))
-
-
-def products(g: Tensor, table: Tensor, rows: Tensor) -> Tensor:
-    """<g[i], table[r]> for the rows r of bag i: g (k*M, d) and rows (4, k, M, T) give (4, k*M*T)."""
-    begin = torch.arange(0, rows[0].numel() + 1, rows.shape[-1], dtype=rows.dtype, device=rows.device)
-    dots = table.new_zeros(4, rows[0].numel())
-    for row, dot in zip(rows.flatten(1), dots):
-        entries = torch.sparse_csr_tensor(begin, row, dot, (len(g), len(table)), check_invariants=False)
-        torch.sparse.sampled_addmm(entries, g, table.T, beta=0, out=entries)            # writes into `dot`
-    return dots
-
-
-def spread(g: Tensor, cell: Tensor, share: Tensor, levels: list, pixels: int) -> Tensor:
-    """∂value (pixels*M, d): each g[i] goes to the corners of the cells of its T points.
-
-    cell (B*Q, M, T) is the row of each point's v00, share (4, B*Q, M, T) what its corners count; levels is
-    (H, W) of every level of every image.
-    """
-    heads, count = cell.shape[1:]
-    cell, rows = cell.view(-1), pixels * heads
-    order = cell.sort(stable=True).indices
-    share = share.view(4, -1).index_select(1, order)
-    source = torch.arange(len(g), dtype=cell.dtype, device=cell.device)[:, None].expand(-1, count).reshape(-1)
-    source = source.index_select(0, order)
-    begin = torch.zeros(rows + 1, dtype=cell.dtype, device=cell.device)             # each cell's first point
-    begin[1:] = torch.bincount(cell, minlength=rows).cumsum(0)
-    out, start = g.new_zeros(rows, g.shape[1]), 0
-    for height, width in levels:
-        end, right, down = start + height * width * heads, (width > 1) * heads, (height > 1) * width * heads
-        for first in range(start, end, CHUNK):
-            last = min(first + CHUNK, end)
-            low, high = int(begin[first]), int(begin[last])
-            for corner, shift in enumerate((0, right, down, right + down)):
-                cells = min(last, end - shift) - first                              # the last have no points
-                if low < high and cells > 0:
-                    sums = bag(g, source[low:high], begin[first:last] - low, share[corner, low:high])
-                    out[first + shift:first + shift + cells] += sums[:cells]
-        start = end
+    out = value.new_empty(batch, locations.shape[1], heads * dim)
+    tables = make_tables(tuple(side for shape in shapes for side in shape), tuple(points), value.device)
+    with torch.cuda.device_of(value):
+        naive_kernel[(out.numel() // dim,)](
+            value, *tables, locations, weights, out, locations.shape[1], tokens, HEADS=heads, DIM=dim,
+            POINTS=sum(points), BLOCK=triton.next_power_of_2(dim), num_warps=1)
     return out
 
 
 # ----------------------------------------------------------------------------- the Triton kernels
 #
-# A Triton kernel is written for a block of numbers at once: `tl.arange(0, 16)` is 16 numbers,
-# `tl.load(pointer + them)` 16 loads, and the compiler hands the block out to the threads. Many copies of
-# the kernel, "programs", run side by side and differ in `tl.program_id` only.
-#
 #     one program = QUERIES queries of one image and one head              64 threads = 2 warps
 #
-#                    channels 0 … 15     16 … 31   …             a thread holds 16 bytes of a row: 4 channels in
-#         query 0    [ th 0 | 1 | 2 | 3 ][ the same threads ]    float32, 8 in 16 bits. So 4 (2) threads share a
-#         query 1    [ th 4 | 5 | 6 | 7 ][                  ]    query, and they do all its CHUNKS of channels
+#                    channels 0 … 15     16 … 31   …           a thread holds 16 bytes of a row: 4 channels in
+#         query 0    [ th 0 | 1 | 2 | 3 ][ the same threads ]  float32, 8 in 16 bits. So 4 (2) threads share a
+#         query 1    [ th 4 | 5 | 6 | 7 ][                  ]  query, and they do all its CHUNKS of channels
 #         …
 #
 # Why like this. There is little arithmetic in eq. 3, and the feature maps of an image fit into the L2 cache
-# (4 MB at DETRPose-L in 16 bits). What costs is the number of instructions, and most of them would find out
-# where a point lies and what its corners count. The paper's CUDA extension gives every channel a thread of
-# its own, and each of them does that. Here the threads of a query do it once for all of its channels. Per
-# query, head and point, with d = 32, a warp executes 13 instructions in float32 and 15 in bfloat16 (`python
-# -m kernels.bench --compile`), where the extension has 82. Narrower chunks would save more, but a load
-# should bring whole sectors of 32 bytes. Chunks also fit any head dimension: 48 is three of them, while a
-# block in one piece has to be 64 wide.
-#   What is read how often: a location and a weight once; four pixels per point, from L1 or L2. out is
-# written once. Nothing else is: no memory of size queries · points · channels, no shared memory, no barrier
-# between threads.
-#   The loop over points is a loop at run time. Unrolled it needs 250 registers per thread, which leaves the
-# chip room for few threads; as it is, 40 to 70 do. It reads a table with W, H and the first token of each
-# point's level, so points may be spread over the levels in any way.
-#   No masks on the four loads: the cell lies inside of the level, as in the bags above. Masks would cost 16
-# instructions per point, since what a masked load does not fetch has to be set to 0.
+# (4 MB at DETRPose-L in 16 bits). What costs is the number of instructions, and most of them find out where a
+# point lies and what its corners count. In the naive kernel, as in the paper's CUDA extension, each thread does
+# that for one channel. Here the threads of a query do it once for all of its channels. Per query, head and
+# point, with d = 32 in float32, a warp executes (`python -m kernels.bench --compile`, Triton 3.9, sm_90)
+#
+#     naive_kernel                       94.0    a thread per channel
+#     no masks on the four loads         72.0    below, with QUERIES 1, CHUNK 32, CHUNKS 1
+#     four channels per thread           21.5    QUERIES 4: 8 threads share a query, a load has 128 bits
+#     chunks                             13.5    QUERIES 8, CHUNK 16, CHUNKS 2: 4 threads share a query
+#     two warps: the kernel as launched  13.2    in bfloat16 15.1
+#
+# Chunks of 8 would need 9, but in 16 bits a load should bring a whole sector of 32 bytes. Chunks also fit any
+# head dimension: 48 is three of them, while a block in one piece has to be 64 wide.
+#   No masks: a corner counts the product of two tents, max(0, 1 − |x − column|) and max(0, 1 − |y − row|),
+# which is 0 by itself for a pixel too far away. So the cell, the square between four pixels around the point,
+# may be moved to the nearest one inside of the level, where all four can be read.
+#   A location and a weight are read once, four pixels per point from L1 or L2; only out is written, once.
+#   The loop over points is one at run time: unrolled it needs 250 registers per thread, which leaves the chip
+# room for few threads; so 40 to 70 do. Its table of levels lets points be spread over them in any way.
 
 
 @triton.jit
@@ -337,35 +173,31 @@ def cell_start(coordinate, side):
 
 
 @triton.jit
-def read_point(sides, locations, weights, at, t, valid):
-    """Pixel coordinates and weight of point t of each query, and W, H of its level. No query: far outside."""
+def read_point(sides, tokens_at, locations, weights, at, t, valid, STRIDE: tl.constexpr, THIN: tl.constexpr):
+    """Point t of each query: xy from its cell's first pixel, its weight, and of its level what is needed.
+
+    That is where v00 is, how many numbers further its right and lower neighbours are, the tops of their
+    tents, and W, H. THIN: some level has a side of one pixel, so there may be no neighbour, its top being 0.
+    """
     width, height = tl.load(sides + 2 * t), tl.load(sides + 2 * t + 1)
+    row, start = tl.load(tokens_at + 2 * t), tl.load(tokens_at + 2 * t + 1)
     x = tl.load(locations + 2 * (at + t), mask=valid, other=-9.0).to(tl.float32) * width - 0.5
     y = tl.load(locations + 2 * (at + t) + 1, mask=valid, other=-9.0).to(tl.float32) * height - 0.5
-    return x, y, tl.load(weights + at + t, mask=valid, other=0.0).to(tl.float32), width, height
-
-
-@triton.jit
-def neighbours(width, height, row, STRIDE: tl.constexpr, THIN: tl.constexpr):
-    """Numbers from a pixel to its right and lower neighbour, and the tops of their tents: 0 without one.
-
-    THIN: some level of the call has a side of one pixel, so that they may not.
-    """
+    weight = tl.load(weights + at + t, mask=valid, other=0.0).to(tl.float32)
     right, down, top_x, top_y = STRIDE, row * STRIDE, 1.0, 1.0
     if THIN:
         right, down = tl.where(width > 1, right, 0), tl.where(height > 1, down, 0)
         top_x, top_y = tl.minimum(width - 1, 1.0), tl.minimum(height - 1, 1.0)
-    return right, down, top_x, top_y
+    column, line = cell_start(x, width), cell_start(y, height)
+    corner = (start + line.to(tl.int32) * row + column.to(tl.int32)) * STRIDE
+    return x - column, y - line, weight, corner, right, down, top_x, top_y, width, height
 
 
 @triton.jit
 def forward_kernel(value, sides, tokens_at, locations, weights, out, queries, tokens,
                    HEADS: tl.constexpr, DIM: tl.constexpr, POINTS: tl.constexpr, CHUNK: tl.constexpr,
                    CHUNKS: tl.constexpr, QUERIES: tl.constexpr, THIN: tl.constexpr):
-    """Eq. 3 for QUERIES queries of one image and head.
-
-    sides (T, 2) float32: W, H of each point's level; tokens_at (T, 2) int32: W and the level's first token.
-    """
+    """Eq. 3 for QUERIES queries of one image and head; arguments as in `naive_kernel`."""
     blocks = tl.cdiv(queries, QUERIES)
     block, pair = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     image, head = (pair // HEADS).to(tl.int64), pair % HEADS        # 64 bits: a batch may pass 2³¹ numbers
@@ -383,17 +215,13 @@ def forward_kernel(value, sides, tokens_at, locations, weights, out, queries, to
         sums += (tl.zeros((QUERIES, CHUNK), tl.float32),)
 
     for t in range(POINTS):
-        x, y, weight, width, height = read_point(sides, locations, weights, list_at, t, valid)
-        row, start = tl.load(tokens_at + 2 * t), tl.load(tokens_at + 2 * t + 1)
-        right, down, top_x, top_y = neighbours(width, height, row, HEADS * DIM, THIN)
-        column, line = cell_start(x, width), cell_start(y, height)
-        x0, x1 = tent(x - column, 1.0), tent(x - column - 1, top_x)
-        y0, y1 = tent(y - line, 1.0) * weight, tent(y - line - 1, top_y) * weight
-        token = start + line.to(tl.int32) * row + column.to(tl.int32)
-        corner = value + token * (HEADS * DIM)                      # channel 0 of v00, for each query
+        x, y, weight, corner, right, down, top_x, top_y, _, _ = read_point(
+            sides, tokens_at, locations, weights, list_at, t, valid, HEADS * DIM, THIN)
+        x0, x1 = tent(x, 1.0), tent(x - 1, top_x)
+        y0, y1 = tent(y, 1.0) * weight, tent(y - 1, top_y) * weight
         added = ()
         for chunk in tl.static_range(CHUNKS):
-            at = corner[:, None] + (chunk * CHUNK + channel)[None, :]
+            at = value + corner[:, None] + (chunk * CHUNK + channel)[None, :]
             there = None                                        # a mask only if the last chunk is not full
             if CHUNKS * CHUNK != DIM:
                 there = (chunk * CHUNK + channel < DIM)[None, :]
@@ -411,13 +239,13 @@ def forward_kernel(value, sides, tokens_at, locations, weights, out, queries, to
 
 
 # The backward kernel has the same loop. Of a point it needs the four products <g, v_corner>, which give the
-# gradients of weight and location as in `bag_backward`; a product is a sum over the threads of a query. The
-# forward pass saves its inputs and nothing else: to find cells and tents again is cheaper than to read
-# them.
-#   The gradient of a pixel is added up in memory by all programs that touch it, with atomic additions of
-# four channels each on a Hopper GPU. Their order is chance, and with it the last bits of the result. After
-# torch.use_deterministic_algorithms(True) FIXED adds whole numbers instead, for which the order does not
-# matter: gradients times `unit`, a power of two just so large that no sum leaves 64 bits.
+# gradients of weight and location as in `backward_cpu`; a product is a sum over the threads of a query. The
+# forward pass saves its inputs and nothing else: to find cells and tents again is cheaper than to read them.
+#   The gradient of a pixel is added up in memory by all programs that touch it, with atomic additions of four
+# channels each on a Hopper GPU: 23 instructions per point. Their order is chance, and with it the last bits
+# of the result. After torch.use_deterministic_algorithms(True) FIXED adds whole numbers instead, for which
+# the order does not matter: gradients times `unit`, a power of two just so large that no sum leaves 64 bits.
+# These are added one by one: 69 instructions.
 
 
 @triton.jit
@@ -465,18 +293,13 @@ def backward_kernel(grad, value, sides, tokens_at, locations, weights, unit_at, 
         g += (tl.load(rows + (chunk * CHUNK + channel)[None, :], mask=mask, other=0.0).to(tl.float32),)
 
     for t in range(POINTS):
-        x, y, weight, width, height = read_point(sides, locations, weights, list_at, t, valid)
-        row, start = tl.load(tokens_at + 2 * t), tl.load(tokens_at + 2 * t + 1)
-        right, down, top_x, top_y = neighbours(width, height, row, HEADS * DIM, THIN)
-        column, line = cell_start(x, width), cell_start(y, height)
-        x = tl.where(x > -1, x - column, -9.0)                      # from the cell's first pixel; −9: outside
-        y = tl.where(y > -1, y - line, -9.0)
+        x, y, weight, corner, right, down, top_x, top_y, width, height = read_point(
+            sides, tokens_at, locations, weights, list_at, t, valid, HEADS * DIM, THIN)
+        x, y = tl.where(x > -1, x, -9.0), tl.where(y > -1, y, -9.0)     # outside, where slopes are 0, too
         x0, x1, y0, y1 = tent(x, 1.0), tent(x - 1, top_x), tent(y, 1.0), tent(y - 1, top_y)
         x, y = tl.floor(x), tl.floor(y)                             # a slope is a difference of two pixels
         slope_x0, slope_x1 = tent(x + 1, 1.0) - tent(x, 1.0), tent(x, top_x) - tent(x - 1, top_x)
         slope_y0, slope_y1 = tent(y + 1, 1.0) - tent(y, 1.0), tent(y, top_y) - tent(y - 1, top_y)
-        token = start + line.to(tl.int32) * row + column.to(tl.int32)
-        corner = token * (HEADS * DIM)                              # of channel 0 of v00, for each query
         g00 = tl.zeros((QUERIES, CHUNK), tl.float32)                # g · v00 and so on, channel by channel
         g01, g10, g11 = g00, g00, g00
         for chunk in tl.static_range(CHUNKS):
@@ -499,19 +322,14 @@ def backward_kernel(grad, value, sides, tokens_at, locations, weights, unit_at, 
         tl.store(d_locations + 2 * (list_at + t) + 1, weight * height * slope_y, mask=valid)
 
 
-def forward_shape(dim: int, bits: int) -> dict:
-    """Launch of `forward_kernel`: a thread holds 128 bits of a row."""
-    return launch_shape(dim, width=16, channels=128 // bits, warps=2)
+def launch_shape(dim: int, bits: int = 32, backward: bool = False) -> dict:
+    """Launch of a kernel for rows of d numbers of some bits. Forward, a thread holds 128 bits of a row.
 
-
-def backward_shape(dim: int) -> dict:
-    """Launch of `backward_kernel`: chunks of 8, as a point costs more here; four channels per thread, what one
-    atomic addition takes; one warp, so that no sum has to pass from warp to warp on its way to memory."""
-    return launch_shape(dim, width=8, channels=4, warps=1)
-
-
-def launch_shape(dim: int, width: int, channels: int, warps: int) -> dict:
-    """CHUNK is `width`, less for small heads, more where 8 chunks do not suffice (registers)."""
+    Backward, where a point costs more, chunks have 8 channels; a thread has four, what an atomic addition takes,
+    in one warp, so that no sum has to pass from warp to warp on its way to memory. Chunks are narrower for small
+    heads, and wider where 8 of them do not suffice (registers).
+    """
+    width, channels, warps = (8, 4, 1) if backward else (16, 128 // bits, 2)
     chunk = min(width, triton.next_power_of_2(dim))
     while dim > 8 * chunk:
         chunk *= 2
@@ -530,14 +348,14 @@ def make_tables(sizes: tuple, points: tuple, device: torch.device) -> tuple[Tens
     return sides.to(device, torch.float32), tokens_at.to(device, torch.int32)
 
 
-def triton_forward(value: Tensor, sizes: Sequence, points: Sequence, locations: Tensor,
+def forward_triton(value: Tensor, sizes: Sequence, points: Sequence, locations: Tensor,
                    weights: Tensor) -> Tensor:
     """Eq. 3 by `forward_kernel`. Kernels know nothing of strides: everything is made contiguous."""
     value, locations, weights = value.contiguous(), locations.contiguous(), weights.contiguous()
     batch, tokens, heads, dim = value.shape
     queries, count = locations.shape[1], locations.shape[3]
     out = value.new_empty(batch, queries, heads * dim)
-    shape = forward_shape(dim, 8 * value.element_size())
+    shape = launch_shape(dim, 8 * value.element_size())
     with torch.cuda.device_of(value):
         forward_kernel[(triton.cdiv(queries, shape["QUERIES"]) * batch * heads,)](
             value, *make_tables(tuple(sizes), tuple(points), value.device), locations, weights, out,
@@ -545,7 +363,7 @@ def triton_forward(value: Tensor, sizes: Sequence, points: Sequence, locations: 
     return out
 
 
-def triton_backward(grad: Tensor, value: Tensor, sizes: Sequence, points: Sequence, locations: Tensor,
+def backward_triton(grad: Tensor, value: Tensor, sizes: Sequence, points: Sequence, locations: Tensor,
                     weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of value, locations and weights by `backward_kernel`."""
     grad, value, locations, weights = (x.contiguous() for x in (grad, value, locations, weights))
@@ -555,7 +373,7 @@ def triton_backward(grad: Tensor, value: Tensor, sizes: Sequence, points: Sequen
     unit = largest_unit(grad, weights, queries * count) if fixed else grad             # not read unless fixed
     d_value = torch.zeros_like(value, dtype=torch.int64 if fixed else torch.float32)
     d_locations, d_weights = torch.empty_like(locations), torch.empty_like(weights)
-    shape = backward_shape(dim)
+    shape = launch_shape(dim, backward=True)
     with torch.cuda.device_of(value):
         backward_kernel[(triton.cdiv(queries, shape["QUERIES"]) * batch * heads,)](
             grad, value, *make_tables(tuple(sizes), tuple(points), value.device), locations, weights, unit,
@@ -582,8 +400,8 @@ def forward_op(value: Tensor, sizes: Sequence[int], points: Sequence[int], locat
     """Eq. 3 for checked arguments; sizes is H, W of level 0, H, W of level 1, …"""
     if locations.numel() == 0:
         return value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
-    form = bag_forward if value.dtype == torch.float64 else triton_forward
-    return choose("deform_attn", form, bag_forward, value, sizes, points, locations, weights)
+    form = forward_cpu if value.dtype == torch.float64 else forward_triton
+    return choose("deform_attn", form, forward_cpu, value, sizes, points, locations, weights)
 
 
 @torch.library.custom_op("pose::deform_attn_backward", mutates_args=())
@@ -592,8 +410,8 @@ def backward_op(grad: Tensor, value: Tensor, sizes: Sequence[int], points: Seque
     """Gradients of value, locations and weights."""
     if locations.numel() == 0:
         return torch.zeros_like(value), torch.zeros_like(locations), torch.zeros_like(weights)
-    form = bag_backward if value.dtype == torch.float64 else triton_backward
-    return choose("deform_attn_backward", form, bag_backward, grad, value, sizes, points, locations, weights)
+    form = backward_cpu if value.dtype == torch.float64 else backward_triton
+    return choose("deform_attn_backward", form, backward_cpu, grad, value, sizes, points, locations, weights)
 
 
 @forward_op.register_fake
@@ -652,7 +470,7 @@ def deform_attn(value: Tensor, shapes: Sequence, locations: Tensor, weights: Ten
     """
     locations, weights, points = by_point(locations, weights, points, len(shapes))
     check(value, shapes, locations, weights, points)
-    if not torch.compiler.is_compiling() and plain_is_faster(value, locations):
+    if plain() or not torch.compiler.is_compiling() and plain_is_faster(value, locations):
         return deform_attn_plain(value, shapes, locations, weights, points)
     return forward_op(value, [side for shape in shapes for side in shape], points, locations, weights)
 
@@ -671,7 +489,8 @@ def check(value: Tensor, shapes: Sequence, locations: Tensor, weights: Tensor, p
     if (value.ndim != 4 or locations.ndim != 5 or locations.shape[4] != 2
             or weights.shape != locations.shape[:4]):
         raise ValueError("deform_attn wants value (B, S, M, d), locations (B, Q, M, T, 2) and weights "
-                         f"(B, Q, M, T), not {tuple(value.shape)}, {tuple(locations.shape)} and {tuple(weights.shape)}")
+                         f"(B, Q, M, T), not {tuple(value.shape)}, {tuple(locations.shape)} and "
+                         f"{tuple(weights.shape)}")
     batch, tokens, heads, dim = value.shape
     if locations.shape[0] != batch or locations.shape[2] != heads:
         raise ValueError(f"value has {batch} images and {heads} heads, "
@@ -707,7 +526,7 @@ def deform_attn_offsets(value: Tensor, shapes: Sequence, reference: Tensor, offs
     if reference.ndim != 4 or reference.shape[2] not in (1, len(shapes)) or reference.shape[3] not in (2, 4):
         raise ValueError(f"reference must be (B, Q, 1 or {len(shapes)}, 2 or 4), "
                          f"not {tuple(reference.shape)}")
-    real, device = working_type(value), value.device
+    real, device = working_type(value.dtype), value.device
     level = torch.repeat_interleave(torch.tensor(points)).to(device)                    # (T,)
     reference = reference.to(real)
     if reference.shape[2] > 1:

@@ -12,7 +12,7 @@ from common.records import BadImage, load_image
 from data import puppets
 from common.splits import default_splits, open_dataset
 from common.skeletons import SKELETONS
-from tests.helpers import REFERENCE
+from tests.helpers import golden
 
 COCO = {"id": 1, "name": "person", "keypoints": list(SKELETONS["coco"].keypoints), "skeleton": [[16, 14]]}
 CROWDPOSE = {"id": 1, "name": "person", "keypoints": list(SKELETONS["crowdpose"].keypoints)}
@@ -88,13 +88,12 @@ def test_wholebody_joins_its_five_fields(pose_data):
     assert set(np.unique(dataset.keypoints[..., 2])) == {0, 1, 2}       # the file has fractions
 
 
-@pytest.mark.parametrize("path", sorted((REFERENCE / "metrics").glob("co*_gt.json"))
-                         + sorted((REFERENCE / "metrics").glob("crowdpose*_gt.json")), ids=lambda path: path.stem)
-def test_ground_truth_is_the_file_where_nothing_is_wrong(path, tmp_path):
-    content = json.loads(path.read_text())
-    crowdpose = dict(file="json/crowdpose_{}.json", folder="images") if path.name.startswith("crowdpose") else {}
+@golden("metrics/co*_gt.json", "metrics/crowdpose*_gt.json")
+def test_ground_truth_is_the_file_where_nothing_is_wrong(file, tmp_path):
+    content = json.loads(file.read_text())
+    crowdpose = dict(file="json/crowdpose_{}.json", folder="images") if file.name.startswith("crowdpose") else {}
     write(tmp_path, [min(content["images"], key=lambda i: i["id"])], [], **crowdpose)
-    next(tmp_path.rglob("*.json")).write_text(path.read_text())
+    next(tmp_path.rglob("*.json")).write_text(file.read_text())
     dataset = open_dataset(str(tmp_path), "val")
     ours = dataset.ground_truth()
     assert [i["id"] for i in ours["images"]] == sorted(i["id"] for i in content["images"])

@@ -1,11 +1,13 @@
 """Seeds, the order of images, and what processes share."""
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from common.ranks import Ranks, epoch_batches, gather_lists, mean_over_ranks, seed_all
+from common.errors import UserError
+from common.ranks import Ranks, epoch_batches, gather_lists, init_ranks, mean_over_ranks, seed_all
 
 
 def test_seeds_are_a_function_of_the_numbers_alone():
@@ -47,3 +49,8 @@ def test_an_epoch_has_every_image_at_most_once_and_a_tiny_set_fills_a_step():
 def test_one_process_is_its_own_mean_and_its_own_list():
     value = torch.tensor([1.0, 2.0])
     assert torch.equal(mean_over_ranks(value), value) and gather_lists([1, "a"]) == [1, "a"]
+
+
+def test_a_batch_that_does_not_split_is_one_line_before_anything_is_opened():
+    with pytest.raises(UserError, match="--batch 6 does not split over 1 processes x 4 micro-batches"):
+        init_ranks("cpu", SimpleNamespace(batch=6, accum=4))

@@ -7,6 +7,7 @@ import pytest
 
 from common.skeletons import (DEFAULT_SIGMA, SKELETONS, Skeleton, flip_from_names, get_skeleton,
                               skeleton_from_category)
+from tests.helpers import reference
 
 
 @pytest.mark.parametrize("name", SKELETONS)
@@ -27,10 +28,8 @@ def test_every_set_has_the_published_number_of_keypoints_and_sigmas():
     assert {name: len(s.sigmas) for name, s in SKELETONS.items()} == counts
 
 
-def test_tables_equal_the_reference(reference):
-    if not (reference / "formats.json").exists():
-        pytest.skip("formats.json is not in the reference folder: set POSE_REFERENCE")
-    formats = json.loads((reference / "formats.json").read_text())
+def test_tables_equal_the_reference():
+    formats = json.loads(reference("formats.json").read_text())
     for name in ("coco", "crowdpose", "humanart21", "wholebody"):
         s, table = SKELETONS[name], formats["coco_wholebody" if name == "wholebody" else name]
         assert list(s.keypoints) == table["keypoints"] and list(s.flip) == table["flip"]
