@@ -33,7 +33,7 @@ from PIL import Image, ImageSequence
 from torch import nn
 from tqdm import tqdm
 
-from common import draw, metrics, stable_diffusion, weights
+from common import draw, metrics, weights
 from common.boxes import Boxes, Found, NOBODY, boxes_of, detect, in_image, read_boxes, read_results, true_boxes, whole_image
 from common.cli import Parser, parse_numbers, resolve, run_main
 from common.datasets import PoseDataset
@@ -92,11 +92,14 @@ def from_run(saved: dict, method: str, preset: str, path: Path) -> tuple[ModuleT
 
 
 def from_release(path: Path, method: str, preset: str) -> tuple[ModuleType, nn.Module, str]:
-    state = stable_diffusion.load_release(path) if path.is_dir() else weights.load_tensors(path)
+    """A folder is read by those methods that have `read_release`."""
+    state = {} if path.is_dir() else weights.load_tensors(path)
     if method and method not in METHODS:
         raise UserError(f"there is no method {method}: choose from {', '.join(METHODS)}")
     for name in [method] if method else METHODS:
         module = importlib.import_module(name)
+        if path.is_dir() and hasattr(module, "read_release"):
+            state = module.read_release(path)
         found = module.recognise(state)
         if found:
             break

@@ -1,47 +1,58 @@
-"""SDPose: a text-to-image diffusion model as the backbone of a pose estimator (arXiv 2509.24980, 2025).
+"""SDPose: a text-to-image diffusion model as the backbone of a pose estimator (arXiv 2509.24980, version 1).
 
-Idea     Stable Diffusion has seen pictures of every style. Its U-Net runs once on the latent of a person's crop: no
-         noise, no text, no chain of steps. What an up block gives feeds a small head that draws one heatmap per
-         keypoint. While it learns, the same U-Net also has to reproduce the clean crop, told by a task code which of
-         the two it is doing: so it keeps what it knows of pictures that are not in the training set.
-Flow     crop (B,3,H,W) → VAE.encode → latent z (B,4,h,w), frozen
-         pose [1,0]   z → UNet up to its feature tap (B,C,h,w) → HeatmapHead → heatmaps (B,K,2h,2w) → keypoints
-         RGB  [0,1]   z → whole UNet → latent of the clean crop (B,4,h,w), in training alone
-Read     Block, VAE → UNet.forward → HeatmapHead → SDPose → udp_matrix → augment → udp_encode → udp_decode
-         → criterion → average_heatmaps → batch_losses → train
-Letters  B crops  K keypoints  H, W crop  h, w = H/8, W/8 latent  N = h·w tokens  C channels  M heads  E width of the
-         embedding of time and task  t = 999 the one time step  y the task code
-Units    boxes are x1, y1, x2, y2 and keypoints x, y in pixels of the image, or of the crop where that is said; crops
-         are RGB, uint8 until the network sees them in [-1, 1]; latents are times 0.18215; heatmaps have no unit, a
-         perfect one peaks at 1
-Departs  from the paper, as the release does, because the released weights need it:
-         time        t is 999, the paper writes 1000 (UNet)
-         features    the map of one up block, not several: the last for a body, the last but one for 133 keypoints
-         Figure 2    draws the latent of the clean crop as input of the RGB task; its equation and ours take the
-                     disturbed one
-Departs  from the release:
-         latents     the mean of the VAE's posterior; the release draws a sample at test time too, so that its results
-                     change from run to run (SDPose.latents)
-         text        the embedding of the empty text is stored with the weights, the text encoder is read once
-         training    the release has none: ours follows the paper, and Lotus where it is silent (batch_losses); its
-                     augmentations are those of the release (augment), but hue is a circle (transforms.photometric)
-Tiny     has no Stable Diffusion to start from, and the 4 numbers per 8 × 8 pixels of a random VAE say too little: its
-         encoder learns along with the pose branch (`vae_along`), from latents of deviation 1 (unit_latents), whose
-         variance of the moment is the unit of the RGB loss (criterion). Gaussians have the paper's share of the crop;
-         crops are not turned and hardly scaled, which in trials of a few minutes cost AP
-Memory   of tensors alone, computed by tests/test_sdpose.py for crops of 1024x768 and float32 weights: `body`
-         predicts one crop and its mirror image in 5.0 GB, in bf16 4.4, and trains a batch of one in 15.7 GB
+Idea     Stable Diffusion has seen pictures of every style. Its U-Net runs once on the latent of a person's crop:
+         no noise, no text, no chain of steps. The map that one of its up blocks gives, the tap, feeds a small
+         head that draws one heatmap per keypoint. In training the same U-Net also has to reproduce the latent of
+         the clean crop, and a task code tells it which of the two to do. So it keeps what it knows of pictures,
+         and finds people in styles that are not in the training set.
+Flow     crop (B,3,H,W) ─► VAE.encode ─► z (B,4,h,w) ─► U-Net: down 0-3 ─► mid ─► up 0 ─► up 1 ─► up 2 ─► up 3
+                             frozen                       ▲                                       │        │
+                    t = 999, task code y ─► embedding ────┘                               tap = 2 ┘        ├ tap = 3
+                                                                                                           ▼
+         y = [1,0], pose   tap (B,C,h,w) ─► HeatmapHead ─► heatmaps (B,K,2h,2w)     norm, SiLU, 3×3 convolution
+         y = [0,1], RGB    the latent of the clean crop (B,4,h,w), in training alone ◄─────────────────────┘
+t = 999  The U-Net was trained to take the noise out of z_t = √ᾱ_t z + √(1 − ᾱ_t) ε. Fine-tuning, as in Lotus,
+         exchanges both ends: a clean latent goes in, and the answer itself comes out (Sec. 3.2, x0-prediction).
+         There is no noise left that t could tell about. At one fixed t its embedding is a bias of every ResNet,
+         and training moves it to where it is needed. Why the last t (our words, the paper gives no reason): there
+         the U-Net saw almost nothing but noise, so that what it made was its own knowledge of pictures; and
+         latents are scaled to a deviation of 1, which is the noise's, so that a clean one is of a size that the
+         first layers know.
+Codes    Heatmaps alone would let the U-Net forget whatever photos of COCO do not ask for. A second U-Net that
+         reproduces pictures would remember it, but in weights that find no poses. So one U-Net does both, and the
+         gradients of both tasks meet in its weights. It gets the same z for both and owes two answers, therefore
+         it has to be told which one is wanted. At prediction the code is always that of pose, and the RGB
+         branch costs nothing.
+Read     UNet → HeatmapHead → SDPose → udp_encode, udp_decode → criterion → average_heatmaps → augment → train
+Letters  B crops  K keypoints  H, W crop  h, w = H/8, W/8 latent  N = h·w tokens  C channels  M heads  E width of
+         the embedding of time and task  t the time step  y the task code (C_Pose, C_RGB in the paper)
+         z_input, z_RGB latents of the disturbed and of the clean crop  H_Pose target heatmaps
+Units    boxes are x1, y1, x2, y2 and keypoints x, y in pixels of the image, or of the crop where that is said;
+         crops are RGB, uint8 until the network sees them in [-1, 1]; latents are times 0.18215; heatmaps have no
+         unit, a perfect one peaks at 1
+Sections version 1 of the paper numbers no formula: they are cited by section and name, e.g. (Sec. 4.3, objective)
+Tables   at the end of the main text: section → function, the rows of the paper's tables, departures from paper
+         and release
+Tiny     the default training starts from nothing. It has no prior, and by default no RGB branch either, which is
+         there to keep the prior: --rgb_weight 0.1 adds it. In crops of 96 × 128 pixels the 4 numbers per 8 × 8
+         pixels of a random VAE say too little: its encoder learns along with the pose branch (vae_along).
+Memory   of tensors alone, computed by tests/test_sdpose.py for crops of 1024 × 768 and float32 weights: `body`
+         predicts one crop and its mirror image in MEM1 GB, in bf16 MEM2, and trains a batch of one in MEM3 GB
 
     python sdpose.py                                    what each preset is: parameters, GFLOPs
-    python sdpose.py --train                            learn the embedded puppets on this machine
-    python sdpose.py --train --rgb_weight 0             without the RGB branch: an ablation of the paper
+    python sdpose.py --train                            learn puppets, synthetic people drawn on first use
+    python sdpose.py --train --rgb_weight 0.1           the same with the RGB branch
     python sdpose.py --train --data data/coco --preset body --init stable-diffusion-2-base
+    python sdpose.py --train --data data/coco --preset body --init_parts vae       without the prior (Table 4)
     python eval.py sdpose-body --images photo.jpg --detector runs/detrpose/best.pt      with people found by another
     python eval.py runs/<run> --data data/coco --split ood --boxes detections.json
 """
+from __future__ import annotations
+
 import math
-import time
 import re
+import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -54,114 +65,788 @@ from einops import rearrange
 from PIL import Image, ImageFilter
 from scipy.special import ndtr, ndtri
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from common import draw, metrics, stable_diffusion, transforms, weights
+from common import draw, metrics, transforms, weights
 from common.boxes import Boxes, Found, people_to_learn, true_boxes, whole_image
-from common.cli import check_choice, check_range, launch, parse, resolve, run_main
+from common.cli import RunConfig, check_choice, check_range, resolve, run_method
 from common.datasets import PoseDataset
 from common.errors import UserError
 from common.oks import oks_nms, rescore
 from common.predict import people_by_image, predict_people, train_loader
-from common.ranks import AMP, Ranks, autocast, distribute, gather_lists, init_ranks, mean_over_ranks, micro_batch, rank_zero_first, seed_all
+from common.ranks import (Ranks, autocast, distribute, gather_lists, init_ranks, mean_over_ranks, rank_zero_first,
+                          say, seed_all)
 from common.records import Prediction, Sample
-from common.run import Loop, RunFolder, check_finite, goes_on
+from common.run import Run, RunFolder, goes_on
+from common.skeletons import Skeleton, get_skeleton, words
 from common.splits import open_dataset, open_splits
-from common.skeletons import Skeleton, get_skeleton, halves
+from common.tables import Row, Table
+from kernels.dispatch import plain
 
-# ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. -----------
+# ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. --------
 
 
 @dataclass(frozen=True)
-class Config:
-    # model: Stable Diffusion 2's sizes
+class Config(RunConfig):       # which adds data, sigmas, accum (micro-batches), amp, processes, workers, eval_*, seed
+    # model: the sizes of Stable Diffusion 2 (Sec. 5.1)
     channels: int = 320            # width of the U-Net's finest level; the others have 2, 4 and 4 times as many
     head_dim: int = 64             # channels of an attention head; divides channels
     groups: int = 32               # groups of group norms
     text_dim: int = 1024           # width of the text embedding
     vae_channels: int = 128        # width of the VAE's finest level; the others have 2, 4 and 4 times as many
-    height: int = 1024             # of a person's crop, pixels
-    width: int = 768               # of a person's crop, pixels
-    tap: int = 3                   # up block whose output the heatmap head reads: 3, the last, or 2 for 133 keypoints
-    checkpointing: bool = True     # forget activations of the U-Net and compute them again for the gradient
+    height: int = 1024             # of a person's crop, pixels (Sec. 5.1)
+    width: int = 768               # of a person's crop, pixels (Sec. 5.1)
+    keypoints: str = ""            # keypoint set, e.g. wholebody for 133; none: that of the data
+    tap: int = 3                   # up block whose map the head reads (Sec. 4.1): 3, the last; 2 for 133 keypoints
     init: str = "stable-diffusion-2-base"  # start weights: folder of SD 2 or of a release, or its name; "": random
-    # training step (Sec. 3, A.3)
+    init_parts: str = "all"        # of them: all; vae: VAE and text alone, the U-Net without its prior (Table 4)
+    # objective (Sec. 4.3; sigma and the clean target are the release's)
     pose_weight: float = 1.0       # of the heatmap loss
-    rgb_weight: float = 1.0        # of the RGB branch; 0: without it (ablation)
+    rgb_weight: float = 1.0        # of the RGB branch; 0: without it (Table 4)
     target: str = "clean"          # what the RGB branch has to give: the clean crop, or the input itself (Fig. 2)
     sigma: float = 6.0             # of the Gaussians, in heatmap cells
+    # augmentation (A.3; the numbers are the release's)
     half_body: float = 0.3         # share of crops that show the upper or lower half alone
     scaling: float = 0.5           # crops get up to that much smaller or larger
     rotation: float = 80.0         # and are turned by up to that many degrees, 6 of 10
     rectangle: float = 1.0         # share of crops with a black rectangle
-    # training from nothing, and in little time
+    # optimisation (A.1: AdamW, epochs, batch, lr; the rest is that of Lotus)
+    epochs: int = 40               # passes over the people
+    batch: int = 128               # crops per optimiser step, over all GPUs and micro-batches
+    lr: float = 3e-5               # learning rate
+    weight_decay: float = 1e-2     # AdamW, on every parameter
+    clip: float = 1.0              # largest L2 norm of the gradient
+    checkpointing: bool = True     # forget activations of the U-Net and compute them again for the gradient
+    # prediction (release)
+    flip_test: bool = True         # average with the heatmaps of the mirrored crop
+    sample: bool = False           # latents are samples of the posterior, not its mean; the seed is that of the box
+    # aids to learn from nothing and in little time: ours, not the paper's; its presets do without them
     vae_along: bool = False        # the VAE's encoder learns with the pose branch, where there is none to start from
     cache_views: int = 0           # encode so many augmented views of each person once; 0: new views at every step
     people: int = 0                # learn from so many people, drawn once; 0: from all
-    # optimisation (A.2)
-    epochs: int = 40               # passes over the people
-    batch: int = 128               # crops per optimiser step, over all GPUs and micro-batches
-    accum: int = 1                 # micro-batches per optimiser step
-    lr: float = 3e-5               # learning rate
-    weight_decay: float = 1e-2     # AdamW, on every parameter
     schedule: str = "constant"     # constant or cosine
     warmup: int = 0                # optimiser steps of linear warm-up
-    clip: float = 1.0              # largest L2 norm of the gradient
-    amp: str = "bf16"              # no, bf16 or fp16 (old GPUs); a CPU always runs float32
-    # prediction
-    flip_test: bool = True         # average with the heatmaps of the mirrored crop
-    sample: bool = False           # latents are samples of the posterior, as in the release, not its mean
-    # files and machine
-    data: str = "puppets"          # puppets (made on first use) or a folder in COCO layout
-    keypoints: str = ""            # keypoint set, e.g. wholebody for 133; none: that of the data
-    sigmas: str = ""               # OKS sigmas of your own keypoints, e.g. 0.03,0.08,0.08
-    processes: int = 1             # training processes when there is no GPU and no torchrun
-    workers: int = 4               # image loading processes per GPU; 0: none
-    eval_every: int = 1            # epochs between evaluations
-    eval_batch: int = 8            # crops per evaluation batch; the mirrored ones come on top
-    seed: int = 0                  # all random numbers follow from it
 
     def __post_init__(self):
         """Raises UserError for values that no run could use."""
-        check_choice(self, target=("clean", "input"), schedule=("constant", "cosine"), amp=AMP)
-        check_range(self, 1, math.inf, "epochs batch accum processes eval_every eval_batch "
-                            "channels head_dim groups text_dim vae_channels height width")
+        super().__post_init__()
+        check_choice(self, target=("clean", "input"), schedule=("constant", "cosine"), init_parts=("all", "vae"))
+        check_range(self, 1, math.inf, "epochs batch channels head_dim groups text_dim vae_channels height width")
         check_range(self, 1e-9, math.inf, "pose_weight sigma lr clip")
-        check_range(self, 0, math.inf, "rgb_weight cache_views people weight_decay warmup "
-                            "workers seed")
-        for names, low, high in (("half_body rectangle", 0, 1), ("scaling", 0, 0.9), ("rotation", 0, 180), ("tap", 2, 3)):
+        check_range(self, 0, math.inf, "rgb_weight cache_views people weight_decay warmup")
+        for names, low, high in (("half_body rectangle", 0, 1), ("scaling", 0, 0.9), ("rotation", 0, 180),
+                                 ("tap", 2, 3)):
             check_range(self, low, high, names)
         if self.batch % self.accum:
             raise UserError(f"--batch {self.batch} does not split into {self.accum} micro-batches (--accum)")
         if self.vae_along and (self.init or self.cache_views):
             raise UserError("--vae_along is for a random VAE, whose latents change as it learns: leave out --init "
-                                    "and --cache_views")
+                            "and --cache_views")
+        if self.init_parts != "all" and not self.init:
+            raise UserError(f"--init_parts {self.init_parts} takes a part of --init: name a folder or a release there")
         for name, parts in dict(channels=math.lcm(self.head_dim, self.groups), vae_channels=self.groups,
                                 height=8, width=8).items():          # a latent cell is 8 pixels wide
             if getattr(self, name) % parts:
-                raise UserError(f"--{name} {getattr(self, name)} does not split: choose a multiple of "
-                                        f"{parts}")
+                raise UserError(f"--{name} {getattr(self, name)} does not split: choose a multiple of {parts}")
 
 
+BODY = Config(amp="bf16", eval_batch=8)
+# Tiny: minutes on a laptop. pose_weight: Gaussians fill few cells and the head starts near 0, so that with 1 most
+# gradients of the U-Net are smaller than AdamW's eps of 1e-8 at first (median 1e-9), and it would hardly move.
+# Gaussians have the paper's share of the crop; crops are not turned and hardly scaled, which cost AP in trials of
+# a few minutes.
 PRESETS: dict[str, Config] = {
-    "tiny": Config(channels=24, head_dim=24, groups=2, text_dim=64, vae_channels=4, height=128, width=96,
-                   checkpointing=False, init="", pose_weight=50.0, rgb_weight=0.0, sigma=0.75, half_body=0.0,
-                   scaling=0.05, rotation=0.0, rectangle=0.0, vae_along=True, epochs=6, batch=16, lr=2e-3,
-                   schedule="cosine", warmup=30, processes=2, workers=0, eval_every=6, eval_batch=32),
-    "body": Config(),
-    "wholebody": Config(tap=2, keypoints="wholebody"),
+    "tiny": Config(channels=24, head_dim=24, groups=2, text_dim=64, vae_channels=4, height=128, width=96, init="",
+                   pose_weight=50.0, rgb_weight=0.0, sigma=0.75, half_body=0.0, scaling=0.05, rotation=0.0,
+                   rectangle=0.0, epochs=6, batch=16, lr=2e-3, checkpointing=False, vae_along=True,
+                   schedule="cosine", warmup=30, amp="bf16", processes=2, workers=0, eval_every=6, eval_batch=32),
+    "body": BODY,
+    "wholebody": replace(BODY, tap=2, keypoints="wholebody", epochs=42),
 }
 
 LATENT = 4                         # channels of a latent
 LATENT_SCALE = 0.18215             # makes latents of photos have a deviation of about 1
-TIME = 999                         # t, the one time step: "pure noise" for a diffusion model
-POSE, RGB = (1.0, 0.0), (0.0, 1.0)     # y, the task codes
+TIME = 999                         # t, the one time step; the paper counts it as 1000
+POSE, RGB = (1.0, 0.0), (0.0, 1.0)     # y, the task codes (Fig. 2, task labels)
+TOP_DOWN = True                    # eval.py has to say where people are
+AT_INFERENCE = ("flip_test", "sample", "seed", "amp")      # what its --set can change
 
-# ---- Parts of both the VAE and the U-Net --------------------------------------------------------------------
-# The names of modules are those of the release, so that its files load as they are.
+# ---- The U-Net with a task code and a tap (Sec. 3.2, 4.1, 4.3) -------------------------------------------
+
+
+def time_waves(t: Tensor, dim: int) -> Tensor:
+    """[cos(t f), sin(t f)] with frequencies f from 1 down to nearly 1/10000: (B,) → (B, dim), in float32."""
+    half = dim // 2
+    f = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angle = t.float()[:, None] * f
+    return torch.cat([angle.cos(), angle.sin()], 1)
+
+
+def task_waves(y: Tensor) -> Tensor:
+    """[sin y, cos y] of task codes: (B, 2) → (B, 4). Here the sines come first, as released."""
+    return torch.cat([y.float().sin(), y.float().cos()], 1)
+
+
+class UNet(nn.Module):
+    """Stable Diffusion 2's U-Net with a task embedding beside the time embedding, and a tap.
+
+        z ─ conv_in ─┬─► down 0 ──► down 1 ──► down 2 ──► down 3 ─► mid        all ResNets get the embedding,
+                     │ ┊ 3 maps   ┊ 3        ┊ 3        ┊ 2          │         all attentions the text
+                     ▼ ▼          ▼          ▼          ▼            │
+            up 3 ◄──────── up 2 ◄──── up 1 ◄───── up 0 ◄─────────────┘         a layer of an up block takes one of
+              └ tap = 3      └ tap = 2                                         these 12 maps, the latest first
+
+    Channels are dim × (1, 2, 4, 4) from fine to coarse; each down block but the last halves the resolution, each
+    up block but the last doubles it, so that up 2, too, gives a map of the latent's size: 2 dim channels of it.
+    Text and time are there because the weights know them: the text is always the empty one, t always 999.
+    """
+
+    def __init__(self, dim: int, head_dim: int, groups: int, text_dim: int, checkpointing: bool):
+        super().__init__()
+        self.dim = dim
+        self.conv_in = nn.Conv2d(LATENT, dim, 3, padding=1)
+        self.time_embedding, self.class_embedding = MLP(dim, 4 * dim), MLP(4, 4 * dim)
+        self.down_blocks, self.up_blocks, self.mid_block = unet_blocks(dim, head_dim, groups, text_dim, checkpointing)
+        self.conv_norm_out = nn.GroupNorm(groups, dim, 1e-5)
+        self.conv_out = nn.Conv2d(dim, LATENT, 3, padding=1)
+
+    def embedding(self, y: Tensor, t: Tensor) -> Tensor:
+        """Embedding of task codes (B, 2) at time steps (B,): (B, E). Waves are float32 whatever the weights are."""
+        dtype = self.conv_in.weight.dtype
+        return self.time_embedding(time_waves(t, self.dim).to(dtype)) + self.class_embedding(task_waves(y).to(dtype))
+
+    def forward(self, z: Tensor, y: Tensor, text: Tensor, tap: int = 3, t: Tensor | None = None) -> Tensor:
+        """Latents z (B, 4, h, w) → the map of up block `tap` (B, C, h, w); later blocks are not run.
+
+        y (1 or B, 2) task codes;  text (1 or B, n, text_dim);  t (1 or B,) time steps, by default 999. One row
+        serves all crops.
+        """
+        emb = self.embedding(y, torch.full((1,), TIME, device=z.device) if t is None else t)
+        maps = [self.conv_in(z)]
+        for block in self.down_blocks:
+            maps += block(maps[-1], emb, text)
+        x = self.mid_block(maps[-1], emb, text)
+        for block in self.up_blocks[:tap + 1]:
+            x = block(x, emb, text, maps)                      # takes maps from the end of the list
+        return x
+
+    def output(self, x: Tensor) -> Tensor:
+        """The map of the last up block → latents (B, 4, h, w): the way out that pose does not take (Sec. 4.2)."""
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+# ---- The heatmap head (Sec. 4.2) -------------------------------------------------------------------------
+
+
+class HeatmapHead(nn.Module):
+    """The tap (B, C, h, w) → heatmaps (B, K, 2h, 2w), unbounded.
+
+    It takes the place of the U-Net's own last convolution, whose 4 channels cannot hold K ≫ 4 heatmaps (Sec. 4.2,
+    bottleneck). Instance norms see the whole crop, at prediction too: results depend on what is around the person.
+    The bias before the second norm changes nothing; it is there because the released files hold it.
+    """
+
+    def __init__(self, dim: int, keypoints: int):
+        super().__init__()
+        self.deconv_layers = nn.Sequential(nn.ConvTranspose2d(dim, dim, 4, 2, 1, bias=False), nn.InstanceNorm2d(dim),
+                                           nn.SiLU())
+        self.conv_layers = nn.Sequential(nn.Conv2d(dim, dim, 1), nn.InstanceNorm2d(dim), nn.SiLU())
+        self.final_layer = nn.Conv2d(dim, keypoints, 1)
+        for name, parameter in self.named_parameters():
+            nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.normal_(parameter, std=0.001)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.final_layer(self.conv_layers(self.deconv_layers(x)))
+
+
+# ---- The model (Fig. 2 and 3) ----------------------------------------------------------------------------
+
+
+class SDPose(nn.Module):
+    """Crops → latents → heatmaps, and the clean crops' latents: see `encode`, `heatmaps` and `reconstruct`."""
+
+    def __init__(self, cfg: Config, skeleton: Skeleton):
+        super().__init__()
+        self.cfg, self.skeleton = cfg, skeleton
+        self.vae = VAE(cfg.vae_channels, cfg.groups).requires_grad_(False)
+        self.unet = UNet(cfg.channels, cfg.head_dim, cfg.groups, cfg.text_dim, cfg.checkpointing)
+        self.decoder = HeatmapHead(cfg.channels * 2 ** (3 - cfg.tap), skeleton.num_keypoints)
+        # what the text encoder makes of the empty text's 2 tokens; until weights are loaded, some constant
+        self.register_buffer("text", torch.arange(2.0 * cfg.text_dim).sin().view(1, 2, cfg.text_dim))
+
+    def task(self, y: tuple[float, float]) -> Tensor:
+        return torch.tensor([y], device=self.text.device)
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Crops (B, 3, H, W) in [-1, 1] → mean and log variance of their latents, each (B, 4, h, w), not scaled."""
+        mean, log_variance = in_parts(self.vae.encode, images, images.shape[2:].numel()).chunk(2, 1)
+        return mean, log_variance.clamp(-30, 20)
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Crops (B, 3, H, W) in [-1, 1] → z = 0.18215 · (mean + deviation · noise) (B, 4, h, w).
+
+        noise: standard normal, (B, 4, h, w); none: z is the posterior's mean.
+        """
+        mean, log_variance = self.posterior(images)
+        return LATENT_SCALE * (mean if noise is None else mean + (log_variance / 2).exp() * noise)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents (B, 4, h, w) → crops (B, 3, H, W), to look at."""
+        return in_parts(self.vae.decode, z / LATENT_SCALE, 64 * z.shape[2:].numel())
+
+    def heatmaps(self, z: Tensor) -> Tensor:
+        """f_θ(z, t, C_Pose): latents (B, 4, h, w) → heatmaps (B, K, 2h, 2w) (Sec. 4.2)."""
+        return self.decoder(self.unet(z, self.task(POSE), self.text, self.cfg.tap))
+
+    def reconstruct(self, z: Tensor) -> Tensor:
+        """f_θ(z, t, C_RGB): latents (B, 4, h, w) of disturbed crops → those of the clean ones, in one step
+        (Sec. 3.2, x0-prediction).
+        """
+        return self.unet.output(self.unet(z, self.task(RGB), self.text))
+
+    def forward(self, z: Tensor, reconstruct: bool = True) -> dict[str, Tensor]:
+        """Both tasks on the same latents: `heatmaps` and, unless switched off, `latents` of the clean crops.
+
+        Two passes give what one batch of both would, and the pose pass stops at its tap. The RGB pass does not
+        move z where the VAE learns along: it would make latents easy to reconstruct, not good to have.
+        """
+        result = dict(heatmaps=self.heatmaps(z))
+        return result | dict(latents=self.reconstruct(z.detach())) if reconstruct else result
+
+
+# ---- Heatmaps: keypoints and back (Sec. 3.1, UDP; DARK) --------------------------------------------------
+
+
+def keypoint_weights(keypoints: Tensor, labelled: Tensor, cfg: Config) -> Tensor:
+    """1 for a labelled keypoint of which the heatmap shows anything, even if it is itself outside: (..., K).
+
+    keypoints (..., K, 2) in pixels of the crop; labelled (..., K): above 0 where they are.
+    """
+    weight = labelled > 0
+    for axis, side in enumerate((cfg.width, cfg.height)):
+        nearest = (keypoints[..., axis] * (side // 4 - 1) / (side - 1) + 0.5).trunc()
+        weight = weight & (nearest >= -3 * cfg.sigma) & (nearest <= side // 4 - 1 + 3 * cfg.sigma)
+    return weight.float()
+
+
+def udp_encode(keypoints: Tensor, labelled: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
+    """Keypoints (..., K, 2) in pixels of the crop → heatmaps (..., K, H/4, W/4) and weights (..., K).
+
+        H_i(u, v) = exp(−((u − x_i)² + (v − y_i)²) / 2σ²)                          (Sec. 3.1, heatmap)
+
+    (x_i, y_i) is keypoint i in cells: times (w − 1) / (W − 1), as crops and maps have the centres of their corner
+    pixels and cells in the same places (UDP). As released it is 0 beyond 3σ of the cell nearest to (x_i, y_i), in u
+    or v. The largest value is below 1 if that is between cells.
+    """
+    w, h = cfg.width // 4, cfg.height // 4
+    x = (keypoints[..., 0] * (w - 1) / (cfg.width - 1))[..., None, None]                    # (..., K, 1, 1)
+    y = (keypoints[..., 1] * (h - 1) / (cfg.height - 1))[..., None, None]
+    u, v = torch.arange(w, device=x.device), torch.arange(h, device=x.device)[:, None]      # (w,), (h, 1)
+    near = ((u - (x + 0.5).trunc()).abs() <= 3 * cfg.sigma) & ((v - (y + 0.5).trunc()).abs() <= 3 * cfg.sigma)
+    weight = keypoint_weights(keypoints, labelled, cfg)
+    gaussians = torch.exp(-((u - x) ** 2 + (v - y) ** 2) / (2 * cfg.sigma ** 2))
+    return gaussians * near * weight[..., None, None], weight
+
+
+def blur(maps: Tensor) -> Tensor:
+    """Gaussian of deviation 2 in 11×11 cells, zeros outside: (N, K, h, w)."""
+    line = torch.exp(-torch.arange(-5.0, 6.0, device=maps.device) ** 2 / 8)
+    line, flat = line / line.sum(), maps.flatten(0, 1)[:, None]
+    return F.conv2d(F.conv2d(flat, line.view(1, 1, 1, 11), padding=(0, 5)), line.view(1, 1, 11, 1),
+                    padding=(5, 0)).view_as(maps)
+
+
+def udp_decode(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Heatmaps (N, K, h, w) → keypoints (N, K, 2) as fractions of the map, and their largest values (N, K).
+
+        p = argmax_{u,v} H(u, v)                                                   (Sec. 3.1, argmax)
+        p ← p − D⁻¹ ∇,    ∇ and D: first and second differences of L = log(blur(H)) at p             (DARK)
+
+    The step leads to the top of the parabola through L, which is the mean where H is a Gaussian. On noise it may
+    lead far outside, as in the release. 0 is the centre of the first cell, 1 that of the last.
+    Departs from the release: a map of zeros gives a place, that of any map without a positive value, not NaN.
+    """
+    count, height, width = maps.shape[1:]
+    scores, cell = maps.flatten(2).max(-1)
+    x, y = (torch.where(scores > 0, place, -1) for place in (cell % width, cell // width))        # p, (N, K) each
+    smooth = blur(maps)
+    peak = smooth.flatten(2).amax(-1)
+    smooth = smooth * (scores / torch.where(peak == 0, 1, peak))[..., None, None]
+    # all maps of a crop behind one another, as released: beside the start of one, p = (−1, −1), is the end of another
+    logs = F.pad(smooth.clamp(1e-3, 50).log().double(), (1, 1, 1, 1), mode="replicate").flatten(1)
+    start = torch.arange(count, device=maps.device) * (height + 2) * (width + 2)
+
+    def at(dx: int, dy: int) -> Tensor:
+        """L beside p, (N, K)."""
+        return logs.gather(1, (start + (y + 1 + dy) * (width + 2) + x + 1 + dx) % logs.shape[1])
+
+    middle, eps = at(0, 0), torch.finfo(torch.float32).eps
+    dx, dy = (at(1, 0) - at(-1, 0)) / 2, (at(0, 1) - at(0, -1)) / 2
+    dxx = at(1, 0) - 2 * middle + at(-1, 0) + eps
+    dyy = at(0, 1) - 2 * middle + at(0, -1) + eps
+    dxy = (at(1, 1) - at(1, 0) - at(0, 1) + 2 * middle - at(-1, 0) - at(0, -1) + at(-1, -1)) / 2
+    step = torch.stack([dyy * dx - dxy * dy, dxx * dy - dxy * dx], -1) / (dxx * dyy - dxy ** 2)[..., None]   # D⁻¹ ∇
+    return (torch.stack([x, y], -1) - step) / torch.tensor([width - 1, height - 1], device=maps.device), scores
+
+
+# ---- Losses (Sec. 4.3, objective) ------------------------------------------------------------------------
+#
+#     L = ‖z_RGB − f_θ(z_input, t, C_RGB)‖² + ‖H_Pose − f_θ(z_input, t, C_Pose)‖²
+
+
+def pose_loss(heatmaps: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """‖H_Pose − f_θ(z_input, t, C_Pose)‖² (Sec. 4.3, objective), as the mean over all cells of all keypoints, also
+    of those of weight 0: heatmaps and target (B, K, h, w), weight (B, K).
+    """
+    return (weight[..., None, None] * (heatmaps - target) ** 2).mean()
+
+
+def rgb_loss(latents: Tensor, z_rgb: Tensor) -> Tensor:
+    """‖z_RGB − f_θ(z_input, t, C_RGB)‖² (Sec. 4.3, objective), as a mean; (B, 4, h, w) twice."""
+    return F.mse_loss(latents, z_rgb)
+
+
+def criterion(output: dict[str, Tensor], z_rgb: Tensor, target: Tensor, weight: Tensor,
+              cfg: Config) -> dict[str, Tensor]:
+    """Weighted loss terms of both branches, to be summed, in float32 (Sec. 4.3, objective).
+
+    output of SDPose.forward; z_rgb (B, 4, h, w); target and weight of udp_encode.
+    Departs from the paper: it writes squared norms; means here, as in Lotus, on whose protocol it builds.
+    """
+    losses = dict(loss_pose=cfg.pose_weight * pose_loss(output["heatmaps"].float(), target, weight))
+    if "latents" in output:
+        unit = latent_variance(z_rgb) if cfg.vae_along else 1.0                              # an aid, see Config
+        losses["loss_rgb"] = cfg.rgb_weight * rgb_loss(output["latents"].float(), z_rgb) / unit
+    return losses
+
+
+# ---- Prediction (Sec. 4.4) -------------------------------------------------------------------------------
+
+
+def average_heatmaps(model: SDPose, crops: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Heatmaps (N, K, h, w) of crops (N, 3, H, W) in [-1, 1]; with `flip_test` the mean of two views.
+
+    The mirrored crops go into the same batch, and their maps are mirrored back, left and right keypoints exchanged.
+    noise: (N, 2, 4, H/8, W/8), for the crop and its mirror image; none: latents are means.
+    """
+    cfg, flip = model.cfg, model.skeleton.flip
+    both = cfg.flip_test and flip is not None
+    views = torch.cat([crops, crops.flip(3)]) if both else crops
+    if noise is not None:
+        noise = noise.transpose(0, 1).flatten(0, 1)[:len(views)].to(views)
+    with autocast(crops.device, cfg.amp, keep_casts=False):      # each weight is used once: 1.7 GB less
+        maps = model.heatmaps(model.encode(views, noise)).float()
+    if not both:
+        return maps
+    straight, mirrored = maps.chunk(2)
+    return (straight + mirrored[:, list(flip)].flip(3)) / 2
+
+
+def sampling_noise(boxes: np.ndarray, cfg: Config) -> Tensor | None:
+    """Noise (N, 2, 4, H/8, W/8) for latents of boxes (N, 4); None where they are means.
+
+    It depends on the seed and the box alone: a score changes neither with the batch nor with the order of loading.
+    """
+    if not cfg.sample:
+        return None
+    seeds = [zlib.crc32(np.float64([cfg.seed, *box]).tobytes()) for box in boxes]
+    return torch.stack([torch.randn(2, LATENT, cfg.height // 8, cfg.width // 8,
+                                    generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+@torch.no_grad()
+def poses(model: SDPose, crops: Tensor, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Crops (N, 3, H, W) uint8 of boxes (N, 4) → keypoints (N, K, 2) in pixels of the image, and scores (N, K)."""
+    crops = normalise(crops.to(model.text.device)).contiguous()     # channels-last group norms of CPUs are less exact
+    maps = average_heatmaps(model, crops, sampling_noise(boxes, model.cfg))
+    places, scores = (x.cpu().numpy() for x in udp_decode(maps))
+    center, size = box_region(boxes)
+    size = fix_aspect(size, model.cfg)
+    return places * size[:, None] + (center - size / 2)[:, None], scores
+
+
+def finish(found: Prediction, model: SDPose) -> Prediction:
+    """Scores of people, box score · mean keypoint score over 0.2, and whoever resembles a better one (OKS over 0.9)
+    left out; the area for that is the region's that was cut out (release).
+    """
+    scores = rescore(found.scores, found.keypoint_scores)
+    areas = fix_aspect(box_region(found.boxes)[1], model.cfg).prod(-1)
+    keep = oks_nms(found.keypoints, scores, areas, model.skeleton.sigmas)
+    return Prediction(found.image_id, found.keypoints[keep], found.keypoint_scores[keep], scores[keep],
+                      found.boxes[keep])
+
+
+def predict(model: SDPose, batch: dict) -> list[Prediction]:
+    """People of a batch from `to_batch`: one Prediction per image, empty where there was no box."""
+    people, rows = batch["people"], []
+    bar = tqdm(range(0, len(people), model.cfg.eval_batch), "people", disable=len(people) <= model.cfg.eval_batch)
+    for first in bar:
+        ids, crops, boxes, scores = zip(*people[first:first + model.cfg.eval_batch])
+        keypoints, certain = poses(model, torch.stack(crops), np.stack(boxes))
+        rows += zip(ids, keypoints, certain, scores, boxes)
+    found = people_by_image(rows, batch["image_ids"], model.skeleton.num_keypoints)
+    return [finish(one, model) for one in found]
+
+
+def evaluate(model: SDPose, data: PoseDataset, cfg: Config, ranks: Ranks,
+             boxes: Boxes | None = None) -> tuple[dict, list[Prediction]]:
+    """Metrics and predictions of a dataset, of its annotated boxes unless others are given; crops are shared among
+    the processes, all get the result. Whole-body data have six evaluations.
+    """
+    boxes = boxes or true_boxes(data)
+    crops = boxes.total()
+    views = 1 + (model.cfg.flip_test and model.skeleton.flip is not None)
+    if ranks.rank == 0 and crops:
+        say_cost(model, f"{crops} crops x {views}", crops * views / ranks.world, 1)
+    found = predict_people(partial(poses, fuse(model)), data, boxes, partial(sample_crop, model.cfg), cfg.eval_batch,
+                           cfg.workers, ranks)
+    found = [finish(one, model) for one in found]
+    return metrics.evaluate(found, data), found
+
+
+# ---- Crops: from a person's box to the network's input (Sec. 3.1, UDP; A.3) ------------------------------
+
+
+def box_region(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (..., 4) → centre and size (..., 2) of what is cut out around them: 1.25 times the box."""
+    return (boxes[..., :2] + boxes[..., 2:]) / 2, (boxes[..., 2:] - boxes[..., :2]) * 1.25
+
+
+def fix_aspect(size: np.ndarray, cfg: Config) -> np.ndarray:
+    """Sizes (..., 2), w and h, grown on one side to the aspect of the crop; a region is at least a pixel wide."""
+    w, h, aspect = size[..., 0], size[..., 1], cfg.width / cfg.height
+    return np.maximum(np.stack([np.maximum(w, h * aspect), np.maximum(h, w / aspect)], -1), 1.0)
+
+
+def udp_matrix(center: np.ndarray, size: np.ndarray, cfg: Config, degrees: float = 0.0) -> np.ndarray:
+    """The 2×3 matrix from image to crop that turns a region by some degrees and puts its corners on the centres of
+    the crop's corner pixels: scale (W − 1) / w, so that mirroring and scaling keep keypoints unbiased (UDP).
+    """
+    (cx, cy), (w, h) = center, size
+    sx, sy = (cfg.width - 1) / w, (cfg.height - 1) / h
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return np.array([[cos * sx, -sin * sx, sx * (-cx * cos + cy * sin + w / 2)],
+                     [sin * sy, cos * sy, sy * (-cx * sin - cy * cos + h / 2)]])
+
+
+def input_crop(image: Image.Image, box: np.ndarray, cfg: Config) -> Tensor:
+    """What the network sees of the person in a box (4,), (3, H, W) uint8."""
+    center, size = box_region(np.asarray(box, float))
+    matrix = udp_matrix(center, fix_aspect(size, cfg), cfg)
+    return to_tensor(transforms.warp_affine(np.asarray(image), matrix, (cfg.width, cfg.height)))
+
+
+def sample_crop(cfg: Config, sample: Sample, box: np.ndarray) -> Tensor:
+    return input_crop(sample.image, box, cfg)
+
+
+def to_tensor(crop: np.ndarray) -> Tensor:
+    """(H, W, 3) → (3, H, W), uint8 as it is."""
+    return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)))
+
+
+def normalise(crops: Tensor) -> Tensor:
+    """uint8 → float32 in [-1, 1], of the memory format that convolutions on CPUs like best."""
+    return (crops.float() / 255 * 2 - 1).contiguous(memory_format=torch.channels_last)
+
+
+# ---- Augmentation, in the order of the release (A.3) -----------------------------------------------------
+# Keypoints of one person are (K, 3), pixels and v; colour steps take and return uint8 (H, W, 3).
+
+
+def mirror(image: np.ndarray, keypoints: np.ndarray, center: np.ndarray, flip: Sequence[int]) -> tuple:
+    """Image, keypoints and centre of a region, left and right exchanged."""
+    last = image.shape[1] - 1
+    keypoints = keypoints[list(flip)]
+    keypoints[:, 0] = last - keypoints[:, 0]
+    return image[:, ::-1], keypoints, np.array([last - center[0], center[1]])
+
+
+def half_body(keypoints: np.ndarray, skeleton: Skeleton, rng: np.random.Generator) -> tuple | None:
+    """Centre and size of a region around the upper half (7 of 10 times) or the lower one; where only one of them has
+    enough labels (2 and 3), around that; None if there are fewer than 9 labels, or enough in neither.
+    """
+    labelled = keypoints[:, 2] > 0
+    sides = [[k for k in half if labelled[k]] for half in halves(skeleton)]
+    sides = [side for side, least in zip(sides, (2, 3)) if len(side) >= least]
+    if labelled.sum() < 9 or not sides:
+        return None
+    xy = keypoints[sides[0 if rng.random() < 0.7 else -1], :2]
+    return xy.mean(0), np.ptp(xy, axis=0) * 1.5
+
+
+def jitter_region(center: np.ndarray, size: np.ndarray, cfg: Config, rng: np.random.Generator) -> tuple:
+    """Another centre, another size, and degrees to turn by; normal numbers cut off at ±1."""
+    shift_x, shift_y, grow, turn = ndtri(rng.uniform(ndtr(-1), ndtr(1), 4))
+    if rng.random() < 0.3:
+        center = center + 0.16 * size * (shift_x, shift_y)
+    return center, size * (1 + cfg.scaling * grow), cfg.rotation * turn * (rng.random() < 0.6)
+
+
+def disturb(crop: np.ndarray, cfg: Config, rng: np.random.Generator) -> np.ndarray:
+    """Box blur and median blur of 3, 5 or 7 pixels, one of 10 times each; a black rectangle inside.
+
+    Departs from the paper: it blurs with Gaussians; the release, and we, with boxes.
+    """
+    picture = Image.fromarray(crop)
+    if rng.random() < 0.1:
+        picture = picture.filter(ImageFilter.BoxBlur(int(rng.integers(1, 4))))
+    if rng.random() < 0.1:
+        picture = picture.filter(ImageFilter.MedianFilter(2 * int(rng.integers(1, 4)) + 1))
+    crop, sides = np.array(picture), crop.shape[:2]
+    if rng.random() >= cfg.rectangle:
+        return crop
+    lengths = [int(side * rng.uniform(0.2, 0.4)) for side in sides]
+    y, x = (int(rng.integers(0, side - length + 1)) for side, length in zip(sides, lengths))
+    crop[y:y + lengths[0], x:x + lengths[1]] = 0
+    return crop
+
+
+def augment(image: np.ndarray, box: np.ndarray, keypoints: np.ndarray, skeleton: Skeleton, cfg: Config,
+            rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A person → the crop that the network sees, the clean one, and the keypoints (K, 3) in pixels of both (A.3).
+
+    The RGB branch has to give the clean crop, which is the one before `disturb`.
+    """
+    center, size = box_region(box)
+    if skeleton.flip is not None and rng.random() < 0.5:
+        image, keypoints, center = mirror(image, keypoints, center, skeleton.flip)
+    if rng.random() < cfg.half_body:
+        center, size = half_body(keypoints, skeleton, rng) or (center, size)
+    center, size, degrees = jitter_region(center, size, cfg, rng)
+    matrix = udp_matrix(center, fix_aspect(size, cfg), cfg, degrees)
+    clean = photometric(transforms.warp_affine(image, matrix, (cfg.width, cfg.height)), rng)
+    xy = transforms.move_points(keypoints[:, :2], matrix)
+    return disturb(clean, cfg, rng), clean, np.c_[xy, keypoints[:, 2]].astype(np.float32)
+
+
+class TrainCrops(torch.utils.data.Dataset):
+    """One epoch of augmented people; item n is (crops (S, 3, H, W) uint8, keypoints (K, 3), image id, why skipped).
+
+    S is 2, the network's input and the clean crop, or 1 where the clean one is not needed. What happens to person n
+    depends on (seed, epoch, n) alone. A crop with too few keypoints gives way to that of somebody else, as does a
+    file that cannot be read.
+    """
+
+    def __init__(self, data: PoseDataset, people: np.ndarray, cfg: Config, epoch: int):
+        self.data, self.people, self.cfg, self.epoch = data, people, cfg, epoch
+
+    def __len__(self) -> int:
+        return len(self.people)
+
+    def __getitem__(self, n: int) -> tuple[Tensor, Tensor, int | str, list[str]]:
+        cfg, skipped, count = self.cfg, [], self.data.skeleton.num_keypoints
+        enough = 8 if count == 133 else min(3, count)
+        rng = np.random.default_rng([cfg.seed, self.epoch, n])
+        for _ in range(100):
+            i, p = self.people[n]
+            sample, message = self.data.load(int(i))
+            skipped += [message] if message else []
+            n = int(rng.integers(len(self.people)))                     # whose turn it is if this one is of no use
+            if sample is None:
+                continue
+            image, box = np.asarray(sample.image), sample.boxes[p].clip(0, np.tile(sample.size, 2) - 1)
+            crop, clean, moved = augment(image, box, sample.keypoints[p], self.data.skeleton, cfg, rng)
+            keypoints = torch.from_numpy(moved)
+            if keypoint_weights(keypoints[:, :2], keypoints[:, 2], cfg).sum() >= enough:
+                crops = [crop, clean] if cfg.rgb_weight and cfg.target == "clean" else [crop]
+                return torch.stack(list(map(to_tensor, crops))), keypoints, sample.image_id, skipped
+        raise UserError("of 100 crops none shows enough keypoints to learn from: lower --scaling or --rotation"
+                        + (f", repair {skipped[0]}" if skipped else ""))
+
+
+# ---- Training (Sec. 4.3, A.1) ----------------------------------------------------------------------------
+
+
+def freeze_unused(model: SDPose, cfg: Config) -> None:
+    """The VAE is frozen (Fig. 2), but for a random one's encoder; weights behind the tap learn from the RGB branch
+    alone, and without it stay as they are.
+    """
+    if cfg.vae_along:                                                   # an aid, see Config
+        for part in (model.vae.encoder, model.vae.quant_conv):
+            part.requires_grad_(True)
+    if not cfg.rgb_weight:
+        for part in (*model.unet.up_blocks[cfg.tap + 1:], model.unet.conv_norm_out, model.unet.conv_out):
+            part.requires_grad_(False)
+
+
+def build_optimizer(model: SDPose, cfg: Config) -> torch.optim.AdamW:
+    """AdamW over all that learns: U-Net and heatmap head, and a random VAE's encoder."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW([dict(params=learned, initial_lr=cfg.lr)], lr=cfg.lr, weight_decay=cfg.weight_decay,
+                             fused=True)
+
+
+def lr_scale(step: int, steps: int, cfg: Config) -> float:
+    """Factor on the learning rate at an optimiser step out of `steps`."""
+    scale = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
+    return scale * (0.5 + 0.5 * math.cos(math.pi * step / steps)) if cfg.schedule == "cosine" else scale
+
+
+def crop_posteriors(model: SDPose, crops: Tensor) -> Tensor:
+    """Crops (B, 3, H, W) uint8 → mean and log variance of their latents, behind one another (B, 8, h, w)."""
+    images = normalise(crops.to(model.text.device, non_blocking=True))
+    with autocast(images.device, model.cfg.amp):
+        return torch.cat(model.posterior(images), 1).float()
+
+
+def training_latents(model: SDPose, crops: Tensor) -> tuple[Tensor, Tensor]:
+    """z_input and z_RGB, each (B, 4, h, w), of crops (B, S, 3, H, W) uint8: the disturbed ones, and for S = 2 the
+    clean ones, else z_RGB is z_input (Fig. 2). Or of their posteriors (B, S, 8, h, w), see `cache_views`.
+
+    Latents are samples of the posterior, as in Lotus. A gradient goes to the VAE only where it learns along.
+    """
+    posteriors = crops.to(model.text.device)
+    if crops.dtype == torch.uint8:
+        posteriors = []
+        for s, view in enumerate(crops.unbind(1)):
+            with torch.set_grad_enabled(model.cfg.vae_along and s == 0):        # the clean crop is a target
+                posteriors.append(crop_posteriors(model, view))
+        posteriors = torch.stack(posteriors, 1)
+    mean, log_variance = posteriors.chunk(2, 2)
+    noise = torch.randn(mean.shape, device=mean.device)                                     # (B, S, 4, h, w)
+    z = LATENT_SCALE * (mean + (log_variance / 2).exp() * noise)
+    return z[:, 0].contiguous(memory_format=torch.channels_last), z[:, -1].detach()
+
+
+def train(cfg: Config, args) -> None:
+    """Train, evaluate, keep all in the run folder. Runs alone or under torchrun; Ctrl-C saves and leaves."""
+    ranks = init_ranks(args.device, cfg)
+    data, held_out = open_splits(cfg, ranks, cfg.keypoints or None)
+    seed_all(cfg.seed)                                              # equal start weights on every process
+    model = SDPose(cfg, data.skeleton)
+    if cfg.init and not args.saved:
+        with rank_zero_first(ranks):                                # it fetches start weights
+            load_init(model, cfg.init, cfg.init_parts)
+    freeze_unused(model, cfg)
+    model.to(ranks.device, memory_format=torch.channels_last)
+    optimizer = build_optimizer(model, cfg)
+    fp16 = cfg.amp == "fp16" and ranks.device.type == "cuda"        # else the scaler is idle
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=fp16)
+    run = Run("sdpose", cfg, args, ranks, data, held_out, dict(model=model, optimizer=optimizer, scaler=scaler))
+    train_set = data.training()
+    people = people_to_learn(train_set, cfg.people, cfg.seed)
+    crops_of = partial(TrainCrops, train_set, people, cfg)          # of an epoch, by its number
+    if not (cfg.init or args.resume):                               # an aid, see Config
+        unit_latents(model, crops_of(0))
+    if cfg.cache_views:                                             # an aid, see Config
+        crops_of = encode_once(model, crops_of, cfg, ranks, run.folder)
+    net = distribute(model, ranks)
+    if ranks.rank == 0:
+        left = cfg.epochs * len(people) - run.step * cfg.batch
+        say_cost(model, f"training on {left:,} crops", left / ranks.world, 3 + cfg.checkpointing)
+
+    for epoch in run.epochs():
+        net.train()
+        # micro-batches; a resumed run goes on in mid-epoch, unreadable files are reported
+        for crops, keypoints in run.batches(crops_of(epoch)):
+            factor = lr_scale(run.step, run.steps, cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            keypoints = torch.stack(keypoints).to(ranks.device)
+            target, weight = udp_encode(keypoints[..., :2], keypoints[..., 2], cfg)          # H_Pose
+
+            z_input, z_rgb = training_latents(model, crops)
+            with autocast(ranks.device, cfg.amp):
+                output = net(z_input, cfg.rgb_weight > 0)                                    # both tasks, t = 999
+            losses = criterion(output, z_rgb, target, weight, cfg)
+            scaler.scale(sum(losses.values()) / cfg.accum).backward()
+            if run.more_micro_batches(losses):
+                continue
+
+            scaler.unscale_(optimizer)
+            norm = clip_grad_norm_(model.parameters(), cfg.clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            if run.stepped(norm):                          # logs, saves when due; True: asked to stop
+                return
+
+        if run.evaluates():
+            table, predictions = evaluate(model, held_out, cfg, ranks)
+            run.record(table, predictions, f", {true_boxes(held_out)}")
+            if run.last and cfg.data == "puppets":         # Sec. 5.3 in small
+                compare_styles(model, held_out, table, ranks, run.folder)
+
+
+# ---- Tables ----------------------------------------------------------------------------------------------
+
+EQUATIONS = {           # section and name of a formula, or section of the paper → where it stands here
+    "Sec. 3.1, heatmap": udp_encode, "Sec. 3.1, argmax": udp_decode, "Sec. 3.1, UDP": udp_matrix,
+    "Sec. 3.2, x0-prediction": SDPose.reconstruct, "Sec. 4.1, multi-scale features": UNet.forward,
+    "Sec. 4.2, bottleneck": HeatmapHead, "Fig. 2, task labels": UNet.embedding, "Fig. 2, frozen VAE": freeze_unused,
+    "Sec. 4.3, objective, H_Pose": pose_loss, "Sec. 4.3, objective, z_RGB": rgb_loss,
+    "Sec. 4.3, objective": criterion, "Fig. 2, objective": training_latents, "Sec. 4.4": average_heatmaps,
+    "Sec. 5.3": evaluate, "A.1": train, "A.3": augment, "A.4, KS and OKS": metrics.evaluate,
+}       # not used: Sec. 3.2, ε-prediction and clean latent, which show what SDPose leaves
+
+# Rows of the paper's tables: what, AP in the paper, flags of the paper's preset, flags of the tiny preset. Tables 6
+# to 9 repeat the AP of Tables 1 to 3 beside other methods and body parts; all need Stable Diffusion's weights.
+NO_PRIOR = "on puppets there is no prior yet: their other rows start from a random U-Net, too"
+
+
+def table_4(where: str, split: str, full: float, no_rgb: float, no_prior: float, why: str = "") -> Table:
+    """One of the three columns of Table 4; why it cannot be had on puppets."""
+    puppets = (None, None) if why else ("--rgb_weight 0.1", "--rgb_weight 0")
+    return Table(f"Ablation on {where}, 17 keypoints", preset="body", metric="AP", split=split, rows=[
+        Row("SDPose", full, "", puppets[0], default=True, missing=why),
+        Row("without RGB reconstruction (Sec. 4.3)", no_rgb, "--rgb_weight 0", puppets[1], versus=1, missing=why),
+        Row("without diffusion priors: the U-Net from scratch", no_prior, "--init_parts vae", None, versus=1,
+            missing=why or NO_PRIOR)])
+
+
+TABLES = {
+    "1": Table("COCO val, boxes of a detector", preset="body", metric="AP", rows=[
+        Row("start weights of Stable Diffusion 2", 81.3, "", None, default=True, missing=NO_PRIOR),
+        Row("start weights of Stable Diffusion 1.5", 81.2, "", None, versus=1,
+            missing="not released; another U-Net than ours: 768 numbers a word of text, 8 heads at every level")]),
+    "2": Table("People in styles that were not trained on", preset="body", metric="AP", split="ood", rows=[
+        Row("HumanArt val, true boxes: eval.py --data data/humanart", 71.2, "", None, missing=NO_PRIOR),
+        Row("COCO-OOD: eval.py --data data/coco --split ood", 63.5, "", "--rgb_weight 0.1")]),
+    "3": Table("COCO-OOD, 133 keypoints", preset="wholebody", metric="AP", split="ood", rows=[
+        Row("SDPose", 46.6, "", None, default=True, missing="puppets have 17 keypoints")]),
+    "4": table_4("COCO val", "val", 81.3, 80.8, 74.9),
+    "4-humanart": table_4("HumanArt val", "ood", 71.2, 69.8, 53.8, "puppets are no HumanArt: see 4-ood"),
+    "4-ood": table_4("COCO-OOD", "ood", 63.5, 62.5, 52.7),
+    "5-body": Table("The map that the head reads, 17 keypoints", preset="body", metric="AP", rows=[
+        Row("last", 81.3, "", "", default=True),
+        Row("second-to-last", 81.1, "--tap 2", "--tap 2", versus=1)]),
+    "5-wholebody": Table("The map that the head reads, 133 keypoints", preset="wholebody", metric="AP", rows=[
+        Row("last", 70.5, "--tap 3", None, versus=2, missing="puppets have 17 keypoints"),
+        Row("second-to-last", 71.5, "", None, default=True, missing="puppets have 17 keypoints")]),
+}
+
+# Departures. Each: what: paper | release | here | why ("weights": the released ones need it). The release has no
+# training code: there "release" is its data pipeline, and "Lotus" the protocol that the paper says it follows.
+#
+# Sec. 3.1, σ of the heatmaps: no value | 6 cells, cut off beyond 3σ | release | weights
+# Sec. 3.1, decoding: argmax, UDP | DARK's step from the argmax | release | weights
+# decoding a map of zeros: – | NaN | the place of any map without a positive value, near (−1, −1) | –
+# t: 1000 | 999 | 999 | the last of 0 … 999; weights
+# Sec. 4.1, multi-scale features: plural, several maps | one map | one map | weights
+# Sec. 4.3, objective: squared norms, sum or mean unsaid, no weights | – | means and weights of 1 | Lotus
+# Sec. 4.3, keypoints without label: – | 0 in the mean, whose count they stay in | release | –
+# Fig. 2, z_RGB: the input itself; Sec. 4.3: z_RGB beside z_input | the crop before blur and rectangle | release, or
+#     --target input | the release's pipeline keeps that crop for it
+# latents in training: – | – | samples of the posterior | Lotus
+# latents at prediction: – | samples, other ones each time | the mean, or --set sample=true, of one seed per box | runs
+#     repeat, and a score does not depend on its batch
+# the empty text: embedded | its encoder runs | its embedding, 2 tokens, is stored with the weights | same numbers
+# A.1, AdamW: rate and batch | – | weight decay 1e-2, clip 1, constant rate without warm-up, checkpointing | Lotus
+# A.3, photometric step: – | brightness, contrast, colours, order of channels | release, but hue is a circle | the
+#     release lets it run over the end of its scale
+# A.3, blur: Gaussian | box | release | –
+# A.3, dropout: up to one hole | always one | release | –
+# A.3, crops with few keypoints: – | fewer than 3, of 133 fewer than 8: another person's crop | release | –
+# Sec. 4.4, flip test, box · keypoint score, OKS-NMS at 0.9: – | yes | release | the paper's figures are of that code
+# Table 1, Stable Diffusion 1.5: 81.2 | – | – | no weights, see TABLES
+
+# ---- Appendix: borrowed parts, memory, aids, released weights, pictures, cost. Not needed on a first reading. ----
+
+# Stable Diffusion 2's blocks. The names of modules are those of the release, so that its files load as they are.
 
 
 class ResNet(nn.Module):
@@ -181,11 +866,10 @@ class ResNet(nn.Module):
         self.conv_shortcut = nn.Conv2d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
         if emb is not None:
             h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
-        h = self.norm2(h)                  # one line each: at full size every map that waits takes 0.4 GB
-        h = F.silu(h)
+        h = F.silu(self.norm2(h), inplace=True)
         h = self.conv2(h)
         return self.conv_shortcut(x) + h
 
@@ -193,8 +877,8 @@ class ResNet(nn.Module):
 class Attention(nn.Module):
     """softmax(q·k / √d) v over M heads: tokens (B, N, C) look at themselves, or at a context (1 or B, N', C').
 
-    The scores (B, M, N, N') are never stored: at 1024x768 the finest level has N = 12288 tokens, 3 GB of scores. On a
-    GPU, flash kernels end at d = 256: the VAE's one head of d = 512 takes PyTorch's memory-efficient kernel.
+    The scores (B, M, N, N') are never stored: at 1024x768 the finest level has N = 12288 tokens, 3 GB of scores. On
+    a GPU, flash kernels end at d = 256: the VAE's one head of d = 512 takes PyTorch's memory-efficient kernel.
     """
 
     def __init__(self, dim: int, heads: int, context_dim: int, bias: bool = False):
@@ -211,138 +895,6 @@ class Attention(nn.Module):
                    ((self.to_q, x), (self.to_k, context), (self.to_v, context)))
         x = F.scaled_dot_product_attention(q, k.expand(len(x), -1, -1, -1), v.expand(len(x), -1, -1, -1))
         return self.to_out(rearrange(x, "b m n d -> b n (m d)"))
-
-
-class Downsample(nn.Module):
-    """Half the resolution. The VAE pads on the right and below alone, the U-Net on all sides."""
-
-    def __init__(self, dim: int, all_sides: bool):
-        super().__init__()
-        self.pad = (1, 1, 1, 1) if all_sides else (0, 1, 0, 1)
-        self.conv = nn.Conv2d(dim, dim, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, self.pad))
-
-
-class Upsample(nn.Module):
-    """Nearest cells and a convolution: twice the resolution, or a size (h, w) that is not quite twice as large."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
-
-    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        size = size or (2 * x.shape[2], 2 * x.shape[3])
-        return self.conv(F.interpolate(x, size, mode="nearest"))
-
-
-class Block(nn.Module):
-    """One resolution: layers of a ResNet and perhaps an attention, then perhaps a change of resolution."""
-
-    def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module], down: list[nn.Module] = [],
-                 up: list[nn.Module] = []):
-        super().__init__()
-        self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
-        self.downsamplers, self.upsamplers = nn.ModuleList(down), nn.ModuleList(up)
-
-    def layer(self, i: int, x: Tensor, emb: Tensor, text: Tensor, skip: Tensor | None = None) -> Tensor:
-        """ResNet and attention i of the U-Net, after joining x with a map of the way down."""
-        x = self.resnets[i](x if skip is None else torch.cat([x, skip], 1), emb)
-        return self.attentions[i](x, text) if i < len(self.attentions) else x
-
-    def steps(self) -> list[nn.Module]:
-        """All of its modules one after the other, as the VAE runs them."""
-        steps = []
-        for i, resnet in enumerate(self.resnets):
-            steps += [resnet, *self.attentions[i:i + 1]]
-        return [*steps, *self.downsamplers, *self.upsamplers]
-
-
-def run_blocks(blocks: list[Block], x: Tensor) -> Tensor:
-    """Step by step in one frame: the map before a step, 0.4 GB at full size, goes as soon as the step is done."""
-    for step in (step for block in blocks for step in block.steps()):
-        x = step(x)
-    return x
-
-
-# ---- VAE: crops ↔ latents -----------------------------------------------------------------------------------
-
-
-class PixelAttention(Attention):
-    """One head over all cells of a map (B, C, h, w), added to it."""
-
-    def __init__(self, dim: int, groups: int):
-        super().__init__(dim, 1, dim, bias=True)
-        self.group_norm = nn.GroupNorm(groups, dim, 1e-6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
-        return x + rearrange(super().forward(tokens), "b (h w) c -> b c h w", h=x.shape[2])
-
-
-class Encoder(nn.Module):
-    """Crop (B, 3, H, W) → mean and log variance of its latent, before `VAE.quant_conv` (B, 8, H/8, W/8)."""
-
-    def __init__(self, widths: tuple[int, ...], groups: int):
-        super().__init__()
-        resnet, last = partial(ResNet, groups=groups, eps=1e-6), widths[-1]
-        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            Block([resnet(before, width), resnet(width, width)], [],
-                  down=[Downsample(width, all_sides=False)] if i < len(widths) - 1 else [])
-            for i, (before, width) in enumerate(zip((widths[0], *widths), widths)))
-        self.mid_block = Block([resnet(last, last), resnet(last, last)], [PixelAttention(last, groups)])
-        self.conv_norm_out = nn.GroupNorm(groups, last, 1e-6)
-        self.conv_out = nn.Conv2d(last, 2 * LATENT, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = run_blocks([*self.down_blocks, self.mid_block], self.conv_in(x))
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-
-class Decoder(nn.Module):
-    """Latent after `VAE.post_quant_conv` (B, 4, h, w) → crop (B, 3, 8h, 8w)."""
-
-    def __init__(self, widths: tuple[int, ...], groups: int):
-        super().__init__()
-        resnet, widths = partial(ResNet, groups=groups, eps=1e-6), widths[::-1]
-        self.conv_in = nn.Conv2d(LATENT, widths[0], 3, padding=1)
-        self.mid_block = Block([resnet(widths[0], widths[0]), resnet(widths[0], widths[0])],
-                               [PixelAttention(widths[0], groups)])
-        self.up_blocks = nn.ModuleList(
-            Block([resnet(before, width), resnet(width, width), resnet(width, width)], [],
-                  up=[Upsample(width)] if i < len(widths) - 1 else [])
-            for i, (before, width) in enumerate(zip((widths[0], *widths), widths)))
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], 1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = run_blocks([self.mid_block, *self.up_blocks], self.conv_in(x))
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-
-class VAE(nn.Module):
-    """Stable Diffusion's autoencoder: what is 8 pixels wide and high becomes one cell of 4 numbers, and back."""
-
-    def __init__(self, channels: int, groups: int):
-        super().__init__()
-        widths = (channels, 2 * channels, 4 * channels, 4 * channels)
-        self.encoder, self.decoder = Encoder(widths, groups), Decoder(widths, groups)
-        self.quant_conv = nn.Conv2d(2 * LATENT, 2 * LATENT, 1)
-        self.post_quant_conv = nn.Conv2d(LATENT, LATENT, 1)
-
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Crops (B, 3, H, W) in [-1, 1] → mean and log variance of the latent's posterior, each (B, 4, h, w)."""
-        mean, log_variance = self.quant_conv(self.encoder(images)).chunk(2, 1)
-        return mean, log_variance.clamp(-30, 20)
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, 4, h, w), not scaled → crops (B, 3, H, W) of about [-1, 1]."""
-        return self.decoder(self.post_quant_conv(z))
-
-
-# ---- U-Net: latent and task → features, and a latent --------------------------------------------------------
 
 
 class GEGLU(nn.Module):
@@ -388,6 +940,86 @@ class Transformer(nn.Module):
         return x + rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2])
 
 
+class Downsample(nn.Module):
+    """Half the resolution. The VAE pads on the right and below alone, the U-Net on all sides."""
+
+    def __init__(self, dim: int, all_sides: bool):
+        super().__init__()
+        self.pad = (1, 1, 1, 1) if all_sides else (0, 1, 0, 1)
+        self.conv = nn.Conv2d(dim, dim, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, self.pad))
+
+
+class Upsample(nn.Module):
+    """Nearest cells and a convolution: twice the resolution, or a size (h, w) that is not quite twice as large."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        size = size or (2 * x.shape[2], 2 * x.shape[3])
+        return self.conv(F.interpolate(x, size, mode="nearest"))
+
+
+class Block(nn.Module):
+    """One resolution: layers of a ResNet and perhaps an attention, then perhaps a change of resolution.
+
+    checkpointing: forget a layer's activations and compute them again for the gradient.
+    """
+
+    def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module], down: list[nn.Module] = [],
+                 up: list[nn.Module] = [], checkpointing: bool = False):
+        super().__init__()
+        self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
+        self.downsamplers, self.upsamplers = nn.ModuleList(down), nn.ModuleList(up)
+        self.checkpointing = checkpointing
+
+    def layer(self, i: int, x: Tensor, emb: Tensor | None = None, text: Tensor | None = None,
+              skip: Tensor | None = None) -> Tensor:
+        """ResNet and attention i, after joining x with a map of the way down."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._layer, i, x, emb, text, skip, use_reentrant=False)
+        return self._layer(i, x, emb, text, skip)
+
+    def _layer(self, i: int, x: Tensor, emb: Tensor | None, text: Tensor | None, skip: Tensor | None) -> Tensor:
+        x = self.resnets[i](x if skip is None else torch.cat([x, skip], 1), emb)
+        return self.attentions[i](x, text) if i < len(self.attentions) else x
+
+    def forward(self, x: Tensor, emb: Tensor | None = None, text: Tensor | None = None) -> Tensor:
+        """x (B, C, h, w); the VAE has neither embedding (1 or B, E) nor text (1 or B, n, text_dim)."""
+        for i in range(len(self.resnets)):
+            x = self.layer(i, x, emb, text)
+        for resize in (*self.downsamplers, *self.upsamplers):
+            x = resize(x)
+        return x
+
+
+class DownBlock(Block):
+    """Of the U-Net's way down: gives the maps of all of its layers, and the smaller one at its end."""
+
+    def forward(self, x: Tensor, emb: Tensor, text: Tensor) -> list[Tensor]:
+        maps = [x]
+        for i in range(len(self.resnets)):
+            maps.append(self.layer(i, maps[-1], emb, text))
+        for resize in self.downsamplers:
+            maps.append(resize(maps[-1]))
+        return maps[1:]
+
+
+class UpBlock(Block):
+    """Of the U-Net's way up: each layer takes a map from the end of `maps`, those of the way down."""
+
+    def forward(self, x: Tensor, emb: Tensor, text: Tensor, maps: list[Tensor]) -> Tensor:
+        for i in range(len(self.resnets)):
+            x = self.layer(i, x, emb, text, maps.pop())
+        for resize in self.upsamplers:
+            x = resize(x, maps[-1].shape[2:])              # sides that 8 does not divide are not doubled exactly
+        return x
+
+
 class MLP(nn.Module):
     def __init__(self, dim_in: int, dim: int):
         super().__init__()
@@ -397,166 +1029,217 @@ class MLP(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
-def time_waves(t: Tensor, dim: int) -> Tensor:
-    """[cos(t f), sin(t f)] with f from 1 down to nearly 1/10000: (B,) → (B, dim), in float32."""
-    half = dim // 2
-    f = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    angle = t.float()[:, None] * f
-    return torch.cat([angle.cos(), angle.sin()], 1)
+def unet_blocks(dim: int, head_dim: int, groups: int, text_dim: int,
+                checkpointing: bool) -> tuple[nn.ModuleList, nn.ModuleList, Block]:
+    """The U-Net's blocks: four of the way down, four of the way up, and the one in the middle."""
+    resnet = partial(ResNet, groups=groups, eps=1e-5, emb_dim=4 * dim)
 
+    def attend(width: int, count: int) -> list[Transformer]:
+        return [Transformer(width, width // head_dim, text_dim, groups) for _ in range(count)]
 
-def task_waves(y: Tensor) -> Tensor:
-    """[sin y, cos y] of task codes: (B, 2) → (B, 4). Here the sines come first."""
-    return torch.cat([y.float().sin(), y.float().cos()], 1)
-
-
-class UNet(nn.Module):
-    """Stable Diffusion 2's U-Net with a task embedding beside the time embedding."""
-
-    def __init__(self, dim: int, head_dim: int, groups: int, text_dim: int, checkpointing: bool):
-        super().__init__()
-        self.dim, self.checkpointing = dim, checkpointing
-        resnet = partial(ResNet, groups=groups, eps=1e-5, emb_dim=4 * dim)
-
-        def attend(width: int, count: int) -> list[Transformer]:
-            return [Transformer(width, width // head_dim, text_dim, groups) for _ in range(count)]
-
-        self.conv_in = nn.Conv2d(LATENT, dim, 3, padding=1)
-        self.time_embedding, self.class_embedding = MLP(dim, 4 * dim), MLP(4, 4 * dim)
-        widths, before, skips = (dim, 2 * dim, 4 * dim, 4 * dim), dim, [dim]     # skips: channels of the way down
-        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
-        for i, width in enumerate(widths):
-            down = [Downsample(width, all_sides=True)] if i < 3 else []
-            self.down_blocks.append(Block([resnet(before, width), resnet(width, width)],
-                                          attend(width, 2 if i < 3 else 0), down))
+    widths, before, skips = (dim, 2 * dim, 4 * dim, 4 * dim), dim, [dim]         # skips: channels of the way down
+    down_blocks, up_blocks = nn.ModuleList(), nn.ModuleList()
+    for i, width in enumerate(widths):
+        down = [Downsample(width, all_sides=True)] if i < 3 else []
+        down_blocks.append(DownBlock([resnet(before, width), resnet(width, width)], attend(width, 2 if i < 3 else 0),
+                                     down, checkpointing=checkpointing))
+        before = width
+        skips += [width] * (2 + len(down))
+    mid_block = Block([resnet(before, before), resnet(before, before)], attend(before, 1), checkpointing=checkpointing)
+    for i, width in enumerate(reversed(widths)):
+        resnets = []
+        for _ in range(3):
+            resnets.append(resnet(before + skips.pop(), width))
             before = width
-            skips += [width] * (2 + len(down))
-        self.mid_block = Block([resnet(before, before), resnet(before, before)], attend(before, 1))
-        for i, width in enumerate(reversed(widths)):
-            resnets = []
-            for _ in range(3):
-                resnets.append(resnet(before + skips.pop(), width))
-                before = width
-            self.up_blocks.append(Block(resnets, attend(width, 3 if i else 0), up=[Upsample(width)] if i < 3 else []))
-        self.conv_norm_out = nn.GroupNorm(groups, dim, 1e-5)
-        self.conv_out = nn.Conv2d(dim, LATENT, 3, padding=1)
+        up_blocks.append(UpBlock(resnets, attend(width, 3 if i else 0), up=[Upsample(width)] if i < 3 else [],
+                                 checkpointing=checkpointing))
+    return down_blocks, up_blocks, mid_block
 
-    def embedding(self, y: Tensor, t: Tensor) -> Tensor:
-        """Embedding of task codes (B, 2) at time steps (B,): (B, E). Waves are float32 whatever the weights are."""
-        dtype = self.conv_in.weight.dtype
-        return self.time_embedding(time_waves(t, self.dim).to(dtype)) + self.class_embedding(task_waves(y).to(dtype))
 
-    def forward(self, z: Tensor, y: Tensor, text: Tensor, blocks: int = 4, t: Tensor | None = None) -> Tensor:
-        """Features (B, C, h, w) of latents (B, 4, h, w): the output of up block `blocks` - 1; later ones are not run.
+# Stable Diffusion's autoencoder: crops ↔ latents.
 
-        y (1 or B, 2) task codes;  t (1 or B,) time steps, by default 999. The embedding of one task at one time and
-        the keys and values of the text, 2 tokens, are computed for one crop and serve all: they cost nothing.
-        """
-        emb = self.embedding(y, torch.full((1,), TIME, device=z.device) if t is None else t)
-        forget = self.checkpointing and torch.is_grad_enabled()
-        run = partial(checkpoint, use_reentrant=False) if forget else lambda layer, *args: layer(*args)
-        x = self.conv_in(z)
-        skips = [x]
-        for block in self.down_blocks:
-            for i in range(len(block.resnets)):
-                x = run(block.layer, i, x, emb, text)
-                skips.append(x)
-            for downsample in block.downsamplers:
-                x = downsample(x)
-                skips.append(x)
-        for i in range(len(self.mid_block.resnets)):
-            x = run(self.mid_block.layer, i, x, emb, text)
-        for block in self.up_blocks[:blocks]:
-            for i in range(len(block.resnets)):
-                x = run(block.layer, i, x, emb, text, skips.pop())
-            for upsample in block.upsamplers:
-                x = upsample(x, skips[-1].shape[2:])      # sides that 8 does not divide are not doubled exactly
-        return x
 
-    def output(self, x: Tensor) -> Tensor:
-        """The features of the last up block → latents (B, 4, h, w)."""
+class PixelAttention(Attention):
+    """One head over all cells of a map (B, C, h, w), added to it."""
+
+    def __init__(self, dim: int, groups: int):
+        super().__init__(dim, 1, dim, bias=True)
+        self.group_norm = nn.GroupNorm(groups, dim, 1e-6)
+
+    def forward(self, x: Tensor, text: None = None) -> Tensor:
+        tokens = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
+        return x + rearrange(super().forward(tokens), "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class Encoder(nn.Module):
+    """Crop (B, 3, H, W) → mean and log variance of its latent, before `VAE.quant_conv` (B, 8, H/8, W/8)."""
+
+    def __init__(self, widths: tuple[int, ...], groups: int):
+        super().__init__()
+        resnet, last = partial(ResNet, groups=groups, eps=1e-6), widths[-1]
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            Block([resnet(before, width), resnet(width, width)], [],
+                  down=[Downsample(width, all_sides=False)] if i < len(widths) - 1 else [])
+            for i, (before, width) in enumerate(zip((widths[0], *widths), widths)))
+        self.mid_block = Block([resnet(last, last), resnet(last, last)], [PixelAttention(last, groups)])
+        self.conv_norm_out = nn.GroupNorm(groups, last, 1e-6)
+        self.conv_out = nn.Conv2d(last, 2 * LATENT, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in (*self.down_blocks, self.mid_block):
+            x = block(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
-# ---- The heatmap head ---------------------------------------------------------------------------------------
+class Decoder(nn.Module):
+    """Latent after `VAE.post_quant_conv` (B, 4, h, w) → crop (B, 3, 8h, 8w)."""
 
-
-class HeatmapHead(nn.Module):
-    """Features (B, C, h, w) → heatmaps (B, K, 2h, 2w), unbounded.
-
-    Instance norms see the whole crop, at prediction too: results depend on what is around the person. The first
-    bias changes nothing, the norm behind it takes it away; it is there because the released files hold it.
-    """
-
-    def __init__(self, dim: int, keypoints: int):
+    def __init__(self, widths: tuple[int, ...], groups: int):
         super().__init__()
-        self.deconv_layers = nn.Sequential(nn.ConvTranspose2d(dim, dim, 4, 2, 1, bias=False), nn.InstanceNorm2d(dim),
-                                           nn.SiLU())
-        self.conv_layers = nn.Sequential(nn.Conv2d(dim, dim, 1), nn.InstanceNorm2d(dim), nn.SiLU())
-        self.final_layer = nn.Conv2d(dim, keypoints, 1)
-        for name, parameter in self.named_parameters():
-            nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.normal_(parameter, std=0.001)
+        resnet, widths = partial(ResNet, groups=groups, eps=1e-6), widths[::-1]
+        self.conv_in = nn.Conv2d(LATENT, widths[0], 3, padding=1)
+        self.mid_block = Block([resnet(widths[0], widths[0]), resnet(widths[0], widths[0])],
+                               [PixelAttention(widths[0], groups)])
+        self.up_blocks = nn.ModuleList(
+            Block([resnet(before, width), resnet(width, width), resnet(width, width)], [],
+                  up=[Upsample(width)] if i < len(widths) - 1 else [])
+            for i, (before, width) in enumerate(zip((widths[0], *widths), widths)))
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], 1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.final_layer(self.conv_layers(self.deconv_layers(x)))
+        x = self.conv_in(x)
+        for block in (self.mid_block, *self.up_blocks):
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
-# ---- The model ----------------------------------------------------------------------------------------------
+class VAE(nn.Module):
+    """What is 8 pixels wide and high becomes one cell of 4 numbers, and back."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        widths = (channels, 2 * channels, 4 * channels, 4 * channels)
+        self.encoder, self.decoder = Encoder(widths, groups), Decoder(widths, groups)
+        self.quant_conv = nn.Conv2d(2 * LATENT, 2 * LATENT, 1)
+        self.post_quant_conv = nn.Conv2d(LATENT, LATENT, 1)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Crops (B, 3, H, W) in [-1, 1] → mean and log variance of the latent's posterior, together (B, 8, h, w)."""
+        return self.quant_conv(self.encoder(images))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents (B, 4, h, w), not scaled → crops (B, 3, H, W) of about [-1, 1]."""
+        return self.decoder(self.post_quant_conv(z))
+
+
+# Memory, where a batch of full-size crops would need too much.
 
 PIXELS = 1024 * 768                # of crops that the VAE takes at once: its full-size maps need 0.4 GB per such crop
 
 
-class SDPose(nn.Module):
-    """Crops → latents → heatmaps, and the clean crops' latents; see `heatmaps` and `reconstruct`."""
+def in_parts(run: Callable[[Tensor], Tensor], x: Tensor, pixels: int) -> Tensor:
+    """run(x), a few items at a time, as each has so many pixels; POSE_KERNELS=plain: all at once.
 
-    def __init__(self, cfg: Config, skeleton: Skeleton):
-        super().__init__()
-        self.cfg, self.skeleton = cfg, skeleton
-        self.vae = VAE(cfg.vae_channels, cfg.groups).requires_grad_(False)
-        self.unet = UNet(cfg.channels, cfg.head_dim, cfg.groups, cfg.text_dim, cfg.checkpointing)
-        self.decoder = HeatmapHead(cfg.channels * 2 ** (3 - cfg.tap), skeleton.num_keypoints)
-        # what the text encoder makes of the empty text's 2 tokens; until weights are loaded, some constant
-        self.register_buffer("text", torch.arange(2.0 * cfg.text_dim).sin().view(1, 2, cfg.text_dim))
+    MEMNOTE
+    """
+    return run(x) if plain() else torch.cat(list(map(run, x.split(max(1, PIXELS // pixels)))))
 
-    def task(self, y: tuple[float, float]) -> Tensor:
-        return torch.tensor([y], device=self.text.device)
 
-    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Crops (B, 3, H, W) in [-1, 1] → mean and log variance of their latents; in parts of `PIXELS`, for memory."""
-        parts = images.split(max(1, PIXELS // (images.shape[2] * images.shape[3])))
-        return tuple(map(torch.cat, zip(*map(self.vae.encode, parts))))
+# Aids to learn from nothing and in little time, see Config.
 
-    @torch.no_grad()
-    def latents(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Crops (B, 3, H, W) in [-1, 1] → latents (B, 4, h, w): the posterior's mean, or mean + deviation · noise.
 
-        noise: standard normal, (B, 4, h, w).
-        """
-        mean, log_variance = self.posterior(images)
-        return LATENT_SCALE * (mean if noise is None else mean + (log_variance / 2).exp() * noise)
+@torch.no_grad()
+def unit_latents(model: SDPose, crops: TrainCrops) -> None:
+    """Scale a random VAE so that latents have a deviation of 1, as Stable Diffusion's: weaker ones the U-Net hardly
+    sees beside its biases.
+    """
+    some = torch.cat([crops[n][0] for n in range(min(64, len(crops)))])
+    mean, _ = crop_posteriors(model, some).chunk(2, 1)
+    scale = 1 / (LATENT_SCALE * mean.std())
+    model.vae.quant_conv.weight[:LATENT] *= scale
+    model.vae.quant_conv.bias[:LATENT] *= scale
+    model.vae.post_quant_conv.weight /= scale
 
-    @torch.no_grad()
-    def images(self, latents: Tensor) -> Tensor:
-        """Latents (B, 4, h, w) → crops (B, 3, H, W), to look at."""
-        parts = latents.split(max(1, PIXELS // (64 * latents.shape[2] * latents.shape[3])))
-        return torch.cat([self.vae.decode(part / LATENT_SCALE) for part in parts])
 
-    def heatmaps(self, latents: Tensor) -> Tensor:
-        """Latents (B, 4, h, w) → heatmaps (B, K, 2h, 2w). Up blocks after the feature tap are not run."""
-        return self.decoder(self.unet(latents, self.task(POSE), self.text, self.cfg.tap + 1))
+def latent_variance(z: Tensor) -> Tensor:
+    """The unit of the RGB loss where the VAE learns along, and stretches latents as the pose branch likes: their
+    variance over the crops of all processes, at least 1e-3. Those of Stable Diffusion have one of about 1.
+    """
+    mean, square = mean_over_ranks(torch.stack([z.mean(), z.square().mean()]))
+    return (square - mean ** 2).clamp(min=1e-3)
 
-    def reconstruct(self, latents: Tensor) -> Tensor:
-        """Latents (B, 4, h, w) of disturbed crops → latents of the clean crops (x0 prediction)."""
-        return self.unet.output(self.unet(latents, self.task(RGB), self.text))
 
-    def forward(self, latents: Tensor, reconstruct: bool = True) -> dict[str, Tensor]:
-        """Both tasks on the same latents: `heatmaps` and, unless switched off, `latents` of the clean crops.
+@torch.no_grad()
+def encode_once(model: SDPose, crops_of: Callable[[int], TrainCrops], cfg: Config, ranks: Ranks,
+                folder: RunFolder) -> Callable[[int], list]:
+    """`crops_of` an epoch, with posteriors (S, 8, h, w) in place of crops: `cache_views` epochs in turn.
 
-        Two passes give what one batch of both would, and the pose pass stops at its tap. The RGB pass does not move
-        the latents (`vae_along`): it would make them easy to reconstruct, not good to have.
-        """
-        result = dict(heatmaps=self.heatmaps(latents))
-        return result | dict(latents=self.reconstruct(latents.detach())) if reconstruct else result
+    The frozen VAE costs more than the U-Net, and new augmentations would need it at every step: a fixed number of
+    views of each person it encodes once. The processes share the work and keep all of it in memory.
+    """
+    views = [crops_of(view) for view in range(cfg.cache_views)]
+    count, kept, cells = len(views[0]), len(views[0][0][0]), (cfg.height // 8, cfg.width // 8)
+    size = len(views) * count * kept * 2 * LATENT * math.prod(cells) * 4 / 1e9
+    folder.say(f"encoding {len(views)} x {count} people once, {size:.1f} GB of memory")
+    mine = list(range(ranks.rank, count, ranks.world))
+    mine = [mine[first:first + cfg.eval_batch] for first in range(0, len(mine), cfg.eval_batch)]
+    cached = []
+    for number, view in enumerate(views, 1):
+        posteriors = torch.zeros(count, kept, 2 * LATENT, *cells)
+        labels, ids = torch.zeros(count, model.skeleton.num_keypoints, 3), []
+        bar = tqdm(train_loader(view, mine, cfg.workers, ranks), f"view {number}/{len(views)}", disable=ranks.rank > 0)
+        for rows, (crops, keypoints, images, skipped) in zip(mine, bar):
+            encoded = crop_posteriors(model, crops.flatten(0, 1)).unflatten(0, crops.shape[:2])
+            posteriors[rows], labels[rows] = encoded.cpu(), torch.stack(keypoints)
+            ids += zip(rows, images)
+            folder.bad_files(sum(skipped, []))
+        posteriors, labels = (mean_over_ranks(part.to(ranks.device)).cpu() * ranks.world
+                              for part in (posteriors, labels))         # the sum: others filled the rows that are 0
+        ids = [image for _, image in sorted(gather_lists(ids))]
+        cached.append(list(zip(posteriors, labels, ids, [[]] * count)))
+    return lambda epoch: cached[epoch % len(cached)]
+
+
+# Data: what A.3 does not mention.
+
+UPPER = {"nose", "eye", "ear", "head", "neck", "shoulder", "elbow", "wrist"}
+LOWER = {"hip", "knee", "ankle", "toe", "heel"}
+
+
+def halves(skeleton: Skeleton) -> list[list[int]]:
+    """The keypoints of the upper and of the lower half, by their names; face, hands and what is unknown are in none."""
+    return [[k for k, name in enumerate(skeleton.keypoints) if part & set(words(name))] for part in (UPPER, LOWER)]
+
+
+def photometric(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Brightness, contrast, saturation, hue and order of the channels of a crop (h, w, 3) uint8, each at times, as
+    the release does it: contrast changes rarely, but then twice, before and after the colours. Hue is a circle
+    here; the release lets it run over the end of its scale.
+    """
+    def scale(pixels: np.ndarray, factor: float, offset: float = 0.0) -> np.ndarray:
+        return (pixels * factor + offset).clip(0, 255).astype(np.uint8)
+
+    if rng.random() < 0.5:
+        crop = scale(crop, 1, rng.uniform(-32, 32))
+    contrast, colours = rng.random() < 0.25, rng.integers(4)            # nothing, saturation, hue, both
+    if contrast:
+        crop = scale(crop, rng.uniform(0.5, 1.5))
+    if colours:
+        h, s, v = np.array(Image.fromarray(crop).convert("HSV")).transpose(2, 0, 1)
+        if colours != 2:
+            s = scale(s, rng.uniform(0.5, 1.5))
+        if colours != 1:
+            h = (h + rng.uniform(-18, 18) * 256 / 180).astype(np.int64).astype(np.uint8)        # modulo 256
+        crop = np.array(Image.merge("HSV", [Image.fromarray(x) for x in (h, s, v)]).convert("RGB"))
+    if contrast:
+        crop = scale(crop, rng.uniform(0.5, 1.5))
+    return crop[..., rng.permutation(3)] if rng.random() < 0.5 else crop
+
+
+# Building, the released weights: folders unet/, vae/, text_encoder/ and, but in Stable Diffusion's own, decoder/.
 
 
 def build(preset: str, skeleton: str | Skeleton = "coco", **overrides) -> SDPose:
@@ -566,10 +1249,26 @@ def build(preset: str, skeleton: str | Skeleton = "coco", **overrides) -> SDPose
     return SDPose(resolve(PRESETS[preset], **overrides), get_skeleton(skeleton))
 
 
-# ---- The released weights: folders unet/, vae/, text_encoder/ and, but in Stable Diffusion's own, decoder/ -----
+def fuse(model: SDPose) -> SDPose:
+    """Nothing to fuse: the model as it is, to predict with."""
+    return model.eval()
+
+
+def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config, boxes: list[Found] | None = None) -> dict:
+    """RGB pictures and the people in each, (boxes (P, 4), scores (P,)) → what `predict` takes.
+
+    Without boxes each picture as a whole is taken for one person.
+    """
+    boxes = boxes or [whole_image(picture.size) for picture in pictures]
+    people = [(image_id, input_crop(picture, box, cfg), box, score) for picture, image_id, found
+              in zip(pictures, image_ids, boxes) for box, score in zip(*found)]
+    return dict(people=people, image_ids=image_ids)
+
 
 RENAME = [(rf"^(vae\..*\.attentions\.0\.){theirs}\.", rf"\1{ours}.") for theirs, ours in      # files of before 2023
           dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0").items()]
+STEMS = ("diffusion_pytorch_model", "decoder", "model", "pytorch_model")       # of files' names
+EMPTY_TEXT = "empty_text.pt"       # beside the folders: 8 KB in place of a text encoder of 1.4 GB
 
 
 def recognise(state: dict[str, Tensor]) -> tuple[str, int] | None:
@@ -586,510 +1285,107 @@ def convert_official(state: dict[str, Tensor], config: Config) -> dict[str, Tens
     found = recognise(state)
     if found and PRESETS[found[0]].tap != config.tap:
         raise UserError(f"these weights have a head for {found[1]} keypoints that reads up block "
-                                f"{PRESETS[found[0]].tap}, not {config.tap}: choose --preset {found[0]}")
+                        f"{PRESETS[found[0]].tap}, not {config.tap}: choose --preset {found[0]}")
     return {name: value.flatten(1) if re.search(r"^vae\..*\.to_(q|k|v|out\.0)\.weight$", name) else value
             for name, value in weights.rename(state, RENAME).items()}
 
 
-def load_init(model: SDPose, source: str) -> None:
+def load_init(model: SDPose, source: str, parts: str = "all") -> None:
     """Start weights from a folder of Stable Diffusion 2 or of a release, or by a release's name.
 
-    Stable Diffusion has neither task embedding nor head, a release for other keypoints has no head: these stay random.
+    Stable Diffusion has neither task embedding nor head, a release for other keypoints has no head: these stay
+    random; with parts="vae" the U-Net and the head do in any case. Raises UserError for tensors that do not fit.
     """
     release = weights.RELEASES.get(source)
     if not Path(source).is_dir() and (release is None or release.method != "sdpose"):
         raise UserError(f"--init: there is no folder {source}: put Stable Diffusion 2 there (unet/, vae/, "
-                                "text_encoder/), or name sdpose-body; --init '' starts from nothing")
+                        "text_encoder/), or name sdpose-body; --init '' starts from nothing")
     folder = Path(source) if Path(source).is_dir() else weights.fetch(source)
-    state, own = stable_diffusion.load_release(folder, head=False), model.state_dict()
-    last = "decoder.final_layer.weight"
+    state, own, last = read_release(folder, head=False), model.state_dict(), "decoder.final_layer.weight"
     if last in state and state[last].shape != own[last].shape:
         state = {name: value for name, value in state.items() if not name.startswith("decoder.")}
-    random = [part for part in ("unet.class_embedding.", "decoder.")
-              if not any(name.startswith(part) for name in state)]
+    if parts == "vae":
+        state = {name: value for name, value in state.items() if name.startswith(("vae.", "text"))}
+    random = ["unet."] * (parts == "vae") or ["unet.class_embedding."]
+    random = [part for part in (*random, "decoder.") if not any(name.startswith(part) for name in state)]
     weights.load_strict(model, convert_official(state, model.cfg), {f"^{part}": "new" for part in random})
-    print(f"start weights from {folder}: {len(state)} of {len(own)} tensors"
-          f"{', random: ' if random else ''}{' and '.join(part + '*' for part in random)}")
+    say(f"start weights from {folder}: {len(state)} of {len(own)} tensors"
+        f"{', random: ' if random else ''}{' and '.join(part + '*' for part in random)}")
 
 
-TOP_DOWN = True                    # eval.py has to say where people are
-AT_INFERENCE = ("flip_test", "sample", "amp")
+def read_release(folder: str | Path, head: bool = True) -> dict[str, Tensor]:
+    """The tensors of a release's folder as unet.*, vae.*, decoder.* (the heatmap head) and text.
 
-# ---- Crops: from a person's box to the network's input (A.3) ------------------------------------------------
-
-
-def box_region(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (..., 4) → centre and size (..., 2) of what is cut out around them: 1.25 times the box."""
-    return (boxes[..., :2] + boxes[..., 2:]) / 2, (boxes[..., 2:] - boxes[..., :2]) * 1.25
-
-
-def fix_aspect(size: np.ndarray, cfg: Config) -> np.ndarray:
-    """Sizes (..., 2), w and h, grown on one side to the aspect of the crop; a region is at least a pixel wide."""
-    w, h, aspect = size[..., 0], size[..., 1], cfg.width / cfg.height
-    return np.maximum(np.stack([np.maximum(w, h * aspect), np.maximum(h, w / aspect)], -1), 1.0)
-
-
-def udp_matrix(center: np.ndarray, size: np.ndarray, cfg: Config, degrees: float = 0.0) -> np.ndarray:
-    """The 2×3 matrix from image to crop that turns a region by some degrees and puts its corners on the centres of
-    the crop's corner pixels: scale (W - 1) / w, so that mirroring and scaling keep keypoints unbiased (UDP)."""
-    (cx, cy), (w, h) = center, size
-    sx, sy = (cfg.width - 1) / w, (cfg.height - 1) / h
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    return np.array([[cos * sx, -sin * sx, sx * (-cx * cos + cy * sin + w / 2)],
-                     [sin * sy, cos * sy, sy * (-cx * sin - cy * cos + h / 2)]])
-
-
-def input_crop(image: Image.Image, box: np.ndarray, cfg: Config) -> Tensor:
-    """What the network sees of the person in a box (4,), (3, H, W) uint8."""
-    center, size = box_region(np.asarray(box, float))
-    matrix = udp_matrix(center, fix_aspect(size, cfg), cfg)
-    return to_tensor(transforms.warp_affine(np.asarray(image), matrix, (cfg.width, cfg.height)))
-
-
-def sample_crop(cfg: Config, sample: Sample, box: np.ndarray) -> Tensor:
-    return input_crop(sample.image, box, cfg)
-
-
-def to_tensor(crop: np.ndarray) -> Tensor:
-    """(H, W, 3) → (3, H, W), uint8 as it is."""
-    return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)))
-
-
-def normalise(crops: Tensor) -> Tensor:
-    """uint8 → float32 in [-1, 1], of the memory format that convolutions on CPUs like best."""
-    return (crops.float() / 255 * 2 - 1).contiguous(memory_format=torch.channels_last)
-
-
-# ---- Augmentation, in the order of the release (A.3) ---------------------------------------------------------
-# Keypoints of one person are (K, 3), pixels and v; colour steps take and return uint8 (H, W, 3).
-
-
-def mirror(image: np.ndarray, keypoints: np.ndarray, center: np.ndarray, flip: Sequence[int]) -> tuple:
-    """Image, keypoints and centre of a region, left and right exchanged."""
-    last = image.shape[1] - 1
-    keypoints = keypoints[list(flip)]
-    keypoints[:, 0] = last - keypoints[:, 0]
-    return image[:, ::-1], keypoints, np.array([last - center[0], center[1]])
-
-
-def half_body(keypoints: np.ndarray, skeleton: Skeleton, rng: np.random.Generator) -> tuple | None:
-    """Centre and size of a region around the upper (7 of 10 times) or lower half; None if too little is labelled."""
-    labelled = keypoints[:, 2] > 0
-    sides = [[k for k in half if labelled[k]] for half in halves(skeleton)]
-    sides = [side for side, least in zip(sides, (2, 3)) if len(side) >= least]
-    if labelled.sum() < 9 or not sides:
-        return None
-    xy = keypoints[sides[0 if rng.random() < 0.7 else -1], :2]
-    return xy.mean(0), np.ptp(xy, axis=0) * 1.5
-
-
-def jitter_region(center: np.ndarray, size: np.ndarray, cfg: Config, rng: np.random.Generator) -> tuple:
-    """Another centre, another size, and degrees to turn by; normal numbers cut off at ±1."""
-    shift_x, shift_y, grow, turn = ndtri(rng.uniform(ndtr(-1), ndtr(1), 4))
-    if rng.random() < 0.3:
-        center = center + 0.16 * size * (shift_x, shift_y)
-    return center, size * (1 + cfg.scaling * grow), cfg.rotation * turn * (rng.random() < 0.6)
-
-
-def disturb(crop: np.ndarray, cfg: Config, rng: np.random.Generator) -> np.ndarray:
-    """Box blur and median blur of 3, 5 or 7 pixels, one of 10 times each; a black rectangle inside.
-
-    Departs  the paper blurs with Gaussians; the release, and we, with boxes
+    head: whether decoder/ must be there; a folder of Stable Diffusion has none.
+    Raises UserError for a file that is missing or cut short.
     """
-    picture = Image.fromarray(crop)
-    if rng.random() < 0.1:
-        picture = picture.filter(ImageFilter.BoxBlur(int(rng.integers(1, 4))))
-    if rng.random() < 0.1:
-        picture = picture.filter(ImageFilter.MedianFilter(2 * int(rng.integers(1, 4)) + 1))
-    crop, sides = np.array(picture), crop.shape[:2]
-    if rng.random() >= cfg.rectangle:
-        return crop
-    lengths = [int(side * rng.uniform(0.2, 0.4)) for side in sides]
-    y, x = (int(rng.integers(0, side - length + 1)) for side, length in zip(sides, lengths))
-    crop[y:y + lengths[0], x:x + lengths[1]] = 0
-    return crop
+    folder, state = Path(folder), {}
+    for part in ("unet", "vae", "decoder"):
+        file = release_file(folder, part)
+        if file is not None:
+            state |= {f"{part}.{name}": value for name, value in weights.load_tensors(file).items()}
+        elif head or part != "decoder":
+            wanted = f"{part}/{STEMS[part == 'decoder']}.safetensors"
+            raise UserError(f"{folder} has no {wanted}: a release has the folders unet, vae, text_encoder and "
+                            "decoder; fetch that file again")
+    return state | dict(text=empty_text(folder))
 
 
-def augment(image: np.ndarray, box: np.ndarray, keypoints: np.ndarray, skeleton: Skeleton, cfg: Config,
-            rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A person → the crop that the network sees, the clean one, and the keypoints (K, 3) in pixels of both.
+def release_file(folder: Path, part: str) -> Path | None:
+    """The file with the weights of a part: .safetensors before .bin, full precision before half; None without one."""
+    endings = [variant + suffix for suffix in (".safetensors", ".bin") for variant in ("", ".fp16")]
+    files = (folder / part / f"{stem}{ending}" for ending in endings for stem in STEMS)
+    return next((file for file in files if file.is_file()), None)
 
-    The RGB branch learns to give the clean crop, which is the one before `disturb`.
+
+def empty_text(folder: Path) -> Tensor:
+    """The embedding (1, 2, C) of "", which is a start and an end and no padding; computed once for each folder.
+
+    Raises UserError where neither the embedding nor a text encoder is there.
     """
-    center, size = box_region(box)
-    if skeleton.flip is not None and rng.random() < 0.5:
-        image, keypoints, center = mirror(image, keypoints, center, skeleton.flip)
-    if rng.random() < cfg.half_body:
-        center, size = half_body(keypoints, skeleton, rng) or (center, size)
-    center, size, degrees = jitter_region(center, size, cfg, rng)
-    matrix = udp_matrix(center, fix_aspect(size, cfg), cfg, degrees)
-    clean = transforms.photometric(transforms.warp_affine(image, matrix, (cfg.width, cfg.height)), rng)
-    xy = keypoints[:, :2] @ matrix[:, :2].T + matrix[:, 2]
-    return disturb(clean, cfg, rng), clean, np.c_[xy, keypoints[:, 2]].astype(np.float32)
+    kept = folder / EMPTY_TEXT
+    if kept.is_file():
+        return weights.load_tensors(kept)["text"]
+    file = release_file(folder, "text_encoder")
+    if file is None:
+        raise UserError(f"{folder} has no text_encoder/model.safetensors and no {EMPTY_TEXT} that was made of "
+                        "it: put either there; it is needed once, for the embedding of the empty text")
+    state = {name: value.float() for name, value in weights.load_tensors(file).items() if value.is_floating_point()}
+    try:
+        vocabulary, width = state["text_model.embeddings.token_embedding.weight"].shape
+        text = encode_text(state, torch.tensor([[vocabulary - 2, vocabulary - 1]]), max(1, width // 64))
+    except KeyError as missing:
+        raise UserError(f"{file} is no CLIP text encoder: it has no {missing}") from None
+    with goes_on(kept):
+        weights.save_checkpoint(kept, dict(text=text))
+    return text
 
 
-# ---- Codec: keypoints ↔ heatmaps (UDP, DARK) ----------------------------------------------------------------
+def encode_text(state: dict[str, Tensor], ids: Tensor, heads: int) -> Tensor:
+    """CLIP's text encoder by the tensors of its file: word ids (B, n) → last hidden state (B, n, C), normalised.
 
-
-def udp_encode(keypoints: Tensor, labelled: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
-    """Keypoints (..., K, 2) in pixels of the crop → heatmaps (..., K, H/4, W/4) and weights (..., K).
-
-        G_k(p) = exp(-|p - μ_k|² / 2σ²),    μ = keypoint · (w - 1) / (W - 1)
-
-    for cells p within 3σ of the cell nearest to μ, 0 elsewhere: the largest value is below 1 if μ is between cells.
-    The weight is 1 for a labelled keypoint of which the map shows anything, even if it is itself outside.
+    Layers of causal attention and an MLP with exact GELU, norms first. Raises KeyError if a tensor is missing.
     """
-    inside, profiles = labelled > 0, []
-    for axis, side in enumerate((cfg.width, cfg.height)):
-        cells = torch.arange(side // 4, device=keypoints.device, dtype=torch.float32)
-        mu = (keypoints[..., axis] * (side // 4 - 1) / (side - 1)).unsqueeze(-1)
-        window = (cells - (mu + 0.5).trunc()).abs() <= 3 * cfg.sigma
-        profiles.append(torch.exp(-(cells - mu) ** 2 / (2 * cfg.sigma ** 2)) * window)
-        inside = inside & window.any(-1)
-    x, y = profiles
-    weights = inside.float()
-    return y.unsqueeze(-1) * x.unsqueeze(-2) * weights[..., None, None], weights
-
-
-def blur(maps: Tensor) -> Tensor:
-    """Gaussian of deviation 2 in 11×11 cells, zeros outside: (N, K, h, w)."""
-    line = torch.exp(-torch.arange(-5.0, 6.0, device=maps.device) ** 2 / 8)
-    line, flat = line / line.sum(), maps.flatten(0, 1)[:, None]
-    return F.conv2d(F.conv2d(flat, line.view(1, 1, 1, 11), padding=(0, 5)), line.view(1, 1, 11, 1),
-                    padding=(5, 0)).view_as(maps)
-
-
-def udp_decode(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Heatmaps (N, K, h, w) → keypoints (N, K, 2) as fractions of the map, and their largest values (N, K).
-
-    The highest cell p moves to the top of the parabola through the logarithm of the blurred map there (DARK):
-
-        p ← p - H⁻¹ ∇,    ∇ and H first and second differences of log(blur(map)) at p
-
-    0 is the centre of the first cell, 1 that of the last. On noise the step may lead far outside, as in the release.
-    Departs  a map that is 0 everywhere gives a place, that of one without positive values, not NaN
-    """
-    height, width = maps.shape[2:]
-    scores, place = maps.flatten(2).max(-1)
-    place = torch.stack([place % width, place // width], -1)
-    place = torch.where(scores[..., None] > 0, place, -1)                       # (N, K, 2)
-    smooth = blur(maps)
-    peak = smooth.flatten(2).amax(-1)
-    smooth = smooth * (scores / torch.where(peak == 0, 1, peak))[..., None, None]
-    # one row of numbers per crop: what lies beside the corner of a map is the end of the one before, as in the release
-    logs = F.pad(smooth.clamp(1e-3, 50).log().double(), (1, 1, 1, 1), mode="replicate").flatten(1)
-    first = torch.arange(maps.shape[1], device=maps.device) * (height + 2) * (width + 2)
-    around = torch.arange(-1, 2, device=maps.device)
-    cells = first + (place[..., 1] + 1) * (width + 2) + place[..., 0] + 1                  # (N, K), of p
-    cells = cells[..., None] + (around[:, None] * (width + 2) + around).flatten()
-    near = logs.gather(1, cells.flatten(1) % logs.shape[1])
-    (a, b, c), (d, e, f), (_, h, i) = near.view(*place.shape[:2], 3, 3).movedim((2, 3), (0, 1))
-    dx, dy, eps = (f - d) / 2, (h - b) / 2, torch.finfo(torch.float32).eps
-    dxx, dyy, dxy = f - 2 * e + d + eps, h - 2 * e + b + eps, (i - f - h + 2 * e - d - b + a) / 2
-    step = torch.stack([dyy * dx - dxy * dy, dxx * dy - dxy * dx], -1) / (dxx * dyy - dxy ** 2)[..., None]
-    return (place - step) / torch.tensor([width - 1, height - 1], device=maps.device), scores
-
-
-# ---- Losses (eq. 4 to 6) ------------------------------------------------------------------------------------
-
-
-def pose_loss(heatmaps: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """Mean of w_k (H_k - G_k)² over all cells and keypoints, also those of weight 0: (B, K, h, w) twice, (B, K)."""
-    return (weights[..., None, None] * (heatmaps - target) ** 2).mean()
-
-
-def criterion(output: dict[str, Tensor], latents: Tensor, target: Tensor, weights: Tensor,
-              cfg: Config) -> dict[str, Tensor]:
-    """Weighted loss terms of both branches, in float32: heatmaps, and latents (B, 4, h, w) of the clean crops.
-
-    Departs  the paper writes squared norms; means, as in Lotus, on whose protocol it builds
-    """
-    losses = dict(loss_pose=cfg.pose_weight * pose_loss(output["heatmaps"].float(), target, weights))
-    if "latents" in output:
-        # a VAE that learns along stretches its latents as the pose branch likes; those of SD have a variance of about 1
-        unit = latents.var().clamp(min=1e-3) if cfg.vae_along else 1.0
-        losses["loss_rgb"] = cfg.rgb_weight * F.mse_loss(output["latents"].float(), latents) / unit
-    return losses
-
-
-# ---- Prediction ---------------------------------------------------------------------------------------------
-
-
-def fuse(model: SDPose) -> SDPose:
-    """Nothing to fuse: the model as it is, to predict with."""
-    return model.eval()
-
-
-def average_heatmaps(model: SDPose, crops: Tensor) -> Tensor:
-    """Heatmaps (N, K, h, w) of crops (N, 3, H, W) in [-1, 1]; with `flip_test` the mean of two views.
-
-    The mirrored crops go into the same batch, and their maps are mirrored back, left and right keypoints exchanged.
-    """
-    cfg, flip = model.cfg, model.skeleton.flip
-    both = cfg.flip_test and flip is not None
-    views = torch.cat([crops, crops.flip(3)]) if both else crops
-    noise = torch.randn(len(views), LATENT, cfg.height // 8, cfg.width // 8).to(crops) if cfg.sample else None
-    with autocast(crops.device, cfg.amp, keep_casts=False):      # each weight is used once: 1.7 GB less
-        maps = model.heatmaps(model.latents(views, noise)).float()
-    if not both:
-        return maps
-    plain, mirrored = maps.chunk(2)
-    return (plain + mirrored[:, list(flip)].flip(3)) / 2
-
-
-@torch.no_grad()
-def poses(model: SDPose, crops: Tensor, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Crops (N, 3, H, W) uint8 of boxes (N, 4) → keypoints (N, K, 2) in pixels of the image, and scores (N, K)."""
-    crops = normalise(crops.to(model.text.device)).contiguous()     # channels-last group norms of CPUs are less exact
-    maps = average_heatmaps(model, crops)
-    places, scores = (x.cpu().numpy() for x in udp_decode(maps))
-    center, size = box_region(boxes)
-    size = fix_aspect(size, model.cfg)
-    return places * size[:, None] + (center - size / 2)[:, None], scores
-
-
-def finish(found: Prediction, model: SDPose) -> Prediction:
-    """Scores of people, box score · mean keypoint score over 0.2, and whoever resembles a better one (OKS over 0.9)
-    left out; the area for that is the region's that was cut out."""
-    scores = rescore(found.scores, found.keypoint_scores)
-    areas = fix_aspect(box_region(found.boxes)[1], model.cfg).prod(-1)
-    keep = oks_nms(found.keypoints, scores, areas, model.skeleton.sigmas)
-    return Prediction(found.image_id, found.keypoints[keep], found.keypoint_scores[keep], scores[keep],
-                      found.boxes[keep])
-
-
-def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config,
-             boxes: list[Found] | None = None) -> dict:
-    """RGB pictures and the people in each, (boxes (P, 4), scores (P,)) → what `predict` takes.
-
-    Without boxes each picture as a whole is taken for one person.
-    """
-    boxes = boxes or [whole_image(picture.size) for picture in pictures]
-    people = [(image_id, input_crop(picture, box, cfg), box, score) for picture, image_id, found
-              in zip(pictures, image_ids, boxes) for box, score in zip(*found)]
-    return dict(people=people, image_ids=image_ids)
-
-
-def predict(model: SDPose, batch: dict) -> list[Prediction]:
-    """People of a batch from `to_batch`: one Prediction per image, empty where there was no box."""
-    people, rows = batch["people"], []
-    bar = tqdm(range(0, len(people), model.cfg.eval_batch), "people", disable=len(people) <= model.cfg.eval_batch)
-    for first in bar:
-        ids, crops, boxes, scores = zip(*people[first:first + model.cfg.eval_batch])
-        keypoints, certain = poses(model, torch.stack(crops), np.stack(boxes))
-        rows += zip(ids, keypoints, certain, scores, boxes)
-    found = people_by_image(rows, batch["image_ids"], model.skeleton.num_keypoints)
-    return [finish(one, model) for one in found]
-
-
-def evaluate(model: SDPose, data: PoseDataset, cfg: Config, ranks: Ranks,
-             boxes: Boxes | None = None) -> tuple[dict, list[Prediction]]:
-    """Metrics and predictions of a dataset, of its annotated boxes unless others are given; crops are shared among the
-    processes, all get the result. Whole-body data have six evaluations."""
-    boxes = boxes or true_boxes(data)
-    crops = boxes.total()
-    views = 1 + (model.cfg.flip_test and model.skeleton.flip is not None)
-    if ranks.rank == 0 and crops:
-        say_cost(model, f"{crops} crops x {views}", crops * views / ranks.world, 1)
-    found = predict_people(
-        partial(poses, fuse(model)), data, boxes, partial(sample_crop, model.cfg),
-        cfg.eval_batch, cfg.workers, ranks)
-    found = [finish(one, model) for one in found]
-    return metrics.evaluate(found, data), found
-
-
-# ---- Training data ------------------------------------------------------------------------------------------
-
-
-class TrainCrops(Dataset):
-    """One epoch of augmented people; item n is (crops (S, 3, H, W) uint8, keypoints (K, 3), image id, why skipped).
-
-    S is 2, the network's input and the clean crop, or 1 where the clean one is not needed. What happens to person n
-    depends on (seed, epoch, n) alone. A crop with too few keypoints gives way to that of somebody else, as does a
-    file that cannot be read.
-    """
-
-    def __init__(self, data: PoseDataset, people: np.ndarray, cfg: Config, epoch: int):
-        self.data, self.people, self.cfg, self.epoch = data, people, cfg, epoch
-
-    def __len__(self) -> int:
-        return len(self.people)
-
-    def __getitem__(self, n: int) -> tuple[Tensor, Tensor, int | str, list[str]]:
-        cfg, skipped, count = self.cfg, [], self.data.skeleton.num_keypoints
-        rng = np.random.default_rng([cfg.seed, self.epoch, n])
-        for _ in range(100):
-            i, p = self.people[n]
-            sample, message = self.data.load(int(i))
-            skipped += [message] if message else []
-            n = int(rng.integers(len(self.people)))                     # whose turn it is if this one is of no use
-            if sample is None:
-                continue
-            image, box = np.asarray(sample.image), sample.boxes[p].clip(0, np.tile(sample.size, 2) - 1)
-            crop, clean, moved = augment(image, box, sample.keypoints[p], self.data.skeleton, cfg, rng)
-            keypoints = torch.from_numpy(moved)
-            if udp_encode(keypoints[:, :2], keypoints[:, 2], cfg)[1].sum() >= (8 if count == 133 else min(3, count)):
-                crops = [crop, clean] if cfg.rgb_weight and cfg.target == "clean" else [crop]
-                return torch.stack(list(map(to_tensor, crops))), keypoints, sample.image_id, skipped
-        raise UserError("of 100 crops none shows enough keypoints to learn from: lower --scaling or --rotation"
-                                + (f", mend {skipped[0]}" if skipped else ""))
-
-
-def posterior(model: SDPose, crops: Tensor) -> Tensor:
-    """Crops (B, S, 3, H, W) uint8 → mean and log variance of their latents, (B, S, 8, h, w)."""
-    images = normalise(crops.to(model.text.device, non_blocking=True).flatten(0, 1))
-    with autocast(images.device, model.cfg.amp):
-        return torch.cat(model.posterior(images), 1).float().unflatten(0, crops.shape[:2])
-
-
-@torch.no_grad()
-def make_cache(model: SDPose, views: list[TrainCrops], cfg: Config, ranks: Ranks,
-               run: RunFolder) -> list[list]:
-    """Per view a list of what TrainCrops gives, with posteriors (S, 8, h, w) in place of crops.
-
-    The frozen VAE costs more than the U-Net, and new augmentations would need it at every step: a fixed number of
-    views of each person it encodes once. The processes share the work and keep all of it in memory.
-    """
-    count, kept, cells = len(views[0]), len(views[0][0][0]), (cfg.height // 8, cfg.width // 8)
-    size = len(views) * count * kept * 2 * LATENT * math.prod(cells) * 4 / 1e9
-    run.say(f"encoding {len(views)} x {count} people once, {size:.1f} GB of memory")
-    mine = list(range(ranks.rank, count, ranks.world))
-    mine = [mine[first:first + cfg.eval_batch] for first in range(0, len(mine), cfg.eval_batch)]
-    cached = []
-    for number, view in enumerate(views, 1):
-        posteriors = torch.zeros(count, kept, 2 * LATENT, *cells)
-        labels, ids = torch.zeros(count, model.skeleton.num_keypoints, 3), []
-        bar = tqdm(train_loader(view, mine, cfg.workers, ranks), f"view {number}/{len(views)}", disable=ranks.rank > 0)
-        for rows, (crops, keypoints, images, skipped) in zip(mine, bar):
-            posteriors[rows], labels[rows] = posterior(model, crops).cpu(), torch.stack(keypoints)
-            ids += zip(rows, images)
-            run.bad_files(sum(skipped, []))
-        posteriors, labels = (mean_over_ranks(part.to(ranks.device)).cpu() * ranks.world
-                              for part in (posteriors, labels))         # the sum: others filled the rows that are 0
-        ids = [image for _, image in sorted(gather_lists(ids))]
-        cached.append(list(zip(posteriors, labels, ids, [[]] * count)))
-    return cached
-
-
-@torch.no_grad()
-def unit_latents(model: SDPose, crops: TrainCrops) -> None:
-    """Scale a random VAE so that latents have a deviation of 1, as Stable Diffusion's: weaker ones the U-Net hardly
-    sees beside its biases."""
-    mean, _ = posterior(model, torch.stack([crops[n][0] for n in range(min(64, len(crops)))])).chunk(2, 2)
-    scale = 1 / (LATENT_SCALE * mean.std())
-    model.vae.quant_conv.weight[:LATENT] *= scale
-    model.vae.quant_conv.bias[:LATENT] *= scale
-    model.vae.post_quant_conv.weight /= scale
-
-
-# ---- Training -----------------------------------------------------------------------------------------------
-
-
-def freeze_unused(model: SDPose, cfg: Config) -> None:
-    """The VAE is frozen, but for a random one's encoder; weights behind the feature tap learn from the RGB branch
-    alone, and without it stay as they are."""
-    if cfg.vae_along:
-        for part in (model.vae.encoder, model.vae.quant_conv):
-            part.requires_grad_(True)
-    if not cfg.rgb_weight:
-        for part in (*model.unet.up_blocks[cfg.tap + 1:], model.unet.conv_norm_out, model.unet.conv_out):
-            part.requires_grad_(False)
-
-
-def build_optimizer(model: SDPose, cfg: Config) -> torch.optim.AdamW:
-    """AdamW over all that learns: U-Net and heatmap head, and a random VAE's encoder."""
-    learned = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW([dict(params=learned, initial_lr=cfg.lr)], lr=cfg.lr, weight_decay=cfg.weight_decay,
-                             fused=True)
-
-
-def lr_scale(step: int, steps: int, cfg: Config) -> float:
-    """Factor on the learning rate at an optimiser step out of `steps`."""
-    scale = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
-    return scale * (0.5 + 0.5 * math.cos(math.pi * step / steps)) if cfg.schedule == "cosine" else scale
-
-
-def batch_losses(net: nn.Module, model: SDPose, crops: Tensor, keypoints: Tensor,
-                 device: torch.device) -> dict[str, Tensor]:
-    """The training step: both tasks on latents sampled from the posterior of the disturbed crops, at t = 999.
-
-    crops: (B, S, 3, H, W) uint8, or posteriors (B, S, 8, h, w); keypoints (B, K, 3). `net` is the model or
-    distributes it. Raises FloatingPointError if a loss is not finite.
-    """
-    cfg, keypoints = model.cfg, keypoints.to(device)
-    target, weights = udp_encode(keypoints[..., :2], keypoints[..., 2], cfg)
-    moments = [crops.to(device)] if crops.dtype != torch.uint8 else []
-    for s in range(crops.shape[1] if not moments else 0):
-        with torch.set_grad_enabled(cfg.vae_along and s == 0):             # the clean crop is a target
-            moments.append(posterior(model, crops[:, s:s + 1]))
-    mean, log_variance = torch.cat(moments, 1).chunk(2, 2)
-    z = LATENT_SCALE * (mean + (log_variance / 2).exp() * torch.randn_like(mean))           # (B, S, 4, h, w)
-    with autocast(device, cfg.amp):
-        output = net(z[:, 0].contiguous(memory_format=torch.channels_last), cfg.rgb_weight > 0)
-    losses = criterion(output, z[:, -1].detach(), target, weights, cfg)
-    check_finite(losses)
-    return losses
-
-
-def prepare(model: SDPose, data: PoseDataset, cfg: Config, ranks: Ranks, run: RunFolder,
-            fresh: bool) -> Callable[[int], Dataset]:
-    """The crops of each epoch, as a function of its number."""
-    people = people_to_learn(data, cfg.people, cfg.seed)
-    if fresh and not cfg.init:
-        unit_latents(model, TrainCrops(data, people, cfg, 0))
-    if not cfg.cache_views:
-        return partial(TrainCrops, data, people, cfg)
-    views = [TrainCrops(data, people, cfg, view) for view in range(cfg.cache_views)]
-    cached = make_cache(model, views, cfg, ranks, run)
-    return lambda epoch: cached[epoch % len(cached)]
-
-
-def train(cfg: Config, args) -> None:
-    """Train, evaluate, keep everything in the run folder. Runs alone or under torchrun; Ctrl-C saves and leaves."""
-    ranks = init_ranks(args.device)
-    micro = micro_batch(cfg, ranks)
-    with rank_zero_first(ranks):                         # it makes the puppets and fetches start weights
-        data, held_out = open_splits(cfg, ranks, cfg.keypoints or None)
-        seed_all(cfg.seed)                               # equal start weights on every process
-        model = SDPose(cfg, data.skeleton)
-        if cfg.init and not args.saved:
-            load_init(model, cfg.init)
-    freeze_unused(model, cfg)
-    model.to(ranks.device, memory_format=torch.channels_last)
-    loop = Loop("sdpose", cfg, args, ranks, data, held_out, model, build_optimizer(model, cfg))
-    crops_of = prepare(model, data.training(), cfg, ranks, loop.folder, fresh=not args.resume)
-    net = distribute(model, ranks)
-
-    steps = loop.plan(len(crops_of(0)), micro)
-    if ranks.rank == 0:
-        left = (steps - loop.step) * cfg.batch
-        say_cost(model, f"training on {left:,} crops", left / ranks.world, 3 + cfg.checkpointing)
-    for epoch in loop.epochs():
-        net.train()
-        for crops, keypoints, ids, skipped in loop.batches(crops_of(epoch)):
-            loop.set_lr(lr_scale(loop.step, steps, cfg))
-            with loop.naming(ids, skipped):
-                losses = batch_losses(net, model, crops, torch.stack(keypoints), ranks.device)
-            loop.scaler.scale(sum(losses.values()) / cfg.accum).backward()
-            if not loop.update():                                # the step has further micro-batches
-                continue
-            loop.log(losses, losses)
-            if loop.stops():
-                return
-        if loop.evaluates():
-            table, predictions = evaluate(model, held_out, cfg, ranks)
-            loop.record(table, predictions, f", {true_boxes(held_out)}")
-            if loop.last and cfg.data == "puppets":
-                with rank_zero_first(ranks):             # it draws them
-                    unseen = open_dataset("puppets", "ood", data.skeleton)
-                tables = {"val": table, "ood": evaluate(model, unseen, cfg, ranks)[0]}
-                loop.folder.say(f"puppets, and the same in styles never seen\n{metrics.format_table(tables)}")
-                if ranks.rank == 0 and data.skeleton.name == "coco":        # others have no pictures in two styles
-                    with goes_on(loop.folder.path / "styles.png"):
-                        show_styles(model, held_out).save(loop.folder.path / "styles.png")
-
-
-# ---- Pictures: what the two branches see ---------------------------------------------------------------------
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    tokens, places = (state[f"text_model.embeddings.{kind}_embedding.weight"] for kind in ("token", "position"))
+    x = tokens[ids] + places[:ids.shape[1]]
+    for n in range(len({name.split(".")[3] for name in state if name.startswith("text_model.encoder.layers.")})):
+        layer = f"text_model.encoder.layers.{n}"
+        h = norm(x, f"{layer}.layer_norm1")
+        q, k, v = (rearrange(linear(h, f"{layer}.self_attn.{name}_proj"), "b n (m d) -> b m n d", m=heads)
+                   for name in "qkv")
+        h = rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=True), "b m n d -> b n (m d)")
+        x = x + linear(h, f"{layer}.self_attn.out_proj")
+        x = x + linear(F.gelu(linear(norm(x, f"{layer}.layer_norm2"), f"{layer}.mlp.fc1")), f"{layer}.mlp.fc2")
+    return norm(x, "text_model.final_layer_norm")
+
+
+# Pictures: what the two branches see, and the puppets' other styles.
 
 
 def to_picture(image: Tensor) -> Image.Image:
@@ -1103,16 +1399,29 @@ def to_picture(image: Tensor) -> Image.Image:
 def show_process(model: SDPose, image: Image.Image, threshold: float,
                  boxes: Found | None = None) -> dict[str, list[Image.Image]]:
     """For eval.py --process, a row per person: `heatmaps`, the crop and the heatmaps of all keypoints over it; `rgb`,
-    the crop, what the RGB branch makes of it, and what the VAE alone would."""
+    the crop, what the RGB branch makes of it, and what the VAE alone would.
+    """
     heatmaps, rgb = [], []
-    for _, crop, _, _ in to_batch([image], [""], model.cfg, boxes and [boxes])["people"]:
+    for _, crop, box, _ in to_batch([image], [""], model.cfg, boxes and [boxes])["people"]:
         crops = normalise(crop[None].to(model.text.device))
-        z = model.latents(crops)
-        views = [to_picture(x[0]) for x in (crops, model.images(model.reconstruct(z)), model.images(z))]
-        heatmaps += [views[0], draw.draw_heat(views[0], average_heatmaps(model, crops)[0].amax(0).cpu().numpy())]
+        z = model.encode(crops)
+        views = [to_picture(x[0]) for x in (crops, model.decode(model.reconstruct(z)), model.decode(z))]
+        maps = average_heatmaps(model, crops, sampling_noise([box], model.cfg))
+        heatmaps += [views[0], draw.draw_heat(views[0], maps[0].amax(0).cpu().numpy())]
         rgb += views
     return {name: [draw.contact_sheet(tiles, columns)] for name, tiles, columns in
             (("heatmaps", heatmaps, 2), ("rgb", rgb, 3)) if tiles}
+
+
+def compare_styles(model: SDPose, held_out: PoseDataset, table: dict, ranks: Ranks, folder: RunFolder) -> None:
+    """After a training on puppets: the metrics on the same puppets in styles never seen, and styles.png."""
+    with rank_zero_first(ranks):                         # it draws them
+        unseen = open_dataset("puppets", "ood", held_out.skeleton)
+    tables = {"val": table, "ood": evaluate(model, unseen, model.cfg, ranks)[0]}
+    folder.say(f"puppets, and the same in styles never seen\n{metrics.format_table(tables)}")
+    if ranks.rank == 0 and held_out.skeleton.name == "coco":        # others have no pictures in two styles
+        with goes_on(folder.path / "styles.png"):
+            show_styles(model, held_out).save(folder.path / "styles.png")
 
 
 def show_styles(model: SDPose, val: PoseDataset, rows: int = 6) -> Image.Image:
@@ -1127,7 +1436,7 @@ def show_styles(model: SDPose, val: PoseDataset, rows: int = 6) -> Image.Image:
     return draw.contact_sheet(tiles, 5)
 
 
-# ---- Cost, summary, main ------------------------------------------------------------------------------------
+# Cost, summary, main.
 
 
 @lru_cache
@@ -1137,9 +1446,9 @@ def flops(cfg: Config, skeleton: Skeleton) -> dict[str, float]:
     with torch.device("meta"), torch.no_grad():
         model = SDPose(replace(cfg, checkpointing=False), skeleton)
         crop, z = torch.zeros(1, 3, cfg.height, cfg.width), torch.zeros(1, LATENT, cfg.height // 8, cfg.width // 8)
-        for name, run in dict(encode=model.latents, pose=model.heatmaps, rgb=model.reconstruct).items():
+        for name, run, x in (("encode", model.encode, crop), ("pose", model.heatmaps, z), ("rgb", model.reconstruct, z)):
             with FlopCounterMode(display=False) as counter:
-                run(crop if name == "encode" else z)
+                run(x)
             counts[name] = counter.get_total_flops()
     return counts
 
@@ -1155,20 +1464,18 @@ def measured_speed(device: torch.device, amp: str) -> float:
     return 2 * 9 * 256 ** 2 * 64 ** 2 / seconds
 
 
-def say_hours(what: str, flop: float, device: torch.device, amp: str) -> None:
-    """Before long work: its FLOPs and about how long it takes; short work is not worth a word."""
-    seconds = flop / measured_speed(device, amp)
-    if seconds > 120:
-        print(f"{what}: {flop / 1e12:,.0f} TFLOP, about {seconds / 3600:.1f} hours at the speed of this machine")
-
-
 def say_cost(model: SDPose, what: str, crops: float, passes: int) -> None:
-    """Before long work on so many crops: what it costs. passes: of the U-Net, backward counts twice; 1 is prediction."""
+    """Before long work on so many crops: its FLOPs and about how long it takes; nothing for less than two minutes.
+
+    passes: of the U-Net, backward counts twice; 1 is prediction.
+    """
     cfg, cost = model.cfg, flops(model.cfg, model.skeleton)
     rgb = passes > 1 and cfg.rgb_weight > 0
     encoded = 1 if passes == 1 else 0 if cfg.cache_views else 1 + (rgb and cfg.target == "clean")
     flop = crops * (encoded * cost["encode"] + passes * (cost["pose"] + rgb * cost["rgb"]))
-    say_hours(what, flop, model.text.device, cfg.amp)
+    seconds = flop / measured_speed(model.text.device, cfg.amp)
+    if seconds > 120:
+        print(f"{what}: {flop / 1e12:,.0f} TFLOP, about {seconds / 3600:.1f} hours at the speed of this machine")
 
 
 def summary() -> str:
@@ -1186,12 +1493,8 @@ def summary() -> str:
 
 
 def main() -> None:
-    cfg, args = parse(Config, PRESETS, __doc__)
-    if args.train:
-        launch(train, cfg, args)
-    else:
-        print(f"{__doc__}\n{summary()}")
+    run_method(Config, PRESETS, __doc__, train, summary)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

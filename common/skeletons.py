@@ -215,12 +215,3 @@ def skeleton_from_category(category: dict, sigmas: Sequence[float] | None = None
     first = 0 if any(0 in bone for bone in bones) else 1     # COCO counts from 1; some tools from 0
     bones = tuple((a - first, b - first) for a, b in bones)
     return Skeleton(label, names, bones, flip, tuple(map(float, sigmas)))
-
-
-UPPER = {"nose", "eye", "ear", "head", "neck", "shoulder", "elbow", "wrist"}
-LOWER = {"hip", "knee", "ankle", "toe", "heel"}
-
-
-def halves(skeleton: Skeleton) -> list[list[int]]:
-    """The keypoints of the upper and the lower half, by their names; face, hands and what is unknown are in none."""
-    return [[k for k, name in enumerate(skeleton.keypoints) if part & set(words(name))] for part in (UPPER, LOWER)]

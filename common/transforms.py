@@ -236,30 +236,6 @@ def color_jitter(image: Image.Image, rng: np.random.Generator, strength: float =
     return image
 
 
-def photometric(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Brightness, contrast, saturation, hue and order of the channels of a crop (h, w, 3) uint8, each at times, as
-    SDPose's release does it: contrast changes rarely, but then twice, before and after the colours. Hue is a circle
-    here; the release lets it run over the end of its scale."""
-    def scale(pixels: np.ndarray, factor: float, offset: float = 0.0) -> np.ndarray:
-        return (pixels * factor + offset).clip(0, 255).astype(np.uint8)
-
-    if rng.random() < 0.5:
-        crop = scale(crop, 1, rng.uniform(-32, 32))
-    contrast, colours = rng.random() < 0.25, rng.integers(4)            # nothing, saturation, hue, both
-    if contrast:
-        crop = scale(crop, rng.uniform(0.5, 1.5))
-    if colours:
-        h, s, v = np.array(Image.fromarray(crop).convert("HSV")).transpose(2, 0, 1)
-        if colours != 2:
-            s = scale(s, rng.uniform(0.5, 1.5))
-        if colours != 1:
-            h = (h + rng.uniform(-18, 18) * 256 / 180).astype(np.int64).astype(np.uint8)        # modulo 256
-        crop = np.array(Image.merge("HSV", [Image.fromarray(x) for x in (h, s, v)]).convert("RGB"))
-    if contrast:
-        crop = scale(crop, rng.uniform(0.5, 1.5))
-    return crop[..., rng.permutation(3)] if rng.random() < 0.5 else crop
-
-
 def to_tensor(image: Image.Image) -> Tensor:
     """(3, H, W) float32 in [0, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255

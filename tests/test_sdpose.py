@@ -1,8 +1,10 @@
-"""SDPose against the released code's numbers, and by itself. Cases are found by file pattern."""
+"""SDPose against the released code's numbers, and by itself. Cases are found by file pattern (see golden())."""
+import ast
 import json
 import math
-import zlib
+from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,69 +16,39 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sdpose as sd
-from common import stable_diffusion, weights
+from common import weights
 from common.errors import UserError
-from tests.helpers import REFERENCE
+from common.skeletons import get_skeleton
+from tests.helpers import close, fill, golden, normal, read_case, reference, watch
 
-FOLDER = REFERENCE / "sdpose"
 TEXT_TENSOR = {"^text$": "not in the manifests, set by the tests"}
-
-
-def golden(pattern: str, kind: str = "golden_{}.npz"):
-    """Run a test once for every file of a pattern; none there is a failure to notice, not a silent pass."""
-    files = sorted(FOLDER.glob(kind.format(pattern)))
-    missing = pytest.param(None, marks=pytest.mark.skip(reason=f"no {kind.format(pattern)} in {FOLDER}"))
-    return pytest.mark.parametrize("file", files or [missing], ids=lambda f: f.stem if f else "none")
-
-
-def normal(key: str, shape, seed: int = 0) -> torch.Tensor:
-    """The reference's standard-normal array, fixed by (seed, key)."""
-    rng = np.random.RandomState(zlib.crc32(f"{seed}:{key}".encode()))
-    return torch.from_numpy(rng.standard_normal(tuple(shape)).astype(np.float32))
-
-
-@lru_cache(4096)
-def fill(key: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """The reference's weights for a tensor of this name."""
-    n = normal(key, shape, seed)
-    if key.endswith("bias"):
-        return 0.05 * n
-    return 1 + 0.1 * n if len(shape) <= 1 else n / math.sqrt(math.prod(shape[1:]))
-
-
-def close(ours, theirs, tolerance: float, what: str = ""):
-    """The largest difference, relative to the largest number: rounding grows with the numbers that are added up."""
-    ours, theirs = torch.as_tensor(ours).detach().double(), torch.as_tensor(theirs).double()
-    assert ours.shape == theirs.shape, f"{what}: {tuple(ours.shape)} against {tuple(theirs.shape)}"
-    error = (ours - theirs).abs().max().item() / max(1.0, theirs.abs().max().item())
-    assert error <= tolerance, f"{what}: error {error:.2e}"
-
-
-def read_case(file) -> tuple[dict, dict]:
-    """The arrays and the meta of a golden file."""
-    arrays = dict(np.load(file))
-    return arrays, json.loads(str(arrays.pop("meta")))
+SKELETONS = {17: "coco", 133: "wholebody", 14: "crowdpose", 21: "humanart21"}
 
 
 @lru_cache
 def read_manifest(name: str) -> dict:
-    return json.loads((FOLDER / name).read_text())
+    return json.loads(reference(f"sdpose/{name}").read_text())
+
+
+def manifest_config(name: str, **changes) -> sd.Config:
+    """The sizes that a manifest's config tells."""
+    config = read_manifest(name)["config"]
+    unet, vae, head = config["unet"], config["vae"], config["head"]
+    channels, ratios = unet["block_out_channels"], (1, 2, 4, 4)
+    assert [width // channels[0] for width in channels] == [*ratios], "Stable Diffusion 2's"
+    assert [width // vae["block_out_channels"][0] for width in vae["block_out_channels"]] == [*ratios]
+    head_dim = channels[0] // unet["num_heads_per_block"][0]
+    assert [width // head_dim for width in channels] == unet["num_heads_per_block"]
+    return replace(sd.PRESETS["body"], channels=channels[0], head_dim=head_dim, groups=unet["norm_num_groups"],
+                   text_dim=unet["cross_attention_dim"], vae_channels=vae["block_out_channels"][0],
+                   tap=3 if head["in_channels"] == channels[0] else 2, checkpointing=False, **changes)
 
 
 def manifest_model(name: str) -> sd.SDPose:
-    """An SDPose without numbers of the widths that a manifest's config tells."""
-    config, skeleton = read_manifest(name)["config"], {17: "coco", 133: "wholebody"}
-    unet, head = config["unet"], config["head"]
-    channels = unet["block_out_channels"]
+    """An SDPose without numbers of the sizes of a manifest."""
     with torch.device("meta"):
-        model = sd.build("tiny" if config["preset"] == "tiny" else "body", skeleton[head["num_keypoints"]],
-                         channels=channels[0], head_dim=channels[0] // unet["num_heads_per_block"][0],
-                         groups=unet["norm_num_groups"], text_dim=unet["cross_attention_dim"],
-                         vae_channels=config["vae"]["block_out_channels"][0],
-                         tap=3 if head["in_channels"] == channels[0] else 2)
-    assert [width // head_dim for width, head_dim in zip(channels, [model.cfg.head_dim] * 4)] == \
-        unet["num_heads_per_block"]
-    return model
+        return sd.SDPose(manifest_config(name),
+                         get_skeleton(SKELETONS[read_manifest(name)["config"]["head"]["num_keypoints"]]))
 
 
 @lru_cache
@@ -89,28 +61,29 @@ def reference_model(name: str, seed: int, dtype: torch.dtype = torch.float32) ->
     return model
 
 
-class Watch:
-    """The results of named modules while it is open: watch["mid"] after `with Watch(mid=module) as watch`."""
-
-    def __init__(self, **modules):
-        self.modules, self.results = modules, {}
-
-    def __enter__(self) -> dict:
-        def keep(name):
-            return lambda module, args, result: self.results.__setitem__(name, result)
-        self.hooks = [module.register_forward_hook(keep(name)) for name, module in self.modules.items()]
-        return self.results
-
-    def __exit__(self, *error):
-        for hook in self.hooks:
-            hook.remove()
-
-
-def inputs(meta: dict, batch: int = 2, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(meta: dict, batch: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
     """The image and the latent of a case."""
     (height, width), seed = meta["image_size"], meta["seed"]
     image = np.tanh(normal("input", (batch, 3, height, width), seed).numpy())      # torch's differs in the last bit
     return torch.from_numpy(image).to(dtype), normal("latent", (batch, 4, height // 8, width // 8), seed).to(dtype)
+
+
+def stored(ours: torch.Tensor, theirs) -> torch.Tensor:
+    """The part of a result that a case stores: every n-th channel and cell, and the first images."""
+    assert ours.dim() == theirs.ndim, f"{tuple(ours.shape)} against {theirs.shape}"
+    steps = [-(-mine // kept) for mine, kept in zip(ours.shape[1:], theirs.shape[1:])]
+    return ours[(slice(theirs.shape[0]), *(slice(None, None, step) for step in steps))]
+
+
+def check(results: dict, case: dict, tolerance: float) -> None:
+    """Compare results by name with the stored parts of a case."""
+    for name, result in results.items():
+        close(stored(result, case[name]), case[name], tolerance, name)
+
+
+def last_results(seen: dict) -> dict:
+    """What `watch` saw: the result of the last call of each module."""
+    return {name: calls[-1][1] for name, calls in seen.items()}
 
 
 LABELS = torch.tensor([sd.POSE, sd.RGB])
@@ -119,9 +92,9 @@ LABELS = torch.tensor([sd.POSE, sd.RGB])
 # ------------------------------------------------------------------------------------------ names
 
 
-@golden("*", "manifest_*.json")
+@golden("sdpose/manifest_*.json")
 def test_every_tensor_of_a_release_has_its_parameter_and_the_other_way_round(file):
-    manifest = read_manifest(file.name)
+    manifest = json.loads(file.read_text())
     if "unet" not in manifest["config"]:
         pytest.skip("of the text encoder")
     model = manifest_model(file.name)
@@ -131,226 +104,216 @@ def test_every_tensor_of_a_release_has_its_parameter_and_the_other_way_round(fil
         assert sum(math.prod(shape) for name, shape in ours.items() if name.startswith(part)) == count
     state = {key: torch.empty(shape, device="meta") for key, shape in manifest["keys"].items()}
     assert sd.convert_official(state, model.cfg).keys() == ours.keys()
-    expected = file.stem.removeprefix("manifest_")
-    known = (expected, model.skeleton.num_keypoints) if expected in ("body", "wholebody") else None
+    name = {3: "body", 2: "wholebody"}[model.cfg.tap]
+    known = (name, model.skeleton.num_keypoints) if manifest["config"]["preset"] == "full" else None
     assert sd.recognise(state) == known and sd.recognise({}) is None
+
+
+def test_no_argument_or_variable_hides_an_imported_module():
+    tree = ast.parse(Path(sd.__file__).read_text())
+    imported = {alias.asname or alias.name for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))
+                for alias in node.names}
+    bound = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    bound |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    assert not imported & bound
 
 
 # ------------------------------------------------------------------------------------------ VAE, U-Net, head
 
 
-@golden("vae*")
+@golden("sdpose/golden_vae*.npz")
 def test_vae_equals_the_release(file):
     case, meta = read_case(file)
     model = reference_model(meta["manifest"], meta["seed"])
-    image, latent = inputs(meta)
+    image, latent = inputs(meta, len(case["mean"]))
     encoder, noise = model.vae.encoder, normal("vae_noise", latent.shape, meta["seed"])
-    with Watch(enc_conv_in=encoder.conv_in, **{f"enc_down{i}": block.steps()[-1] for i, block
-                                               in enumerate(encoder.down_blocks)},
-               enc_mid_attn=encoder.mid_block.attentions[0], enc_mid=encoder.mid_block.resnets[1],
-               dec_mid=model.vae.decoder.mid_block.resnets[1]) as seen:
-        mean, logvar = model.vae.encode(image)
-        seen |= dict(mean=mean, logvar=logvar, latent_mode=model.latents(image),
-                     latent_sample=model.latents(image, noise), dec_image=model.images(latent * sd.LATENT_SCALE))
-    dec_mid = seen["dec_mid"]
-    roundtrip = model.vae.decode(mean)
-    strides = dict(enc_conv_in=8, enc_down0=4, enc_down1=4, enc_down2=2, enc_down3=2, enc_mid_attn=1, enc_mid=1)
-    for name, stride in strides.items():
-        close(seen[name][:, ::4, ::stride, ::stride], case[name], 2e-5, name)
-    close(dec_mid[:, ::4], case["dec_mid"], 2e-5, "dec_mid")
-    for name in ("mean", "logvar", "latent_mode", "latent_sample"):
-        close(seen[name], case[name], 1e-5, name)
-    close(seen["dec_image"][..., ::2, ::2], case["dec_image"], 2e-5, "dec_image")
-    close(roundtrip[:1, :, ::2, ::2], case["roundtrip_image"], 2e-5, "roundtrip_image")
+    with watch(enc_conv_in=encoder.conv_in, **{f"enc_down{i}": block for i, block in enumerate(encoder.down_blocks)},
+               enc_mid_attn=encoder.mid_block.attentions[0], enc_mid=encoder.mid_block,
+               dec_mid=model.vae.decoder.mid_block) as seen:
+        mean, logvar = model.posterior(image)
+        dec_image = model.decode(latent * sd.LATENT_SCALE)
+    check(last_results(seen), case, 2e-5)
+    check(dict(mean=mean, logvar=logvar, latent_mode=model.encode(image), latent_sample=model.encode(image, noise)),
+          case, 1e-5)
+    check(dict(dec_image=dec_image, roundtrip_image=model.vae.decode(mean)), case, 2e-5)
 
 
-@golden("unet*")
+@golden("sdpose/golden_unet*.npz")
 def test_unet_equals_the_release(file):
     case, meta = read_case(file)
     model = reference_model(meta["manifest"], meta["seed"])
     unet, t = model.unet, torch.full((2,), 999)
-    _, latent = inputs(meta)
-    close(sd.task_waves(LABELS), case["class_labels"], 1e-6, "class_labels")
-    close(sd.time_waves(t, unet.dim), case["time_sinusoid"], 1e-6, "time_sinusoid")
+    _, latent = inputs(meta, len(case["out"]))
+    check(dict(class_labels=sd.task_waves(LABELS), time_sinusoid=sd.time_waves(t, unet.dim)), case, 1e-6)
     down, up = unet.down_blocks, unet.up_blocks
-    with Watch(time_embedding=unet.time_embedding, class_embedding=unet.class_embedding, conv_in=unet.conv_in,
-               down0_resnet0=down[0].resnets[0], down0_attn0=down[0].attentions[0],
-               down0=down[0].downsamplers[0], down1=down[1].downsamplers[0], down2=down[2].downsamplers[0],
-               down3=down[3].resnets[1], mid=unet.mid_block.resnets[1], up0=up[0].upsamplers[0],
-               up1=up[1].upsamplers[0], feat_wholebody=up[2].upsamplers[0]) as seen:
-        seen["feat_body"] = unet(latent, LABELS, model.text, t=t)
-        seen["out"] = unet.output(seen["feat_body"])
-    for name, result in seen.items():
-        full = result.dim() < 4 or name in ("feat_wholebody", "feat_body", "out")
-        close(result if full else result[:, ::4], case[name], 3e-5 if result.dim() == 4 else 1e-5, name)
-    assert torch.equal(unet(latent, LABELS, model.text, blocks=3, t=t), seen["feat_wholebody"])
-    other = unet(latent, LABELS, model.text, t=torch.tensor([10, 500]))
-    close(unet.output(other), case["out_t10_t500"], 1e-5, "out_t10_t500")
-    square = unet(normal("latent8", (1, 4, 16, 16), meta["seed"]), LABELS[:1], model.text)
-    close(square[:, ::2], case["feat_body_16x16"], 3e-5, "feat_body_16x16")
-    close(unet.output(square), case["out_16x16"], 1e-5, "out_16x16")
+    with watch(time_embedding=unet.time_embedding, class_embedding=unet.class_embedding) as embeddings, watch(
+            conv_in=unet.conv_in, down0_resnet0=down[0].resnets[0], down0_attn0=down[0].attentions[0],
+            **{f"down{i}": down[i].downsamplers[0] for i in range(3)}, down3=down[3].resnets[1], mid=unet.mid_block,
+            up0=up[0], up1=up[1], feat_wholebody=up[2]) as seen:
+        body = unet(latent, LABELS, model.text, t=t)
+        out = unet.output(body)
+    check(last_results(embeddings), case, 1e-5)
+    check(last_results(seen) | dict(feat_body=body, out=out), case, 3e-5)
+    assert torch.equal(unet(latent, LABELS, model.text, tap=2, t=t), last_results(seen)["feat_wholebody"])
+    other = unet.output(unet(latent, LABELS, model.text, t=torch.tensor([10, 500])))
+    square = normal("latent8", (1, 4, *case["out_16x16"].shape[2:]), meta["seed"])
+    features = unet(square, LABELS[:1], model.text)
+    check(dict(out_t10_t500=other, out_16x16=unet.output(features)), case, 1e-5)
+    check(dict(feat_body_16x16=features), case, 3e-5)
 
 
-@golden("head_*")
+@golden("sdpose/golden_head_*.npz")
 def test_head_equals_the_release(file):
     case, meta = read_case(file)
     head = reference_model(meta["manifest"], meta["seed"]).decoder
     (height, width), channels = meta["image_size"], head.final_layer.in_channels
-    with Watch(deconv=head.deconv_layers, conv=head.conv_layers) as seen:
-        heatmaps = head(normal("feature", (2, channels, height // 8, width // 8), meta["seed"]))
-    for name, result in seen.items():
-        close(result[:, ::4, ::2, ::2], case[name], 1e-5, name)
-    close(heatmaps[:len(case["heatmaps"])], case["heatmaps"], 1e-5, "heatmaps")
+    with watch(deconv=head.deconv_layers, conv=head.conv_layers) as seen:
+        heatmaps = head(normal("feature", (len(case["deconv"]), channels, height // 8, width // 8), meta["seed"]))
+    check(last_results(seen) | dict(heatmaps=heatmaps), case, 1e-5)
 
 
-@golden("float64*")
+@golden("sdpose/golden_float64*.npz")
 def test_everything_equals_the_release_in_float64(file):
     case, meta = read_case(file)
     model = reference_model(meta["manifest"], meta["seed"], torch.float64)
     wholebody = reference_model(meta["manifest_wholebody"], meta["seed"], torch.float64)
-    image, latent = inputs(meta, dtype=torch.float64)
-    mean, logvar = model.vae.encode(image)
-    with Watch(feat_wholebody=model.unet.up_blocks[2].upsamplers[0]) as seen:
+    image, latent = inputs(meta, len(case["mean"]), torch.float64)
+    mean, logvar = model.posterior(image)
+    with watch(tap=model.unet.up_blocks[2]) as seen:
         body = model.unet(latent, LABELS, model.text)
-    results = dict(mean=mean, logvar=logvar, dec_image=model.vae.decode(latent)[..., ::4, ::4],
-                   feat_body=body[:, ::4], feat_wholebody=seen["feat_wholebody"][:, ::8], out=model.unet.output(body),
-                   heatmaps_body=model.decoder(body)[:, ::4],
-                   heatmaps_wholebody=wholebody.decoder(seen["feat_wholebody"])[:, ::19])
+    tap = last_results(seen)["tap"]
+    results = dict(mean=mean, logvar=logvar, dec_image=model.vae.decode(latent), feat_body=body, feat_wholebody=tap,
+                   out=model.unet.output(body), heatmaps_body=model.decoder(body),
+                   heatmaps_wholebody=wholebody.decoder(tap))
     assert results.keys() == case.keys()
-    for name, result in results.items():
-        close(result, case[name], 1e-12, name)
+    check(results, case, 1e-12)
 
 
-@golden("blocks*")
+@golden("sdpose/golden_blocks*.npz")
 def test_blocks_of_the_full_width_equal_the_release(file):
+    """In float64, so that what differs is the rounding of the stored numbers alone."""
     case, meta = read_case(file)
-    manifest = read_manifest(meta["manifest"])["keys"]
-    unet, seed = manifest_model(meta["manifest"]).unet, meta["seed"]
+    manifest, seed = read_manifest(meta["manifest"])["keys"], meta["seed"]
+    unet, cfg = manifest_model(meta["manifest"]).unet, manifest_config(meta["manifest"])
+
+    def drawn(key: str, *shape: int) -> torch.Tensor:
+        return normal(key, shape, seed).double()
 
     def filled(path: str) -> torch.nn.Module:
-        module = unet.get_submodule(path).to_empty(device="cpu").eval().requires_grad_(False)
+        module = unet.get_submodule(path).to_empty(device="cpu").double().eval().requires_grad_(False)
         prefix = f"unet.{path}."
         state = {key.removeprefix(prefix): fill(key, tuple(shape), seed) for key, shape in manifest.items()
                  if key.startswith(prefix)}
         weights.load_strict(module, state, {})
         return module
 
-    x, emb = normal("block_input", (1, 320, 16, 12), seed), normal("block_temb", (1, 1280), seed)
-    text, block = normal("empty_text", (1, 2, 1024), seed), filled("down_blocks.1")
-    resnet = block.resnets[0](x, emb)
-    close(resnet[:, ::4], case["resnet_320_640"], 2e-5, "resnet")
-    layer = block.attentions[0].transformer_blocks[0]
-    close(layer(normal("block_tokens", (1, 40, 640), seed), text), case["basic_transformer_block_640"], 1e-5, "layer")
-    close(block.attentions[0](resnet, text)[:, ::4], case["transformer_640"], 2e-5, "transformer")
-    first = block.layer(0, x, emb, text)
-    second = block.layer(1, first, emb, text)
-    for name, result in dict(downblock1_skip0=first[:, ::16], downblock1_skip1=second[:, ::16],
-                             downblock1=block.downsamplers[0](second)[:, ::4]).items():
-        close(result, case[name], 3e-5, name)
-    block, x = filled("up_blocks.2"), normal("upblock_input", (1, 1280, 8, 6), seed)
-    skips = [normal(f"upblock_skip{i}", (1, width, 8, 6), seed) for i, width in enumerate((320, 640, 640))]
-    for i in range(3):
-        x = block.layer(i, x, emb, text, skips.pop())
-    close(block.upsamplers[0](x)[:, ::4], case["upblock2"], 3e-5, "upblock2")
+    c, (h, w) = cfg.channels, case["resnet_320_640"].shape[2:]
+    x, emb, text = drawn("block_input", 1, c, h, w), drawn("block_temb", 1, 4 * c), drawn("empty_text", 1, 2, cfg.text_dim)
+    block = filled("down_blocks.1")
+    with watch(resnet_320_640=block.resnets[0], transformer_640=block.attentions[0]) as seen:
+        skip0, skip1, smaller = block(x, emb, text)
+    first = {name: calls[0][1] for name, calls in seen.items()}
+    tokens = drawn("block_tokens", *case["basic_transformer_block_640"].shape)
+    layer = block.attentions[0].transformer_blocks[0](tokens, text)
+    skips = [drawn(f"upblock_skip{i}", 1, width * c, h // 2, w // 2) for i, width in enumerate((1, 2, 2))]
+    larger = filled("up_blocks.2")(drawn("upblock_input", 1, 4 * c, h // 2, w // 2), emb, text, [torch.zeros(1, 1, h, w), *skips])
+    check(first | dict(basic_transformer_block_640=layer, downblock1_skip0=skip0, downblock1_skip1=skip1,
+                       downblock1=smaller, upblock2=larger), case, 3e-5)
 
 
-@golden("tiny_text*")
+@golden("sdpose/golden_tiny_text*.npz")
 def test_text_encoder_equals_the_release(file):
     case, meta = read_case(file)
     manifest, state = read_manifest(meta["manifest"]), {}
     for key, shape in manifest["keys"].items():
         state[key.removeprefix("text_encoder.")] = fill(key, tuple(shape), meta["seed"])
     heads = manifest["config"]["num_attention_heads"]
-    close(stable_diffusion.encode_text(state, torch.from_numpy(case["ids"]), heads), case["last_hidden_state"], 1e-5)
+    close(sd.encode_text(state, torch.from_numpy(case["ids"]), heads), case["last_hidden_state"], 1e-5)
 
 
-@golden("pipeline_*")
+def case_crops(case: dict) -> torch.Tensor:
+    """The crops (N, 3, H, W) uint8 of a pipeline case; those of the wholebody's are stored with the body's."""
+    crops = case["crops"] if "crops" in case else read_case(reference("sdpose/golden_pipeline_body.npz"))[0]["crops"]
+    return torch.from_numpy(crops)
+
+
+@golden("sdpose/golden_pipeline_*.npz")
 def test_crops_become_the_heatmaps_of_the_release(file):
+    """In float64, so that what differs is the rounding of the stored numbers alone."""
     case, meta = read_case(file)
-    model = reference_model(meta["manifest"], meta["seed"])
-    crops = case["crops"] if "crops" in case else np.load(FOLDER / "golden_pipeline_body.npz")["crops"]
-    images = torch.from_numpy(crops).float() / 255 * 2 - 1
-    latents, flipped = model.latents(torch.cat([images, images.flip(3)])).chunk(2)     # as prediction does
-    close(latents, case["latent"], 1e-5, "latent")
-    close(flipped, case["latent_flipped"], 1e-5, "latent_flipped")
-    features = model.unet(latents, LABELS[:1], model.text, blocks=model.cfg.tap + 1)
-    close(features[:, ::2], case["feat"], 3e-5, "feat")
+    model = reference_model(meta["manifest"], meta["seed"], torch.float64)
+    images = (case_crops(case).float() / 255 * 2 - 1).double()
+    latents, flipped = model.encode(torch.cat([images, images.flip(3)])).chunk(2)     # as prediction does
+    features = model.unet(latents, LABELS[:1], model.text, tap=model.cfg.tap)
     heatmaps, mirrored = model.heatmaps(latents), model.heatmaps(flipped)
-    close(heatmaps[:len(case["heatmaps"])], case["heatmaps"], 2e-5, "heatmaps")
+    check(dict(latent=latents, latent_flipped=flipped), case, 1e-5)
+    check(dict(feat=features), case, 3e-5)
     count = case["heatmaps_flipped_input"].shape[1]
-    close(mirrored[:, :count], case["heatmaps_flipped_input"], 2e-5, "heatmaps_flipped_input")
+    check(dict(heatmaps=heatmaps, heatmaps_flipped_input=mirrored[:, :count]), case, 2e-5)
     both = model.heatmaps(torch.cat([latents, flipped]))                               # in one batch
-    close(both, torch.cat([heatmaps, mirrored]), 2e-5)
+    close(both, torch.cat([heatmaps, mirrored]), 1e-12)
 
 
-@golden("loss_*")
+@golden("sdpose/golden_loss_*.npz")
 def test_both_tasks_equal_the_release(file):
     case, meta = read_case(file)
     model = reference_model(meta["manifest"], meta["seed"])
-    clean, _ = inputs(meta)
+    clean, _ = inputs(meta, len(case["latent_in"]))
     top, bottom, left, right = case["rect"].tolist()
     disturbed = clean.clone()
     disturbed[:, :, top:bottom, left:right] = -1
-    latents = model.latents(disturbed)
-    close(latents, case["latent_in"], 1e-5, "latent_in")
-    close(model.latents(clean), case["latent_gt"], 1e-5, "latent_gt")
+    latents = model.encode(disturbed)
     result = model(latents)
-    step = 1 if result["heatmaps"].shape[1] == case["pred_heatmaps"].shape[1] else 8
-    close(result["heatmaps"][:, ::step], case["pred_heatmaps"], 2e-5, "heatmaps")
-    close(result["latents"], case["pred_rgb_latent"], 1e-5, "latents")
+    check(dict(latent_in=latents, latent_gt=model.encode(clean), pred_rgb_latent=result["latents"]), case, 1e-5)
+    check(dict(pred_heatmaps=result["heatmaps"]), case, 2e-5)
 
 
 @pytest.mark.slow
-@golden("full*")
+@golden("sdpose/golden_full*.npz")
 def test_full_size_models_equal_the_release(file):
     case, meta = read_case(file)
-    image, latent = inputs(meta, batch=1)
-    model = reference_model.__wrapped__(meta["manifest"], meta["seed"])
-    fill.cache_clear()                                                  # 3.8 GB
+    image, latent = inputs(meta, len(case["mean"]))
+    model = reference_model.__wrapped__(meta["manifest"], meta["seed"])                 # 3.8 GB, not to be kept
     unet = model.unet
-    mean, logvar = model.vae.encode(image)
-    z = model.latents(image)
-    results = dict(mean=mean, logvar=logvar, latent_mode=z,
-                   dec_image=model.vae.decode(latent)[..., ::2, ::2])
-    with Watch(time_embedding=unet.time_embedding, class_embedding_pose=unet.class_embedding, conv_in=unet.conv_in,
+    mean, logvar = model.posterior(image)
+    z = model.encode(image)
+    results = dict(mean=mean, logvar=logvar, latent_mode=z, dec_image=model.vae.decode(latent))
+    with watch(time_embedding=unet.time_embedding, class_embedding_pose=unet.class_embedding, conv_in=unet.conv_in,
                **{f"down{i}": unet.down_blocks[i].downsamplers[0] for i in range(3)},
-               down3=unet.down_blocks[3].resnets[1], mid=unet.mid_block.resnets[1],
-               **{f"up{i}": unet.up_blocks[i].upsamplers[0] for i in range(3)},
-               up3=unet.up_blocks[3].attentions[2]) as seen:
+               down3=unet.down_blocks[3].resnets[1], mid=unet.mid_block,
+               **{f"up{i}": unet.up_blocks[i] for i in range(4)}) as seen:
         features = unet(z, LABELS[:1], model.text)
-    stored = {name: value[:, ::16] if value.dim() == 4 else value for name, value in seen.items()}
-    results |= stored | dict(feat_body=features[:, ::4], feat_wholebody=seen["up2"][:, ::8],
-                             out_pose_label=unet.output(features), heatmaps_body=model.decoder(features))
-    with Watch(class_embedding_rgb=unet.class_embedding) as rgb:
+    results |= last_results(seen)
+    results |= dict(feat_body=features, feat_wholebody=results["up2"], out_pose_label=unet.output(features),
+                    heatmaps_body=model.decoder(features))
+    with watch(class_embedding_rgb=unet.class_embedding) as rgb:
         results["out_rgb_label"] = model.reconstruct(z)
-    results |= rgb
+    results |= last_results(rgb)
     del model, unet
     manifest, wholebody = read_manifest(meta["manifest_wholebody"]), manifest_model(meta["manifest_wholebody"])
     head = wholebody.decoder.to_empty(device="cpu")
     weights.load_strict(head, {key.removeprefix("decoder."): fill(key, tuple(shape), meta["seed"])
                                for key, shape in manifest["keys"].items() if key.startswith("decoder.")}, {})
-    results["heatmaps_wholebody"] = head(seen["up2"])[:, ::7]
+    results["heatmaps_wholebody"] = head(results["up2"])
     assert results.keys() == case.keys()
-    for name, result in results.items():
-        scale = max(1.0, float(np.abs(case[name]).max()) / 10)
-        close(result, case[name], 3e-5 * scale, name)
+    check(results, case, 6e-5)                    # rounding alone makes 4e-5 of the largest number, on either side
 
 
-# ------------------------------------------------------------------------------------------ what is saved
+# ------------------------------------------------------------------------------------------ the model by itself
+
 
 def small(skeleton: str = "coco", **overrides) -> sd.SDPose:
     return sd.build("tiny", skeleton, **dict(channels=16, head_dim=8, groups=4, vae_channels=4) | overrides)
 
 
-
 def test_the_up_block_after_the_feature_tap_is_not_run():
     model = small("wholebody", tap=2).eval().requires_grad_(False)
     latents, emb = torch.randn(1, 4, 16, 12), model.task(sd.POSE)
-    with Watch(tap=model.unet.up_blocks[2].upsamplers[0], last=model.unet.up_blocks[3].resnets[0]) as seen:
+    with watch(tap=model.unet.up_blocks[2], last=model.unet.up_blocks[3]) as seen:
         heatmaps = model.heatmaps(latents)
-        assert "last" not in seen
+        assert not seen["last"]
         model.unet(latents, emb, model.text)
-    assert "last" in seen and torch.equal(model.decoder(seen["tap"]), heatmaps)
+    assert seen["last"] and torch.equal(model.decoder(seen["tap"][-1][1]), heatmaps)
 
 
 @pytest.mark.parametrize("tap", [3, 2])
@@ -362,8 +325,8 @@ def test_checkpointing_changes_no_gradient(tap):
         result = model(latents)
         (result["heatmaps"].square().sum() + result["latents"].square().sum()).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if not name.startswith("vae.")})
-    plain, again = gradients
-    assert None not in plain.values() and all(torch.equal(plain[name], again[name]) for name in plain)
+    kept, again = gradients
+    assert None not in kept.values() and all(torch.equal(kept[name], again[name]) for name in kept)
 
 
 def test_one_batch_of_both_tasks_equals_two_passes():
@@ -377,13 +340,28 @@ def test_one_batch_of_both_tasks_equals_two_passes():
     assert model(latents, reconstruct=False).keys() == {"heatmaps"}
 
 
-def test_many_crops_are_encoded_in_parts_with_the_same_result(monkeypatch):
-    model, images = small().requires_grad_(False), torch.rand(5, 3, 32, 24)
-    noise = torch.randn(5, 4, 4, 3)
-    whole, pictures = model.latents(images, noise), model.images(noise)
+def test_crops_that_are_encoded_in_parts_have_the_latents_and_gradients_of_the_plain_form(monkeypatch):
     monkeypatch.setattr(sd, "PIXELS", 2 * 32 * 24)
-    close(model.latents(images, noise), whole, 1e-6)
-    close(model.images(noise), pictures, 1e-5)
+    images, noise = torch.rand(5, 3, 32, 24, dtype=torch.float64), torch.randn(5, 4, 4, 3, dtype=torch.float64)
+    results = {}
+    for form, parts in ("auto", 3), ("plain", 1):
+        monkeypatch.setenv("POSE_KERNELS", form)
+        torch.manual_seed(0)
+        model = small().double()
+        model.vae.requires_grad_(True)
+        with watch(encoder=model.vae.encoder, decoder=model.vae.decoder) as seen:
+            latents, pictures = model.encode(images, noise), model.decode(noise)
+        assert len(seen["encoder"]) == len(seen["decoder"]) == parts
+        (latents.square().sum() + pictures.square().sum()).backward()
+        results[form] = [latents, pictures, *(p.grad for p in model.vae.parameters())]
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(*results.values(), strict=True))
+
+
+@pytest.mark.slow
+@golden("sdpose/golden_pipeline_*.npz")
+def test_the_plain_form_equals_the_release(file, monkeypatch):
+    monkeypatch.setenv("POSE_KERNELS", "plain")
+    test_crops_become_the_heatmaps_of_the_release(file)
 
 
 def test_the_vae_is_frozen_and_everything_else_learns():
@@ -437,7 +415,7 @@ def test_training_on_one_full_size_crop_needs_less_than_24_gb():
         model = sd.build("body")
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
         for _ in range(2):                                              # only then is the optimizer's state there
-            latents = model.latents(full_size_crops(model, 2))          # disturbed and clean
+            latents = model.encode(full_size_crops(model, 2))           # disturbed and clean
             result = model(latents[:1])
             (result["heatmaps"].square().mean() + (result["latents"] - latents[1:]).square().mean()).backward()
             optimizer.step()
@@ -487,7 +465,7 @@ def write_release(folder, state: dict, suffix: str = ".safetensors", head: bool 
 
 def load(folder, **overrides) -> sd.SDPose:
     model = small(**overrides)
-    weights.load_strict(model, sd.convert_official(stable_diffusion.load_release(folder), model.cfg), {})
+    weights.load_strict(model, sd.convert_official(sd.read_release(folder), model.cfg), {})
     return model
 
 
@@ -500,24 +478,24 @@ def test_a_release_of_any_precision_fills_a_float32_model(tmp_path, tiny_state, 
     assert all(torch.equal(own[name], value.float()) for name, value in state.items())
     assert {value.dtype for value in own.values()} == {torch.float32}
     with torch.no_grad():
-        assert model.heatmaps(model.latents(torch.zeros(1, 3, 32, 24))).isfinite().all()
+        assert model.heatmaps(model.encode(torch.zeros(1, 3, 32, 24))).isfinite().all()
 
 
 def test_the_text_encoder_is_read_once(tmp_path, tiny_state):
     folder = write_release(tmp_path / "release", tiny_state)
-    first = stable_diffusion.load_release(folder)["text"]
+    first = sd.read_release(folder)["text"]
     (folder / "text_encoder" / "model.safetensors").unlink()
-    assert torch.equal(stable_diffusion.load_release(folder)["text"], first) and first.shape == (1, 2, 64)
-    assert (folder / stable_diffusion.EMPTY_TEXT).stat().st_size < 16_000
-    (folder / stable_diffusion.EMPTY_TEXT).unlink()
+    assert torch.equal(sd.read_release(folder)["text"], first) and first.shape == (1, 2, 64)
+    assert (folder / sd.EMPTY_TEXT).stat().st_size < 16_000
+    (folder / sd.EMPTY_TEXT).unlink()
     with pytest.raises(UserError, match="text_encoder/model.safetensors"):
-        stable_diffusion.load_release(folder)
+        sd.read_release(folder)
 
 
 def test_fetching_wants_no_text_encoder_once_its_embedding_is_there(tmp_path, monkeypatch):
     release = weights.RELEASES["sdpose-body"]
     encoder, kept = release.made_of
-    assert encoder in release.files and kept == f"sdpose-body/{stable_diffusion.EMPTY_TEXT}"
+    assert encoder in release.files and kept == f"sdpose-body/{sd.EMPTY_TEXT}"
     for file in {*release.files, kept} - {encoder}:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
@@ -530,19 +508,19 @@ def test_a_text_encoder_of_another_kind_is_named(tmp_path, tiny_state):
     folder = write_release(tmp_path / "release", tiny_state)
     save_file({"embeddings.weight": torch.zeros(3, 3)}, folder / "text_encoder" / "model.safetensors")
     with pytest.raises(UserError, match="no CLIP text encoder"):
-        stable_diffusion.load_release(folder)
+        sd.read_release(folder)
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "decoder"])
 def test_a_missing_or_truncated_file_of_a_release_is_named(tmp_path, tiny_state, part):
     folder = write_release(tmp_path / "release", tiny_state)
-    file = stable_diffusion.release_file(folder, part)
+    file = sd.release_file(folder, part)
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match=f"{part}.*cut short"):
-        stable_diffusion.load_release(folder)
+        sd.read_release(folder)
     file.unlink()
     with pytest.raises(UserError, match=f"has no {part}/{file.name}"):
-        stable_diffusion.load_release(folder)
+        sd.read_release(folder)
 
 
 def test_loading_is_strict_both_ways(tmp_path, tiny_state):
@@ -583,7 +561,18 @@ def test_stable_diffusion_starts_all_but_the_task_embedding_and_the_head(tmp_pat
         assert torch.equal(value, before[name] if new else state.get(name, value))
     assert "random: unet.class_embedding.* and decoder.*" in capsys.readouterr().out
     with pytest.raises(UserError, match="no decoder/decoder.safetensors"):
-        stable_diffusion.load_release(folder)
+        sd.read_release(folder)
+
+
+def test_without_the_prior_the_vae_and_the_text_are_loaded_and_the_unet_stays_random(tmp_path, tiny_state, capsys):
+    folder, model = write_release(tmp_path / "release", tiny_state), small()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    sd.load_init(model, str(folder), "vae")
+    own = model.state_dict()
+    assert all(torch.equal(own[name], value if name.startswith("vae.") else before[name])
+               for name, value in tiny_state.items())
+    assert torch.equal(own["text"], sd.empty_text(folder)) and not torch.equal(own["text"], before["text"])
+    assert "random: unet.* and decoder.*" in capsys.readouterr().out
 
 
 def test_a_release_starts_a_model_of_other_keypoints_but_for_the_head(tmp_path, tiny_state):
@@ -597,18 +586,16 @@ def test_a_release_starts_a_model_of_other_keypoints_but_for_the_head(tmp_path, 
 
 @pytest.mark.parametrize("wrong, reason", [
     (dict(height=100), "multiple of 8"), (dict(channels=40), "multiple of 24"), (dict(tap=1), "--tap 1"),
-    (dict(vae_channels=5), "multiple of 2")])
+    (dict(vae_channels=5), "multiple of 2"), (dict(init_parts="vae"), "takes a part of --init"),
+    (dict(init_parts="unet"), "choose from all, vae")])
 def test_sizes_that_no_run_could_use_are_refused(wrong, reason):
     with pytest.raises(UserError, match=reason):
         sd.build("tiny", **wrong)
 
 
 def test_the_sample_file_is_read_as_the_release_writes_it():
-    file = FOLDER / "golden_sample.safetensors"
-    if not file.exists():
-        pytest.skip("no sample file")
-    case, _ = read_case(FOLDER / "golden_sample_safetensors.npz")
-    read = weights.load_tensors(file)
+    case, _ = read_case(reference("sdpose/golden_sample_safetensors.npz"))
+    read = weights.load_tensors(reference("sdpose/golden_sample.safetensors"))
     assert {name.replace(".", "__") for name in read} == case.keys()
     for name, value in read.items():
         theirs = torch.from_numpy(np.asarray(case[name.replace(".", "__")]))

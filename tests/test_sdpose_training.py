@@ -1,10 +1,12 @@
 """SDPose's crops, codec, losses, evaluation and training, against the released code's numbers and by themselves."""
 import importlib
 import json
+import math
 import shutil
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import sdpose as sd
-from common import metrics, stable_diffusion
+from common import metrics
 from common.boxes import NOBODY, boxes_of, detect, read_boxes, true_boxes, whole_image
 from common.cli import parse, resolve, run_main
 from common.errors import UserError
@@ -22,18 +24,18 @@ from common.records import Prediction
 from common.splits import open_dataset
 from common.skeletons import get_skeleton
 from data import puppets
-from tests.helpers import assert_equal
-from tests.test_sdpose import close, golden, normal, read_case, reference_model, write_release
+from tests.helpers import assert_equal, close, golden, normal, read_case
+from tests.test_sdpose import case_crops, check, inputs, manifest_config, reference_model, write_release
 
 COCO = get_skeleton("coco")
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def config(meta: dict, **changes) -> sd.Config:
-    """The tiny preset with the sizes of the reference's, which is wider, and the crop size and the sigma of a case."""
+    """The crop size and the sigma of a case, and the sizes of its manifest where it has a model."""
     height, width = meta.get("image_size", (1024, 768))
-    return replace(sd.PRESETS["tiny"], height=height, width=width, sigma=float(meta.get("sigma", 6)), channels=32,
-                   head_dim=32, groups=8, vae_channels=16, **changes)
+    sizes = manifest_config(meta["manifest"]) if "manifest" in meta else sd.PRESETS["body"]
+    return replace(sizes, height=height, width=width, sigma=float(meta.get("sigma", 6)), **changes)
 
 
 def in_crop(places: torch.Tensor, cfg: sd.Config) -> torch.Tensor:
@@ -44,7 +46,7 @@ def in_crop(places: torch.Tensor, cfg: sd.Config) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------ crops
 
 
-@golden("affine*")
+@golden("sdpose/golden_affine*.npz")
 def test_crop_geometry_equals_the_release(file):
     case, meta = read_case(file)
     cfg = config(meta)
@@ -61,7 +63,7 @@ def test_crop_geometry_equals_the_release(file):
     close(places * size[:, None] + (center - size / 2)[:, None], case["decoded_image_space"], 1e-3)
 
 
-@golden("affine*")
+@golden("sdpose/golden_affine*.npz")
 def test_mirroring_and_half_bodies_equal_the_release(file, monkeypatch):
     case, _ = read_case(file)
     for i, visible in enumerate(case["keypoints_visible"]):
@@ -82,13 +84,21 @@ def test_half_bodies_of_133_keypoints_leave_face_and_hands_out():
     assert sd.halves(get_skeleton("wholebody")) == [list(range(11)), list(range(11, 23))]
 
 
+def test_half_a_body_is_the_one_half_that_has_enough_labels():
+    keypoints = np.c_[np.random.rand(17, 2), np.ones(17)]
+    keypoints[13:, 2] = 0                                           # hips alone: the lower half has two of three
+    upper = keypoints[:11, :2].mean(0)
+    for seed in range(10):
+        close(sd.half_body(keypoints, COCO, np.random.default_rng(seed))[0], upper, 1e-12)
+
+
 def test_few_labels_have_no_half_body():
     keypoints = np.c_[np.random.rand(17, 2), np.ones(17)]
     keypoints[8:, 2] = 0
     assert sd.half_body(keypoints, COCO, np.random.default_rng(0)) is None
 
 
-@golden("pipeline*")
+@golden("sdpose/golden_pipeline*.npz")
 def test_crops_equal_the_release_but_for_its_rounding(file):
     case, meta = read_case(file)
     cfg = config(meta)
@@ -111,13 +121,12 @@ def test_a_region_is_never_empty():
 # ------------------------------------------------------------------------------------------ codec
 
 
-@golden("udp_encode*")
+@golden("sdpose/golden_udp_encode*.npz")
 def test_heatmaps_equal_the_release(file):
     case, meta = read_case(file)
     cfg = config(meta)
     maps, weights = sd.udp_encode(*(torch.from_numpy(case[name]) for name in ("keypoints", "keypoints_visible")), cfg)
-    every = maps.shape[-1] // case["heatmaps"].shape[-1]
-    close(maps[:, ::every, ::every], case["heatmaps"], 1e-5)
+    check(dict(heatmaps=maps), case, 1e-5)
     close(maps.sum((1, 2)), case["heatmap_sums"], 1e-3)
     close(weights, case["keypoint_weights"], 0)
     places, scores = sd.udp_decode(maps[None])
@@ -127,7 +136,7 @@ def test_heatmaps_equal_the_release(file):
     assert places.isfinite().all()                           # where the release says NaN
 
 
-@golden("udp_decode*")
+@golden("sdpose/golden_udp_decode*.npz")
 def test_decoded_keypoints_equal_the_release(file):
     case, meta = read_case(file)
     cfg = config(meta)
@@ -157,6 +166,15 @@ def test_decoding_inverts_encoding(size):
     assert weights.all() and (scores > 0.6).all() and (scores <= 1).all()
 
 
+def test_a_training_target_has_its_top_where_the_keypoint_is():
+    cfg = config(dict(image_size=(128, 96), sigma=2))
+    keypoints = torch.tensor([[[95 * 10 / 23, 127 * 20 / 31]]])     # the centre of cell (10, 20)
+    maps, weight = sd.udp_encode(keypoints, torch.ones(1, 1), cfg)
+    assert maps[0, 0].argmax() == 20 * 24 + 10 and weight.item() == 1
+    close(maps[0, 0, 20, 10:13], torch.tensor([0.0, 1, 4]).div(-8).exp(), 1e-6)       # exp(−d² / 2σ²)
+    close(maps[0, 0, 23, 14], math.exp(-25 / 8), 1e-6)
+
+
 def test_heatmaps_that_are_zero_decode_to_one_finite_place():
     places, scores = sd.udp_decode(torch.stack([torch.zeros(1, 32, 24), -torch.ones(1, 32, 24)]))
     assert places.isfinite().all() and scores.tolist() == [[0.0], [-1.0]]
@@ -169,46 +187,40 @@ def test_heatmaps_that_are_zero_decode_to_one_finite_place():
 def loss_case(file) -> dict:
     """Inputs of a golden loss: latents are those of `meta`'s model."""
     case, meta = read_case(file)
-    height, width = meta["image_size"]
-    count = case["keypoints"].shape[1]
-    cfg = config(meta, pose_weight=1.0, rgb_weight=1.0, vae_along=False, tap=2 if count == 133 else 3)
-    image = torch.tanh(normal("input", (2, 3, height, width), meta["seed"]))
+    image, latent = inputs(meta, len(case["latent_in"]))
     disturbed, (top, bottom, left, right) = image.clone(), case["rect"]
     disturbed[:, :, top:bottom, left:right] = -1
+    cfg = config(meta)
     target = sd.udp_encode(torch.from_numpy(case["keypoints"]), torch.from_numpy(case["keypoints_visible"]), cfg)
     return dict(case=case, meta=meta, cfg=cfg, images=(disturbed, image), target=target,
-                noise=[normal(f"vae_noise_{name}", (2, 4, height // 8, width // 8), meta["seed"])
-                       for name in ("in", "gt")])
+                noise=[normal(f"vae_noise_{name}", latent.shape, meta["seed"]) for name in ("in", "gt")])
 
 
-@golden("loss*")
+@golden("sdpose/golden_loss*.npz")
 def test_losses_equal_the_reference(file):
     g = loss_case(file)
     case, model = g["case"], reference_model(g["meta"]["manifest"], g["meta"]["seed"])
     for name, noise in ("", (None, None)), ("_sampled", g["noise"]):
-        z_in, z_gt = (model.latents(x, n) for x, n in zip(g["images"], noise))
+        z_in, z_gt = (model.encode(x, n) for x, n in zip(g["images"], noise))
         output = model(z_in)
         losses = sd.criterion(output, z_gt, *g["target"], g["cfg"])
         if not name:
-            close(z_in, case["latent_in"], 1e-5)
-            close(z_gt, case["latent_gt"], 1e-5)
-            every = -(-output["heatmaps"].shape[1] // case["pred_heatmaps"].shape[1])
-            close(g["target"][0][:, ::every], case["target_heatmaps"], 1e-5)
+            check(dict(latent_in=z_in, latent_gt=z_gt, target_heatmaps=g["target"][0]), case, 1e-5)
             close(g["target"][1], case["keypoint_weights"], 0)
-            close(output["heatmaps"][:, ::every], case["pred_heatmaps"], 2e-5)
-            close(output["latents"], case["pred_rgb_latent"], 2e-5)
+            check(dict(pred_heatmaps=output["heatmaps"], pred_rgb_latent=output["latents"]), case, 2e-5)
             close(sum(losses.values()), case["loss_total"], 1e-5)
         for term in "pose", "rgb":
-            close(losses[f"loss_{term}"], case[f"loss_{term}{name}"], 1e-5 * max(1, float(case[f"loss_{term}{name}"])))
+            close(losses[f"loss_{term}"], case[f"loss_{term}{name}"], 1e-5)
 
 
-@golden("loss*")
+@golden("sdpose/golden_loss*.npz")
 def test_gradients_and_an_optimiser_step_equal_the_reference(file):
     g = loss_case(file)
     case, facts = g["case"], json.loads(file.with_suffix(".json").read_text())
-    model = sd.SDPose(g["cfg"], get_skeleton("wholebody" if g["cfg"].tap == 2 else "coco"))
-    model.load_state_dict(reference_model(g["meta"]["manifest"], g["meta"]["seed"]).state_dict())
-    z_in, z_gt = map(model.latents, g["images"])
+    reference = reference_model(g["meta"]["manifest"], g["meta"]["seed"])
+    model = sd.SDPose(g["cfg"], reference.skeleton)
+    model.load_state_dict(reference.state_dict())
+    z_in, z_gt = map(model.encode, g["images"])
     sum(sd.criterion(model(z_in), z_gt, *g["target"], g["cfg"]).values()).backward()
     parameters = dict(model.named_parameters())
     for name, theirs in facts["grad_norms"].items():
@@ -233,6 +245,28 @@ def test_the_rgb_loss_does_not_grow_with_latents_that_a_learning_vae_stretches()
         assert (large.item() == pytest.approx(small.item(), rel=1e-5)) == same
 
 
+def test_the_rgb_loss_of_two_processes_has_the_gradient_of_one(monkeypatch):
+    """Each of them divides by the variance of all latents, not by that of its own half."""
+    cfg = resolve(sd.PRESETS["tiny"], rgb_weight=1.0)
+    answers = torch.randn(4, 4, 2, 2, dtype=torch.float64, requires_grad=True)
+    z_rgb = torch.randn(4, 4, 2, 2, dtype=torch.float64) * torch.tensor([1.0, 1, 3, 3])[:, None, None, None] + 1
+    target = torch.zeros(4, 17, 4, 3), torch.ones(4, 17)
+
+    def gradient(rows: slice) -> torch.Tensor:
+        output = dict(heatmaps=target[0][rows], latents=answers[rows])
+        loss = sd.criterion(output, z_rgb[rows], target[0][rows], target[1][rows], cfg)["loss_rgb"]
+        return torch.autograd.grad(loss, answers)[0]
+
+    whole, sent = gradient(slice(4)), []
+    monkeypatch.setattr(sd, "mean_over_ranks", lambda value: sent.append(value) or value)
+    halves = [slice(2), slice(2, 4)]
+    for rows in halves:
+        gradient(rows)
+    monkeypatch.setattr(sd, "mean_over_ranks", lambda value: torch.stack(sent).mean(0))
+    close(sum(gradient(rows) for rows in halves) / 2, whole, 1e-5)      # the answers are compared in float32
+    assert len(sent) == 2 and not torch.equal(*sent)
+
+
 def test_blank_labels_give_no_gradient():
     maps = torch.randn(2, 17, 32, 24, requires_grad=True)
     cfg = config(dict(image_size=(128, 96)))
@@ -244,24 +278,21 @@ def test_blank_labels_give_no_gradient():
 # ------------------------------------------------------------------------------------------ prediction
 
 
-@golden("pipeline*")
-def test_predictions_equal_the_release(file):
+@golden("sdpose/golden_pipeline*.npz")
+def test_predictions_equal_the_release(file, monkeypatch):
     case, meta = read_case(file)
     model = reference_model(meta["manifest"], meta["seed"])
     boxes = case["bbox_xyxy"].astype(float)
-    crops = case["crops"] if "crops" in case else read_case(file.with_name("golden_pipeline_body.npz"))[0]["crops"]
-    crops, before = torch.from_numpy(crops), model.cfg
-    try:
-        for name, flip_test in ("_noflip", False), ("", True):
-            model.cfg = replace(before, flip_test=flip_test)
-            xy, scores = sd.poses(model, crops, boxes)
-            close(scores, case[f"keypoint_scores{name}"], 2e-5)
-            stable = case[f"stable{name}"]
-            close(xy[stable], case[f"keypoints{name}"][stable], 0.05)
-        maps = sd.average_heatmaps(model, sd.normalise(crops).contiguous())
-        close(maps[:len(case["heatmaps_avg"])], case["heatmaps_avg"], 2e-5)
-    finally:
-        model.cfg = before
+    crops, cfg = case_crops(case), config(meta)
+    noise = torch.stack([normal(f"vae_noise_{view}", case["latent"].shape, meta["seed"]) for view in ("orig", "flip")], 1)
+    monkeypatch.setattr(sd, "sampling_noise", lambda boxes, cfg: noise if cfg.sample else None)
+    for name, changes in ("_noflip", dict(flip_test=False)), ("", {}), ("_sampled_latent", dict(sample=True)):
+        monkeypatch.setattr(model, "cfg", replace(cfg, **changes))
+        xy, scores = sd.poses(model, crops, boxes)
+        close(scores, case[f"keypoint_scores{name}"], 2e-5)
+        stable = case[f"stable{name}"]
+        close(xy[stable], case[f"keypoints{name}"][stable], 0.05)
+    check(dict(heatmaps_avg=sd.average_heatmaps(model, sd.normalise(crops).contiguous())), case, 2e-5)
 
 
 def test_a_mirrored_crop_mirrors_the_averaged_heatmaps():
@@ -278,13 +309,18 @@ def test_without_pairs_there_is_no_flip_test():
         assert sd.average_heatmaps(model, torch.zeros(1, 3, 128, 96)).shape == (1, 17, 32, 24)
 
 
-def test_sampled_latents_change_from_call_to_call_and_means_do_not():
-    model, crops = sd.build("tiny").eval(), torch.rand(1, 3, 128, 96)
-    with torch.no_grad():
-        first, second = (sd.average_heatmaps(model, crops) for _ in range(2))
-        model.cfg = replace(model.cfg, sample=True)
-        third, fourth = (sd.average_heatmaps(model, crops) for _ in range(2))
-    assert torch.equal(first, second) and not torch.equal(third, fourth)
+def test_sampled_latents_depend_on_the_seed_and_the_box_alone(monkeypatch):
+    model, crops, boxes = sd.build("tiny").eval(), torch.randint(256, (3, 3, 128, 96), dtype=torch.uint8), np.eye(3, 4)
+    torch.nn.init.normal_(model.decoder.final_layer.weight)
+    means = sd.poses(model, crops, boxes)[1]
+    assert (sd.poses(model, crops, boxes)[1] == means).all()
+    monkeypatch.setattr(model, "cfg", replace(model.cfg, sample=True))
+    samples, order = sd.poses(model, crops, boxes)[1], [2, 0, 1]
+    assert abs(samples - means).max() > 1e-4 * abs(means).max()
+    close(sd.poses(model, crops[order], boxes[order])[1], samples[order], 1e-6)
+    close(sd.poses(model, crops[1:2], boxes[1:2])[1], samples[1:2], 1e-6)
+    monkeypatch.setattr(model, "cfg", replace(model.cfg, seed=1))
+    assert abs(sd.poses(model, crops, boxes)[1] - samples).max() > 1e-4 * abs(means).max()
 
 
 def test_nobody_in_a_picture_is_an_empty_prediction():
@@ -308,11 +344,11 @@ class Truth:
         return self.truth
 
 
-@golden("eval_wholebody", "golden_{}.json")
+@golden("sdpose/golden_eval_*_preds.npz")
 @pytest.mark.parametrize("name", ["body", "wholebody"])
 def test_rescoring_nms_and_evaluations_equal_the_release(file, name):
-    facts, truth = json.loads(file.read_text()), json.loads(file.with_name(f"{file.stem}_gt.json").read_text())
-    preds = np.load(file.with_name(f"{file.stem}_preds.npz"))
+    case, preds = file.name.removesuffix("_preds.npz"), np.load(file)
+    facts, truth = (json.loads(file.with_name(f"{case}{end}.json").read_text()) for end in ("", "_gt"))
     skeleton = get_skeleton("coco" if name == "body" else name)
     model = sd.SDPose(replace(sd.PRESETS["tiny"], height=1024, width=768), skeleton)
     _, unique = np.unique(preds["id"], return_index=True)                # one is there twice
@@ -459,6 +495,13 @@ def train(folder, out, *words):
     return torch.load(out / "last.pt", weights_only=True)
 
 
+def step_losses(model: sd.SDPose, crops: torch.Tensor, keypoints: torch.Tensor) -> dict:
+    """The losses of a training step, as in sd.train."""
+    z_input, z_rgb = sd.training_latents(model, crops)
+    output = model(z_input, model.cfg.rgb_weight > 0)
+    return sd.criterion(output, z_rgb, *sd.udp_encode(keypoints[..., :2], keypoints[..., 2], model.cfg), model.cfg)
+
+
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(puppets_folder, tmp_path):
     constant, cut = ("--schedule", "constant"), tmp_path / "cut"        # a cosine would depend on the number of epochs
     whole = train(puppets_folder, tmp_path / "whole", "--epochs", "2", *constant)
@@ -470,13 +513,15 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(puppets_folder, tmp_
 
 def test_a_cache_gives_what_encoding_on_the_fly_gives(data):
     model, people = sd.build("tiny", **TINIER).eval(), sd.people_to_learn(data, 4, 0)
-    view = sd.TrainCrops(data, people, model.cfg, 0)
-    run = type("Run", (), dict(say=lambda self, text: None, bad_files=lambda self, messages: None))()
-    cached = sd.make_cache(model, [view], replace(model.cfg, workers=0, eval_batch=3), ALONE, run)[0]
-    assert len(cached) == len(view) == 4
+    crops_of = partial(sd.TrainCrops, data, people, model.cfg)
+    folder = type("Folder", (), dict(say=lambda self, text: None, bad_files=lambda self, messages: None))()
+    cfg = replace(model.cfg, workers=0, eval_batch=3, vae_along=False, cache_views=2)
+    encoded = sd.encode_once(model, crops_of, cfg, ALONE, folder)
+    view, cached = crops_of(0), encoded(0)
+    assert len(cached) == len(view) == 4 and encoded(2) is cached and encoded(1) is not cached
     for n in range(4):
         crops, keypoints, image_id, _ = view[n]
-        close(cached[n][0], sd.posterior(model, crops[None])[0], 1e-5)
+        close(cached[n][0], sd.crop_posteriors(model, crops), 1e-5)
         assert torch.equal(cached[n][1], keypoints) and cached[n][2] == image_id
 
 
@@ -487,13 +532,13 @@ def test_a_random_vae_gets_latents_of_deviation_one_and_learns_along_with_the_po
     sd.unit_latents(model, crops)
     batch, keypoints, *_ = zip(*(crops[n] for n in range(8)))
     batch, keypoints = torch.stack(batch), torch.stack(keypoints)
-    assert 0.7 < model.latents(sd.normalise(batch[:, 0])).std() < 1.4
+    assert 0.7 < model.encode(sd.normalise(batch[:, 0])).std() < 1.4
     gradients = []
     for weight in (0.0, 1.0):                                   # the RGB branch must not reach the VAE
         model.cfg = replace(model.cfg, rgb_weight=weight)
         model.zero_grad()
         torch.manual_seed(0)
-        sum(sd.batch_losses(model, model, batch[:, :1 + int(weight)], keypoints, torch.device("cpu")).values()).backward()
+        sum(step_losses(model, batch[:, :1 + int(weight)], keypoints).values()).backward()
         gradients.append(model.vae.encoder.conv_in.weight.grad)
     assert gradients[0].abs().sum() > 0 and model.vae.decoder.conv_in.weight.grad is None
 
@@ -504,11 +549,12 @@ def test_both_branches_learn_in_a_few_steps(data):
     model = sd.build("tiny", **TINIER, rgb_weight=1.0)
     view = sd.TrainCrops(data, sd.people_to_learn(data, 0, 0), model.cfg, 0)
     crops, keypoints, *_ = zip(*(view[n] for n in range(4)))
-    batch = sd.posterior(model, torch.stack(crops)), torch.stack(keypoints)
+    encoded = sd.crop_posteriors(model, torch.cat(crops)).unflatten(0, (4, -1))
+    batch = encoded, torch.stack(keypoints)
     optimizer, history = sd.build_optimizer(model, model.cfg), []
     for _ in range(60):
         torch.manual_seed(0)
-        losses = sd.batch_losses(model, model, *batch, torch.device("cpu"))
+        losses = step_losses(model, *batch)
         history.append({name: value.item() for name, value in losses.items()})
         optimizer.zero_grad()
         sum(losses.values()).backward()
@@ -521,7 +567,7 @@ def test_without_the_rgb_branch_nothing_behind_the_tap_learns():
     model = sd.build("tiny", rgb_weight=0.0, tap=2)
     sd.freeze_unused(model, model.cfg)
     crops = torch.zeros(2, 1, 3, 128, 96, dtype=torch.uint8)
-    sum(sd.batch_losses(model, model, crops, torch.full((2, 17, 3), 40.0), torch.device("cpu")).values()).backward()
+    sum(step_losses(model, crops, torch.full((2, 17, 3), 40.0)).values()).backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
@@ -618,7 +664,7 @@ def test_a_release_of_half_precision_draws_people_on_a_cpu(release, call, data):
 
 @pytest.mark.parametrize("part", ["unet", "vae", "decoder"])
 def test_a_missing_or_truncated_file_of_a_release_ends_eval_in_one_line(release, call, part):
-    file = stable_diffusion.release_file(release, part)
+    file = sd.release_file(release, part)
     file.write_bytes(file.read_bytes()[:-10])
     one_line(call(release, "--data", "puppets"), "cut short")
     file.unlink()
@@ -629,8 +675,8 @@ def test_a_missing_or_truncated_file_of_a_release_ends_eval_in_one_line(release,
 
 def test_a_wholebody_head_with_a_body_preset_ends_eval_in_one_line(release, call):
     wide = dict(conv_in=torch.zeros(320, 4, 3, 3)), {"final_layer.weight": torch.zeros(133, 640, 1, 1)}
-    save_file({"conv_in.weight": wide[0]["conv_in"]}, stable_diffusion.release_file(release, "unet"))
-    save_file(wide[1], stable_diffusion.release_file(release, "decoder"))
+    save_file({"conv_in.weight": wide[0]["conv_in"]}, sd.release_file(release, "unet"))
+    save_file(wide[1], sd.release_file(release, "decoder"))
     one_line(call(release, "--preset", "body", "--data", "puppets"), "--preset wholebody")
 
 
