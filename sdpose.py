@@ -1,50 +1,49 @@
-"""SDPose: a text-to-image diffusion model as the backbone of a pose estimator (arXiv 2509.24980, version 1).
+"""SDPose: a text-to-image diffusion model as the backbone of a pose estimator (arXiv 2509.24980v1, 2025).
 
-Idea     Stable Diffusion has seen pictures of every style. Its U-Net runs once on the latent of a person's crop:
-         no noise, no text, no chain of steps. The map that one of its up blocks gives, the tap, feeds a small
-         head that draws one heatmap per keypoint. In training the same U-Net also has to reproduce the latent of
-         the clean crop, and a task code tells it which of the two to do. So it keeps what it knows of pictures,
-         and finds people in styles that are not in the training set.
-Flow     crop (B,3,H,W) ─► VAE.encode ─► z (B,4,h,w) ─► U-Net: down 0-3 ─► mid ─► up 0 ─► up 1 ─► up 2 ─► up 3
-                             frozen                       ▲                                       │        │
-                    t = 999, task code y ─► embedding ────┘                               tap = 2 ┘        ├ tap = 3
-                                                                                                           ▼
-         y = [1,0], pose   tap (B,C,h,w) ─► HeatmapHead ─► heatmaps (B,K,2h,2w)     norm, SiLU, 3×3 convolution
-         y = [0,1], RGB    the latent of the clean crop (B,4,h,w), in training alone ◄─────────────────────┘
-t = 999  The U-Net was trained to take the noise out of z_t = √ᾱ_t z + √(1 − ᾱ_t) ε. Fine-tuning, as in Lotus,
-         exchanges both ends: a clean latent goes in, and the answer itself comes out (Sec. 3.2, x0-prediction).
-         There is no noise left that t could tell about. At one fixed t its embedding is a bias of every ResNet,
-         and training moves it to where it is needed. Why the last t (our words, the paper gives no reason): there
-         the U-Net saw almost nothing but noise, so that what it made was its own knowledge of pictures; and
-         latents are scaled to a deviation of 1, which is the noise's, so that a clean one is of a size that the
-         first layers know.
-Codes    Heatmaps alone would let the U-Net forget whatever photos of COCO do not ask for. A second U-Net that
-         reproduces pictures would remember it, but in weights that find no poses. So one U-Net does both, and the
-         gradients of both tasks meet in its weights. It gets the same z for both and owes two answers, therefore
-         it has to be told which one is wanted. At prediction the code is always that of pose, and the RGB
-         branch costs nothing.
+Idea     Stable Diffusion has seen pictures of every style. Its U-Net runs once on the latent of a person's
+         crop: no noise, no text, no chain of steps. The map that one of its up blocks gives, the tap, feeds a
+         small head that draws one heatmap per keypoint. In training the same U-Net also has to reproduce the
+         latent of the clean crop, and a task code says which of the two it is to do. So it keeps what it
+         knows of pictures, and finds people in styles that are not in the training set.
+Flow                  t = 999, task code y ─► embedding ──┐ to every ResNet
+                                                          ▼
+         crop (B,3,H,W) ─► VAE.encode ─► z (B,4,h,w) ─► U-Net: down 0-3 ─► mid ─► up 0 ─► up 1 ─► up 2 ─► up 3
+                           frozen                                                            tap = 2   tap = 3
+         y = [1,0], pose   tap (B,C,h,w) ─► HeatmapHead ─► heatmaps (B,K,2h,2w) ─► udp_decode ─► keypoints
+         y = [0,1], RGB    up 3 ─► norm, SiLU, convolution ─► latent of the clean crop, in training alone
+t = 999  The U-Net has learned to take the noise out of z_t = √ᾱ_t z + √(1 − ᾱ_t) ε. Fine-tuning, as in Lotus,
+         exchanges both ends: a clean latent goes in, and the answer itself comes out (Sec. 3.2,
+         x0-prediction). No noise is left that t could tell about: at one fixed t its embedding is a bias of
+         every ResNet, which training moves to where it is needed. Why the last t of all (our words, the paper
+         gives no reason): there the U-Net saw next to nothing but noise, so that what it made was its own
+         knowledge of pictures. And latents are scaled to a deviation of 1, that of the noise: a clean one has
+         the size that the first layers know.
+Codes    Heatmaps alone would let the U-Net forget whatever COCO's photos do not ask for. A second U-Net that
+         reproduces pictures would remember it, but in weights that find no poses. So one U-Net does both, and
+         the gradients of both tasks meet in its weights. Both start from the same z, so it must be told which
+         answer is wanted. Prediction asks for the pose alone; the RGB branch costs nothing there.
 Read     UNet → HeatmapHead → SDPose → udp_encode, udp_decode → criterion → average_heatmaps → augment → train
-Letters  B crops  K keypoints  H, W crop  h, w = H/8, W/8 latent  N = h·w tokens  C channels  M heads  E width of
-         the embedding of time and task  t the time step  y the task code (C_Pose, C_RGB in the paper)
+Letters  B crops  K keypoints  H, W crop  h, w = H/8, W/8 latent  N = h·w tokens  C channels  M heads
+         E width of the embedding of time and task  t time step  y task code (C_Pose and C_RGB in the paper)
          z_input, z_RGB latents of the disturbed and of the clean crop  H_Pose target heatmaps
-Units    boxes are x1, y1, x2, y2 and keypoints x, y in pixels of the image, or of the crop where that is said;
-         crops are RGB, uint8 until the network sees them in [-1, 1]; latents are times 0.18215; heatmaps have no
-         unit, a perfect one peaks at 1
-Sections version 1 of the paper numbers no formula: they are cited by section and name, e.g. (Sec. 4.3, objective)
-Tables   at the end of the main text: section → function, the rows of the paper's tables, departures from paper
-         and release
-Tiny     the default training starts from nothing. It has no prior, and by default no RGB branch either, which is
-         there to keep the prior: --rgb_weight 0.1 adds it. In crops of 96 × 128 pixels the 4 numbers per 8 × 8
-         pixels of a random VAE say too little: its encoder learns along with the pose branch (vae_along).
-Memory   of tensors alone, computed by tests/test_sdpose.py for crops of 1024 × 768 and float32 weights: `body`
-         predicts one crop and its mirror image in MEM1 GB, in bf16 MEM2, and trains a batch of one in MEM3 GB
+Units    boxes are x1, y1, x2, y2 and keypoints x, y in pixels of the image, or of the crop where that is
+         said; crops are RGB, uint8 until the network sees them in [-1, 1]; latents are times 0.18215;
+         heatmaps have no unit, a perfect one peaks at 1
+Cited    Version 1 of the paper numbers no formula: section and name are given, as in (Sec. 4.3, objective).
+Tables   at the end of the main text: section → function, the rows of the paper's tables, departures from
+         paper and release
+Tiny     The default training starts from nothing. It has no prior, and by default no RGB branch either, which
+         is there to keep the prior: --rgb_weight 0.1 adds it. The 4 numbers of a random VAE per 8 × 8 pixels
+         say too little, so its encoder learns along with the pose branch (vae_along).
+Memory   of tensors alone, computed by tests/test_sdpose.py for crops of 1024 × 768 and float32 weights:
+         `body` predicts one crop and its mirror image in 5.5 GB, in bf16 4.7, and trains on one in 15.7 GB
 
     python sdpose.py                                    what each preset is: parameters, GFLOPs
     python sdpose.py --train                            learn puppets, synthetic people drawn on first use
     python sdpose.py --train --rgb_weight 0.1           the same with the RGB branch
     python sdpose.py --train --data data/coco --preset body --init stable-diffusion-2-base
-    python sdpose.py --train --data data/coco --preset body --init_parts vae       without the prior (Table 4)
-    python eval.py sdpose-body --images photo.jpg --detector runs/detrpose/best.pt      with people found by another
+    python sdpose.py --train --data data/coco --preset body --init_parts vae      without the prior (Table 4)
+    python eval.py sdpose-body --images photo.jpg --detector runs/detrpose/best.pt
     python eval.py runs/<run> --data data/coco --split ood --boxes detections.json
 """
 from __future__ import annotations
@@ -77,8 +76,8 @@ from common.datasets import PoseDataset
 from common.errors import UserError
 from common.oks import oks_nms, rescore
 from common.predict import people_by_image, predict_people, train_loader
-from common.ranks import (Ranks, autocast, distribute, gather_lists, init_ranks, mean_over_ranks, rank_zero_first,
-                          say, seed_all)
+from common.ranks import (Ranks, autocast, distribute, gather_lists, init_ranks, mean_over_ranks,
+                          rank_zero_first, say, seed_all)
 from common.records import Prediction, Sample
 from common.run import Run, RunFolder, goes_on
 from common.skeletons import Skeleton, get_skeleton, words
@@ -90,23 +89,23 @@ from kernels.dispatch import plain
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):       # which adds data, sigmas, accum (micro-batches), amp, processes, workers, eval_*, seed
+class Config(RunConfig):       # which adds data, accum (micro-batches), amp, processes, workers, eval_*, seed
     # model: the sizes of Stable Diffusion 2 (Sec. 5.1)
-    channels: int = 320            # width of the U-Net's finest level; the others have 2, 4 and 4 times as many
+    channels: int = 320            # width of the U-Net's finest level; the others have 2, 4, 4 times as many
     head_dim: int = 64             # channels of an attention head; divides channels
     groups: int = 32               # groups of group norms
     text_dim: int = 1024           # width of the text embedding
-    vae_channels: int = 128        # width of the VAE's finest level; the others have 2, 4 and 4 times as many
+    vae_channels: int = 128        # width of the VAE's finest level; the others have 2, 4, 4 times as many
     height: int = 1024             # of a person's crop, pixels (Sec. 5.1)
     width: int = 768               # of a person's crop, pixels (Sec. 5.1)
     keypoints: str = ""            # keypoint set, e.g. wholebody for 133; none: that of the data
-    tap: int = 3                   # up block whose map the head reads (Sec. 4.1): 3, the last; 2 for 133 keypoints
-    init: str = "stable-diffusion-2-base"  # start weights: folder of SD 2 or of a release, or its name; "": random
-    init_parts: str = "all"        # of them: all; vae: VAE and text alone, the U-Net without its prior (Table 4)
+    tap: int = 3                   # up block that the head reads (Sec. 4.1): 3, the last; 2 for 133 keypoints
+    init: str = "stable-diffusion-2-base"  # start weights: folder of SD 2 or of a release, or its name; "": none
+    init_parts: str = "all"        # of them: all; vae: VAE and text alone, no prior for the U-Net (Table 4)
     # objective (Sec. 4.3; sigma and the clean target are the release's)
     pose_weight: float = 1.0       # of the heatmap loss
     rgb_weight: float = 1.0        # of the RGB branch; 0: without it (Table 4)
-    target: str = "clean"          # what the RGB branch has to give: the clean crop, or the input itself (Fig. 2)
+    target: str = "clean"          # what the RGB branch has to give: clean, or the input itself (Fig. 2)
     sigma: float = 6.0             # of the Gaussians, in heatmap cells
     # augmentation (A.3; the numbers are the release's)
     half_body: float = 0.3         # share of crops that show the upper or lower half alone
@@ -122,10 +121,10 @@ class Config(RunConfig):       # which adds data, sigmas, accum (micro-batches),
     checkpointing: bool = True     # forget activations of the U-Net and compute them again for the gradient
     # prediction (release)
     flip_test: bool = True         # average with the heatmaps of the mirrored crop
-    sample: bool = False           # latents are samples of the posterior, not its mean; the seed is that of the box
+    sample: bool = False           # latents are samples of the posterior, by seed and box, not its mean
     # aids to learn from nothing and in little time: ours, not the paper's; its presets do without them
-    vae_along: bool = False        # the VAE's encoder learns with the pose branch, where there is none to start from
-    cache_views: int = 0           # encode so many augmented views of each person once; 0: new views at every step
+    vae_along: bool = False        # a random VAE's encoder learns with the pose branch
+    cache_views: int = 0           # encode so many augmented views of a person once; 0: new ones at each step
     people: int = 0                # learn from so many people, drawn once; 0: from all
     schedule: str = "constant"     # constant or cosine
     warmup: int = 0                # optimiser steps of linear warm-up
@@ -133,8 +132,10 @@ class Config(RunConfig):       # which adds data, sigmas, accum (micro-batches),
     def __post_init__(self):
         """Raises UserError for values that no run could use."""
         super().__post_init__()
-        check_choice(self, target=("clean", "input"), schedule=("constant", "cosine"), init_parts=("all", "vae"))
-        check_range(self, 1, math.inf, "epochs batch channels head_dim groups text_dim vae_channels height width")
+        check_choice(self, init_parts=("all", "vae"), target=("clean", "input"),
+                     schedule=("constant", "cosine"))
+        check_range(self, 1, math.inf, "epochs batch channels head_dim groups text_dim vae_channels height "
+                    "width")
         check_range(self, 1e-9, math.inf, "pose_weight sigma lr clip")
         check_range(self, 0, math.inf, "rgb_weight cache_views people weight_decay warmup")
         for names, low, high in (("half_body rectangle", 0, 1), ("scaling", 0, 0.9), ("rotation", 0, 180),
@@ -143,26 +144,29 @@ class Config(RunConfig):       # which adds data, sigmas, accum (micro-batches),
         if self.batch % self.accum:
             raise UserError(f"--batch {self.batch} does not split into {self.accum} micro-batches (--accum)")
         if self.vae_along and (self.init or self.cache_views):
-            raise UserError("--vae_along is for a random VAE, whose latents change as it learns: leave out --init "
-                            "and --cache_views")
+            raise UserError("--vae_along is for a random VAE, whose latents change as it learns: leave out "
+                            "--init and --cache_views")
         if self.init_parts != "all" and not self.init:
-            raise UserError(f"--init_parts {self.init_parts} takes a part of --init: name a folder or a release there")
+            raise UserError(f"--init_parts {self.init_parts} takes a part of --init: name a folder or a "
+                            "release there")
         for name, parts in dict(channels=math.lcm(self.head_dim, self.groups), vae_channels=self.groups,
                                 height=8, width=8).items():          # a latent cell is 8 pixels wide
             if getattr(self, name) % parts:
-                raise UserError(f"--{name} {getattr(self, name)} does not split: choose a multiple of {parts}")
+                raise UserError(f"--{name} {getattr(self, name)} does not split: choose a multiple of "
+                                f"{parts}")
 
 
 BODY = Config(amp="bf16", eval_batch=8)
-# Tiny: minutes on a laptop. pose_weight: Gaussians fill few cells and the head starts near 0, so that with 1 most
-# gradients of the U-Net are smaller than AdamW's eps of 1e-8 at first (median 1e-9), and it would hardly move.
-# Gaussians have the paper's share of the crop; crops are not turned and hardly scaled, which cost AP in trials of
-# a few minutes.
+# Tiny: minutes on a laptop, from nothing. Gaussians fill few cells and the head starts near 0, so that with
+# a pose_weight of 1 most gradients of the U-Net are at first smaller than AdamW's eps of 1e-8 (median 1e-9):
+# it would hardly move. Gaussians have the paper's share of the crop; crops are not turned and hardly scaled,
+# which cost AP in trials of a few minutes.
 PRESETS: dict[str, Config] = {
-    "tiny": Config(channels=24, head_dim=24, groups=2, text_dim=64, vae_channels=4, height=128, width=96, init="",
-                   pose_weight=50.0, rgb_weight=0.0, sigma=0.75, half_body=0.0, scaling=0.05, rotation=0.0,
-                   rectangle=0.0, epochs=6, batch=16, lr=2e-3, checkpointing=False, vae_along=True,
-                   schedule="cosine", warmup=30, amp="bf16", processes=2, workers=0, eval_every=6, eval_batch=32),
+    "tiny": Config(channels=24, head_dim=24, groups=2, text_dim=64, vae_channels=4, height=128, width=96,
+                   init="", pose_weight=50.0, rgb_weight=0.0, sigma=0.75, half_body=0.0, scaling=0.05,
+                   rotation=0.0, rectangle=0.0, epochs=6, batch=16, lr=2e-3, checkpointing=False,
+                   vae_along=True, schedule="cosine", warmup=30, amp="bf16", processes=2, workers=0,
+                   eval_every=6, eval_batch=32),
     "body": BODY,
     "wholebody": replace(BODY, tap=2, keypoints="wholebody", epochs=42),
 }
@@ -178,7 +182,7 @@ AT_INFERENCE = ("flip_test", "sample", "seed", "amp")      # what its --set can 
 
 
 def time_waves(t: Tensor, dim: int) -> Tensor:
-    """[cos(t f), sin(t f)] with frequencies f from 1 down to nearly 1/10000: (B,) → (B, dim), in float32."""
+    """[cos(t f), sin(t f)], frequencies f from 1 down to nearly 1/10000: (B,) → (B, dim), in float32."""
     half = dim // 2
     f = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angle = t.float()[:, None] * f
@@ -193,15 +197,15 @@ def task_waves(y: Tensor) -> Tensor:
 class UNet(nn.Module):
     """Stable Diffusion 2's U-Net with a task embedding beside the time embedding, and a tap.
 
-        z ─ conv_in ─┬─► down 0 ──► down 1 ──► down 2 ──► down 3 ─► mid        all ResNets get the embedding,
-                     │ ┊ 3 maps   ┊ 3        ┊ 3        ┊ 2          │         all attentions the text
-                     ▼ ▼          ▼          ▼          ▼            │
-            up 3 ◄──────── up 2 ◄──── up 1 ◄───── up 0 ◄─────────────┘         a layer of an up block takes one of
-              └ tap = 3      └ tap = 2                                         these 12 maps, the latest first
+        z ─► conv_in ─► down 0 ─► down 1 ─► down 2 ─► down 3 ─► mid ─► up 0 ─► up 1 ─► up 2 ─► up 3
+        keeps 1 map     3         3         3         2         takes 3        3       3 │     3 │
+                                                                                   tap = 2   tap = 3
 
-    Channels are dim × (1, 2, 4, 4) from fine to coarse; each down block but the last halves the resolution, each
-    up block but the last doubles it, so that up 2, too, gives a map of the latent's size: 2 dim channels of it.
-    Text and time are there because the weights know them: the text is always the empty one, t always 999.
+    The way down keeps 12 maps, and each layer of an up block takes one of them, the latest first.
+    Channels are dim × (1, 2, 4, 4) from fine to coarse; each down block but the last halves the resolution,
+    each up block but the last doubles it, so that up 2, too, gives a map of the latent's size: 2 dim
+    channels of it. Text and time are there because the weights know them: the text is always the empty one,
+    t always 999.
     """
 
     def __init__(self, dim: int, head_dim: int, groups: int, text_dim: int, checkpointing: bool):
@@ -209,20 +213,22 @@ class UNet(nn.Module):
         self.dim = dim
         self.conv_in = nn.Conv2d(LATENT, dim, 3, padding=1)
         self.time_embedding, self.class_embedding = MLP(dim, 4 * dim), MLP(4, 4 * dim)
-        self.down_blocks, self.up_blocks, self.mid_block = unet_blocks(dim, head_dim, groups, text_dim, checkpointing)
+        self.down_blocks, self.up_blocks, self.mid_block = unet_blocks(dim, head_dim, groups, text_dim,
+                                                                       checkpointing)
         self.conv_norm_out = nn.GroupNorm(groups, dim, 1e-5)
         self.conv_out = nn.Conv2d(dim, LATENT, 3, padding=1)
 
     def embedding(self, y: Tensor, t: Tensor) -> Tensor:
-        """Embedding of task codes (B, 2) at time steps (B,): (B, E). Waves are float32 whatever the weights are."""
+        """Embedding of task codes (B, 2) at time steps (B,): (B, E). Waves are float32 in any case."""
         dtype = self.conv_in.weight.dtype
-        return self.time_embedding(time_waves(t, self.dim).to(dtype)) + self.class_embedding(task_waves(y).to(dtype))
+        return (self.time_embedding(time_waves(t, self.dim).to(dtype))
+                + self.class_embedding(task_waves(y).to(dtype)))                  # Fig. 2, task labels
 
     def forward(self, z: Tensor, y: Tensor, text: Tensor, tap: int = 3, t: Tensor | None = None) -> Tensor:
         """Latents z (B, 4, h, w) → the map of up block `tap` (B, C, h, w); later blocks are not run.
 
-        y (1 or B, 2) task codes;  text (1 or B, n, text_dim);  t (1 or B,) time steps, by default 999. One row
-        serves all crops.
+        y (1 or B, 2) task codes;  text (1 or B, n, text_dim);  t (1 or B,) time steps, by default 999. One
+        row serves all crops.
         """
         emb = self.embedding(y, torch.full((1,), TIME, device=z.device) if t is None else t)
         maps = [self.conv_in(z)]
@@ -234,7 +240,7 @@ class UNet(nn.Module):
         return x
 
     def output(self, x: Tensor) -> Tensor:
-        """The map of the last up block → latents (B, 4, h, w): the way out that pose does not take (Sec. 4.2)."""
+        """The map of the last up block → latents (B, 4, h, w), the way out that pose does not take."""
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -244,15 +250,16 @@ class UNet(nn.Module):
 class HeatmapHead(nn.Module):
     """The tap (B, C, h, w) → heatmaps (B, K, 2h, 2w), unbounded.
 
-    It takes the place of the U-Net's own last convolution, whose 4 channels cannot hold K ≫ 4 heatmaps (Sec. 4.2,
-    bottleneck). Instance norms see the whole crop, at prediction too: results depend on what is around the person.
-    The bias before the second norm changes nothing; it is there because the released files hold it.
+    It takes the place of the U-Net's own last convolution, whose 4 channels cannot hold K ≫ 4 heatmaps
+    (Sec. 4.2, bottleneck). Instance norms see the whole crop, at prediction too: results depend on what is
+    around the person. The bias before the second norm changes nothing; it is there because the released
+    files hold it.
     """
 
     def __init__(self, dim: int, keypoints: int):
         super().__init__()
-        self.deconv_layers = nn.Sequential(nn.ConvTranspose2d(dim, dim, 4, 2, 1, bias=False), nn.InstanceNorm2d(dim),
-                                           nn.SiLU())
+        self.deconv_layers = nn.Sequential(nn.ConvTranspose2d(dim, dim, 4, 2, 1, bias=False),
+                                           nn.InstanceNorm2d(dim), nn.SiLU())
         self.conv_layers = nn.Sequential(nn.Conv2d(dim, dim, 1), nn.InstanceNorm2d(dim), nn.SiLU())
         self.final_layer = nn.Conv2d(dim, keypoints, 1)
         for name, parameter in self.named_parameters():
@@ -266,7 +273,7 @@ class HeatmapHead(nn.Module):
 
 
 class SDPose(nn.Module):
-    """Crops → latents → heatmaps, and the clean crops' latents: see `encode`, `heatmaps` and `reconstruct`."""
+    """Crops → latents → heatmaps, and latents of clean crops: `encode`, `heatmaps` and `reconstruct`."""
 
     def __init__(self, cfg: Config, skeleton: Skeleton):
         super().__init__()
@@ -281,7 +288,8 @@ class SDPose(nn.Module):
         return torch.tensor([y], device=self.text.device)
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Crops (B, 3, H, W) in [-1, 1] → mean and log variance of their latents, each (B, 4, h, w), not scaled."""
+        """Crops (B, 3, H, W) in [-1, 1] → mean and log variance of latents, (B, 4, h, w) each, not scaled."""
+        # in parts, for memory: 7.1 GB in place of 20.0, see there
         mean, log_variance = in_parts(self.vae.encode, images, images.shape[2:].numel()).chunk(2, 1)
         return mean, log_variance.clamp(-30, 20)
 
@@ -308,10 +316,10 @@ class SDPose(nn.Module):
         return self.unet.output(self.unet(z, self.task(RGB), self.text))
 
     def forward(self, z: Tensor, reconstruct: bool = True) -> dict[str, Tensor]:
-        """Both tasks on the same latents: `heatmaps` and, unless switched off, `latents` of the clean crops.
+        """Both tasks on the same latents: `heatmaps` and, unless switched off, `latents` of clean crops.
 
-        Two passes give what one batch of both would, and the pose pass stops at its tap. The RGB pass does not
-        move z where the VAE learns along: it would make latents easy to reconstruct, not good to have.
+        Two passes give what one batch of both would, and the pose pass stops at its tap. The RGB pass does
+        not move z where the VAE learns along: it would make latents easy to reconstruct, not good to have.
         """
         result = dict(heatmaps=self.heatmaps(z))
         return result | dict(latents=self.reconstruct(z.detach())) if reconstruct else result
@@ -321,7 +329,7 @@ class SDPose(nn.Module):
 
 
 def keypoint_weights(keypoints: Tensor, labelled: Tensor, cfg: Config) -> Tensor:
-    """1 for a labelled keypoint of which the heatmap shows anything, even if it is itself outside: (..., K).
+    """(..., K): 1 for a labelled keypoint of which the heatmap shows anything, even if it is outside.
 
     keypoints (..., K, 2) in pixels of the crop; labelled (..., K): above 0 where they are.
     """
@@ -337,17 +345,17 @@ def udp_encode(keypoints: Tensor, labelled: Tensor, cfg: Config) -> tuple[Tensor
 
         H_i(u, v) = exp(−((u − x_i)² + (v − y_i)²) / 2σ²)                          (Sec. 3.1, heatmap)
 
-    (x_i, y_i) is keypoint i in cells: times (w − 1) / (W − 1), as crops and maps have the centres of their corner
-    pixels and cells in the same places (UDP). As released it is 0 beyond 3σ of the cell nearest to (x_i, y_i), in u
-    or v. The largest value is below 1 if that is between cells.
+    (x_i, y_i) is keypoint i in cells: times (w − 1) / (W − 1), as crops and maps have the centres of their
+    corner pixels and cells in the same places (UDP). As released it is 0 beyond 3σ of the cell nearest to
+    (x_i, y_i), in u or v. The largest value is below 1 if that is between cells.
     """
     w, h = cfg.width // 4, cfg.height // 4
     x = (keypoints[..., 0] * (w - 1) / (cfg.width - 1))[..., None, None]                    # (..., K, 1, 1)
     y = (keypoints[..., 1] * (h - 1) / (cfg.height - 1))[..., None, None]
     u, v = torch.arange(w, device=x.device), torch.arange(h, device=x.device)[:, None]      # (w,), (h, 1)
-    near = ((u - (x + 0.5).trunc()).abs() <= 3 * cfg.sigma) & ((v - (y + 0.5).trunc()).abs() <= 3 * cfg.sigma)
-    weight = keypoint_weights(keypoints, labelled, cfg)
-    gaussians = torch.exp(-((u - x) ** 2 + (v - y) ** 2) / (2 * cfg.sigma ** 2))
+    gaussians = torch.exp(-((u - x) ** 2 + (v - y) ** 2) / (2 * cfg.sigma ** 2))             # H_i(u, v)
+    reach, weight = 3 * cfg.sigma, keypoint_weights(keypoints, labelled, cfg)
+    near = ((u - (x + 0.5).trunc()).abs() <= reach) & ((v - (y + 0.5).trunc()).abs() <= reach)
     return gaussians * near * weight[..., None, None], weight
 
 
@@ -365,31 +373,33 @@ def udp_decode(maps: Tensor) -> tuple[Tensor, Tensor]:
         p = argmax_{u,v} H(u, v)                                                   (Sec. 3.1, argmax)
         p ← p − D⁻¹ ∇,    ∇ and D: first and second differences of L = log(blur(H)) at p             (DARK)
 
-    The step leads to the top of the parabola through L, which is the mean where H is a Gaussian. On noise it may
+    L of a Gaussian is a parabola, whose top one such step finds from the cells around p. On noise it may
     lead far outside, as in the release. 0 is the centre of the first cell, 1 that of the last.
-    Departs from the release: a map of zeros gives a place, that of any map without a positive value, not NaN.
+    Departs from the release: a map of zeros gives the place of one without a positive value, not NaN.
     """
     count, height, width = maps.shape[1:]
     scores, cell = maps.flatten(2).max(-1)
-    x, y = (torch.where(scores > 0, place, -1) for place in (cell % width, cell // width))        # p, (N, K) each
+    x, y = (torch.where(scores > 0, place, -1) for place in (cell % width, cell // width))   # p, (N, K) each
     smooth = blur(maps)
     peak = smooth.flatten(2).amax(-1)
     smooth = smooth * (scores / torch.where(peak == 0, 1, peak))[..., None, None]
-    # all maps of a crop behind one another, as released: beside the start of one, p = (−1, −1), is the end of another
+    # all maps of a crop behind one another, as released: beside p = (−1, −1) is the end of the map before
     logs = F.pad(smooth.clamp(1e-3, 50).log().double(), (1, 1, 1, 1), mode="replicate").flatten(1)
     start = torch.arange(count, device=maps.device) * (height + 2) * (width + 2)
 
-    def at(dx: int, dy: int) -> Tensor:
+    def at(right: int, down: int) -> Tensor:
         """L beside p, (N, K)."""
-        return logs.gather(1, (start + (y + 1 + dy) * (width + 2) + x + 1 + dx) % logs.shape[1])
+        return logs.gather(1, (start + (y + 1 + down) * (width + 2) + x + 1 + right) % logs.shape[1])
 
     middle, eps = at(0, 0), torch.finfo(torch.float32).eps
     dx, dy = (at(1, 0) - at(-1, 0)) / 2, (at(0, 1) - at(0, -1)) / 2
     dxx = at(1, 0) - 2 * middle + at(-1, 0) + eps
     dyy = at(0, 1) - 2 * middle + at(0, -1) + eps
     dxy = (at(1, 1) - at(1, 0) - at(0, 1) + 2 * middle - at(-1, 0) - at(0, -1) + at(-1, -1)) / 2
-    step = torch.stack([dyy * dx - dxy * dy, dxx * dy - dxy * dx], -1) / (dxx * dyy - dxy ** 2)[..., None]   # D⁻¹ ∇
-    return (torch.stack([x, y], -1) - step) / torch.tensor([width - 1, height - 1], device=maps.device), scores
+    determinant = dxx * dyy - dxy ** 2
+    step = torch.stack([dyy * dx - dxy * dy, dxx * dy - dxy * dx], -1) / determinant[..., None]        # D⁻¹ ∇
+    last = torch.tensor([width - 1, height - 1], device=maps.device)
+    return (torch.stack([x, y], -1) - step) / last, scores
 
 
 # ---- Losses (Sec. 4.3, objective) ------------------------------------------------------------------------
@@ -398,8 +408,8 @@ def udp_decode(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pose_loss(heatmaps: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """‖H_Pose − f_θ(z_input, t, C_Pose)‖² (Sec. 4.3, objective), as the mean over all cells of all keypoints, also
-    of those of weight 0: heatmaps and target (B, K, h, w), weight (B, K).
+    """‖H_Pose − f_θ(z_input, t, C_Pose)‖² (Sec. 4.3, objective), as the mean over all cells of all
+    keypoints, also of those of weight 0: heatmaps and target (B, K, h, w), weight (B, K).
     """
     return (weight[..., None, None] * (heatmaps - target) ** 2).mean()
 
@@ -414,22 +424,72 @@ def criterion(output: dict[str, Tensor], z_rgb: Tensor, target: Tensor, weight: 
     """Weighted loss terms of both branches, to be summed, in float32 (Sec. 4.3, objective).
 
     output of SDPose.forward; z_rgb (B, 4, h, w); target and weight of udp_encode.
-    Departs from the paper: it writes squared norms; means here, as in Lotus, on whose protocol it builds.
+    Departs from the paper: it writes squared norms; here they are means, as in Lotus, which it follows.
     """
     losses = dict(loss_pose=cfg.pose_weight * pose_loss(output["heatmaps"].float(), target, weight))
     if "latents" in output:
-        unit = latent_variance(z_rgb) if cfg.vae_along else 1.0                              # an aid, see Config
+        unit = latent_variance(z_rgb) if cfg.vae_along else 1.0                        # an aid, see Config
         losses["loss_rgb"] = cfg.rgb_weight * rgb_loss(output["latents"].float(), z_rgb) / unit
     return losses
+
+
+# ---- Crops: from a person's box to the network's input (Sec. 3.1, UDP) -----------------------------------
+
+
+def box_region(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (..., 4) → centre and size (..., 2) of what is cut out around them: 1.25 times the box."""
+    return (boxes[..., :2] + boxes[..., 2:]) / 2, (boxes[..., 2:] - boxes[..., :2]) * 1.25
+
+
+def fix_aspect(size: np.ndarray, cfg: Config) -> np.ndarray:
+    """Sizes (..., 2), w and h, grown on one side to the aspect of the crop, and to at least a pixel."""
+    w, h, aspect = size[..., 0], size[..., 1], cfg.width / cfg.height
+    return np.maximum(np.stack([np.maximum(w, h * aspect), np.maximum(h, w / aspect)], -1), 1.0)
+
+
+def udp_matrix(center: np.ndarray, size: np.ndarray, cfg: Config, degrees: float = 0.0) -> np.ndarray:
+    """The 2×3 matrix from image to crop that turns a region by some degrees.
+
+        p ↦ s · (R (p − centre) + size / 2),    s = ((W − 1) / w, (H − 1) / h)
+
+    The region's corners come to lie on the centres of the crop's corner pixels, not on their outer corners:
+    so mirroring and scaling keep keypoints unbiased (UDP).
+    """
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    rotation = np.array([[cos, -sin], [sin, cos]])
+    scale = np.array([cfg.width - 1, cfg.height - 1]) / size
+    return scale[:, None] * np.c_[rotation, size / 2 - rotation @ center]
+
+
+def to_tensor(crop: np.ndarray) -> Tensor:
+    """(H, W, 3) → (3, H, W), uint8 as it is."""
+    return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)))
+
+
+def normalise(crops: Tensor) -> Tensor:
+    """uint8 → float32 in [-1, 1], of the memory format that convolutions on CPUs like best."""
+    return (crops.float() / 255 * 2 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def input_crop(image: Image.Image, box: np.ndarray, cfg: Config) -> Tensor:
+    """What the network sees of the person in a box (4,), (3, H, W) uint8."""
+    center, size = box_region(np.asarray(box, float))
+    matrix = udp_matrix(center, fix_aspect(size, cfg), cfg)
+    return to_tensor(transforms.warp_affine(np.asarray(image), matrix, (cfg.width, cfg.height)))
+
+
+def sample_crop(cfg: Config, sample: Sample, box: np.ndarray) -> Tensor:
+    return input_crop(sample.image, box, cfg)
 
 
 # ---- Prediction (Sec. 4.4) -------------------------------------------------------------------------------
 
 
 def average_heatmaps(model: SDPose, crops: Tensor, noise: Tensor | None = None) -> Tensor:
-    """Heatmaps (N, K, h, w) of crops (N, 3, H, W) in [-1, 1]; with `flip_test` the mean of two views.
+    """Heatmaps (N, K, h, w) of crops (N, 3, H, W) in [-1, 1], in one step, the task code that of pose
+    (Sec. 4.4); with `flip_test` the mean of two views.
 
-    The mirrored crops go into the same batch, and their maps are mirrored back, left and right keypoints exchanged.
+    The mirrored crops go into the same batch, their maps are mirrored back, left and right exchanged.
     noise: (N, 2, 4, H/8, W/8), for the crop and its mirror image; none: latents are means.
     """
     cfg, flip = model.cfg, model.skeleton.flip
@@ -448,7 +508,7 @@ def average_heatmaps(model: SDPose, crops: Tensor, noise: Tensor | None = None) 
 def sampling_noise(boxes: np.ndarray, cfg: Config) -> Tensor | None:
     """Noise (N, 2, 4, H/8, W/8) for latents of boxes (N, 4); None where they are means.
 
-    It depends on the seed and the box alone: a score changes neither with the batch nor with the order of loading.
+    It depends on the seed and the box alone: a score does not change with the batch that the box is in.
     """
     if not cfg.sample:
         return None
@@ -459,8 +519,9 @@ def sampling_noise(boxes: np.ndarray, cfg: Config) -> Tensor | None:
 
 @torch.no_grad()
 def poses(model: SDPose, crops: Tensor, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Crops (N, 3, H, W) uint8 of boxes (N, 4) → keypoints (N, K, 2) in pixels of the image, and scores (N, K)."""
-    crops = normalise(crops.to(model.text.device)).contiguous()     # channels-last group norms of CPUs are less exact
+    """Crops (N, 3, H, W) uint8 of boxes (N, 4) → keypoints (N, K, 2) in image pixels, and scores (N, K)."""
+    # contiguous, because the channels-last group norms of CPUs are less exact
+    crops = normalise(crops.to(model.text.device)).contiguous()
     maps = average_heatmaps(model, crops, sampling_noise(boxes, model.cfg))
     places, scores = (x.cpu().numpy() for x in udp_decode(maps))
     center, size = box_region(boxes)
@@ -469,8 +530,8 @@ def poses(model: SDPose, crops: Tensor, boxes: np.ndarray) -> tuple[np.ndarray, 
 
 
 def finish(found: Prediction, model: SDPose) -> Prediction:
-    """Scores of people, box score · mean keypoint score over 0.2, and whoever resembles a better one (OKS over 0.9)
-    left out; the area for that is the region's that was cut out (release).
+    """Scores of people, box score · mean keypoint score over 0.2, and whoever resembles a better one (OKS
+    over 0.9) left out; the area for that is the region's that was cut out (release).
     """
     scores = rescore(found.scores, found.keypoint_scores)
     areas = fix_aspect(box_region(found.boxes)[1], model.cfg).prod(-1)
@@ -481,10 +542,9 @@ def finish(found: Prediction, model: SDPose) -> Prediction:
 
 def predict(model: SDPose, batch: dict) -> list[Prediction]:
     """People of a batch from `to_batch`: one Prediction per image, empty where there was no box."""
-    people, rows = batch["people"], []
-    bar = tqdm(range(0, len(people), model.cfg.eval_batch), "people", disable=len(people) <= model.cfg.eval_batch)
-    for first in bar:
-        ids, crops, boxes, scores = zip(*people[first:first + model.cfg.eval_batch])
+    people, rows, many = batch["people"], [], model.cfg.eval_batch
+    for first in tqdm(range(0, len(people), many), "people", disable=len(people) <= many):
+        ids, crops, boxes, scores = zip(*people[first:first + many])
         keypoints, certain = poses(model, torch.stack(crops), np.stack(boxes))
         rows += zip(ids, keypoints, certain, scores, boxes)
     found = people_by_image(rows, batch["image_ids"], model.skeleton.num_keypoints)
@@ -493,64 +553,18 @@ def predict(model: SDPose, batch: dict) -> list[Prediction]:
 
 def evaluate(model: SDPose, data: PoseDataset, cfg: Config, ranks: Ranks,
              boxes: Boxes | None = None) -> tuple[dict, list[Prediction]]:
-    """Metrics and predictions of a dataset, of its annotated boxes unless others are given; crops are shared among
-    the processes, all get the result. Whole-body data have six evaluations.
+    """Metrics and predictions of a dataset, of its annotated boxes unless others are given; crops are
+    shared among the processes, all get the result. Whole-body data have six evaluations.
     """
     boxes = boxes or true_boxes(data)
     crops = boxes.total()
     views = 1 + (model.cfg.flip_test and model.skeleton.flip is not None)
     if ranks.rank == 0 and crops:
         say_cost(model, f"{crops} crops x {views}", crops * views / ranks.world, 1)
-    found = predict_people(partial(poses, fuse(model)), data, boxes, partial(sample_crop, model.cfg), cfg.eval_batch,
-                           cfg.workers, ranks)
+    found = predict_people(partial(poses, fuse(model)), data, boxes, partial(sample_crop, model.cfg),
+                           cfg.eval_batch, cfg.workers, ranks)
     found = [finish(one, model) for one in found]
     return metrics.evaluate(found, data), found
-
-
-# ---- Crops: from a person's box to the network's input (Sec. 3.1, UDP; A.3) ------------------------------
-
-
-def box_region(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (..., 4) → centre and size (..., 2) of what is cut out around them: 1.25 times the box."""
-    return (boxes[..., :2] + boxes[..., 2:]) / 2, (boxes[..., 2:] - boxes[..., :2]) * 1.25
-
-
-def fix_aspect(size: np.ndarray, cfg: Config) -> np.ndarray:
-    """Sizes (..., 2), w and h, grown on one side to the aspect of the crop; a region is at least a pixel wide."""
-    w, h, aspect = size[..., 0], size[..., 1], cfg.width / cfg.height
-    return np.maximum(np.stack([np.maximum(w, h * aspect), np.maximum(h, w / aspect)], -1), 1.0)
-
-
-def udp_matrix(center: np.ndarray, size: np.ndarray, cfg: Config, degrees: float = 0.0) -> np.ndarray:
-    """The 2×3 matrix from image to crop that turns a region by some degrees and puts its corners on the centres of
-    the crop's corner pixels: scale (W − 1) / w, so that mirroring and scaling keep keypoints unbiased (UDP).
-    """
-    (cx, cy), (w, h) = center, size
-    sx, sy = (cfg.width - 1) / w, (cfg.height - 1) / h
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    return np.array([[cos * sx, -sin * sx, sx * (-cx * cos + cy * sin + w / 2)],
-                     [sin * sy, cos * sy, sy * (-cx * sin - cy * cos + h / 2)]])
-
-
-def input_crop(image: Image.Image, box: np.ndarray, cfg: Config) -> Tensor:
-    """What the network sees of the person in a box (4,), (3, H, W) uint8."""
-    center, size = box_region(np.asarray(box, float))
-    matrix = udp_matrix(center, fix_aspect(size, cfg), cfg)
-    return to_tensor(transforms.warp_affine(np.asarray(image), matrix, (cfg.width, cfg.height)))
-
-
-def sample_crop(cfg: Config, sample: Sample, box: np.ndarray) -> Tensor:
-    return input_crop(sample.image, box, cfg)
-
-
-def to_tensor(crop: np.ndarray) -> Tensor:
-    """(H, W, 3) → (3, H, W), uint8 as it is."""
-    return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)))
-
-
-def normalise(crops: Tensor) -> Tensor:
-    """uint8 → float32 in [-1, 1], of the memory format that convolutions on CPUs like best."""
-    return (crops.float() / 255 * 2 - 1).contiguous(memory_format=torch.channels_last)
 
 
 # ---- Augmentation, in the order of the release (A.3) -----------------------------------------------------
@@ -566,8 +580,9 @@ def mirror(image: np.ndarray, keypoints: np.ndarray, center: np.ndarray, flip: S
 
 
 def half_body(keypoints: np.ndarray, skeleton: Skeleton, rng: np.random.Generator) -> tuple | None:
-    """Centre and size of a region around the upper half (7 of 10 times) or the lower one; where only one of them has
-    enough labels (2 and 3), around that; None if there are fewer than 9 labels, or enough in neither.
+    """Centre and size of a region around the upper half (7 of 10 times) or the lower one; where only one of
+    them has enough labels (2 and 3), around that; None if there are fewer than 9 labels, or enough in
+    neither.
     """
     labelled = keypoints[:, 2] > 0
     sides = [[k for k in half if labelled[k]] for half in halves(skeleton)]
@@ -607,7 +622,7 @@ def disturb(crop: np.ndarray, cfg: Config, rng: np.random.Generator) -> np.ndarr
 
 def augment(image: np.ndarray, box: np.ndarray, keypoints: np.ndarray, skeleton: Skeleton, cfg: Config,
             rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A person → the crop that the network sees, the clean one, and the keypoints (K, 3) in pixels of both (A.3).
+    """A person → the crop that the network sees, the clean one, and the keypoints (K, 3) in both (A.3).
 
     The RGB branch has to give the clean crop, which is the one before `disturb`.
     """
@@ -624,11 +639,12 @@ def augment(image: np.ndarray, box: np.ndarray, keypoints: np.ndarray, skeleton:
 
 
 class TrainCrops(torch.utils.data.Dataset):
-    """One epoch of augmented people; item n is (crops (S, 3, H, W) uint8, keypoints (K, 3), image id, why skipped).
+    """One epoch of augmented people; item n is (crops (S, 3, H, W) uint8, keypoints (K, 3), image id, why
+    files were skipped).
 
-    S is 2, the network's input and the clean crop, or 1 where the clean one is not needed. What happens to person n
-    depends on (seed, epoch, n) alone. A crop with too few keypoints gives way to that of somebody else, as does a
-    file that cannot be read.
+    S is 2, the network's input and the clean crop, or 1 where the clean one is not needed. What happens to
+    person n depends on (seed, epoch, n) alone. A crop with too few keypoints gives way to that of somebody
+    else, as does a file that cannot be read.
     """
 
     def __init__(self, data: PoseDataset, people: np.ndarray, cfg: Config, epoch: int):
@@ -645,7 +661,7 @@ class TrainCrops(torch.utils.data.Dataset):
             i, p = self.people[n]
             sample, message = self.data.load(int(i))
             skipped += [message] if message else []
-            n = int(rng.integers(len(self.people)))                     # whose turn it is if this one is of no use
+            n = int(rng.integers(len(self.people)))                # whose turn it is if this one is of no use
             if sample is None:
                 continue
             image, box = np.asarray(sample.image), sample.boxes[p].clip(0, np.tile(sample.size, 2) - 1)
@@ -654,16 +670,16 @@ class TrainCrops(torch.utils.data.Dataset):
             if keypoint_weights(keypoints[:, :2], keypoints[:, 2], cfg).sum() >= enough:
                 crops = [crop, clean] if cfg.rgb_weight and cfg.target == "clean" else [crop]
                 return torch.stack(list(map(to_tensor, crops))), keypoints, sample.image_id, skipped
-        raise UserError("of 100 crops none shows enough keypoints to learn from: lower --scaling or --rotation"
-                        + (f", repair {skipped[0]}" if skipped else ""))
+        raise UserError("of 100 crops none shows enough keypoints to learn from: lower --scaling or "
+                        "--rotation" + (f", repair {skipped[0]}" if skipped else ""))
 
 
 # ---- Training (Sec. 4.3, A.1) ----------------------------------------------------------------------------
 
 
 def freeze_unused(model: SDPose, cfg: Config) -> None:
-    """The VAE is frozen (Fig. 2), but for a random one's encoder; weights behind the tap learn from the RGB branch
-    alone, and without it stay as they are.
+    """The VAE is frozen (Fig. 2), but for a random one's encoder; weights behind the tap learn from the RGB
+    branch alone, and without it stay as they are.
     """
     if cfg.vae_along:                                                   # an aid, see Config
         for part in (model.vae.encoder, model.vae.quant_conv):
@@ -675,9 +691,8 @@ def freeze_unused(model: SDPose, cfg: Config) -> None:
 
 def build_optimizer(model: SDPose, cfg: Config) -> torch.optim.AdamW:
     """AdamW over all that learns: U-Net and heatmap head, and a random VAE's encoder."""
-    learned = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW([dict(params=learned, initial_lr=cfg.lr)], lr=cfg.lr, weight_decay=cfg.weight_decay,
-                             fused=True)
+    group = dict(params=[p for p in model.parameters() if p.requires_grad], initial_lr=cfg.lr)
+    return torch.optim.AdamW([group], lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
 
 
 def lr_scale(step: int, steps: int, cfg: Config) -> float:
@@ -694,10 +709,10 @@ def crop_posteriors(model: SDPose, crops: Tensor) -> Tensor:
 
 
 def training_latents(model: SDPose, crops: Tensor) -> tuple[Tensor, Tensor]:
-    """z_input and z_RGB, each (B, 4, h, w), of crops (B, S, 3, H, W) uint8: the disturbed ones, and for S = 2 the
-    clean ones, else z_RGB is z_input (Fig. 2). Or of their posteriors (B, S, 8, h, w), see `cache_views`.
+    """z_input and z_RGB, each (B, 4, h, w), of crops (B, S, 3, H, W) uint8: disturbed, and if S = 2 clean
+    ones; else z_RGB is z_input (Fig. 2). Or of their posteriors (B, S, 8, h, w), see `cache_views`.
 
-    Latents are samples of the posterior, as in Lotus. A gradient goes to the VAE only where it learns along.
+    Latents are samples of the posterior, as in Lotus. Only a VAE that learns along gets a gradient.
     """
     posteriors = crops.to(model.text.device)
     if crops.dtype == torch.uint8:
@@ -707,7 +722,7 @@ def training_latents(model: SDPose, crops: Tensor) -> tuple[Tensor, Tensor]:
                 posteriors.append(crop_posteriors(model, view))
         posteriors = torch.stack(posteriors, 1)
     mean, log_variance = posteriors.chunk(2, 2)
-    noise = torch.randn(mean.shape, device=mean.device)                                     # (B, S, 4, h, w)
+    noise = torch.randn(mean.shape, device=mean.device)                                      # (B, S, 4, h, w)
     z = LATENT_SCALE * (mean + (log_variance / 2).exp() * noise)
     return z[:, 0].contiguous(memory_format=torch.channels_last), z[:, -1].detach()
 
@@ -726,7 +741,8 @@ def train(cfg: Config, args) -> None:
     optimizer = build_optimizer(model, cfg)
     fp16 = cfg.amp == "fp16" and ranks.device.type == "cuda"        # else the scaler is idle
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=fp16)
-    run = Run("sdpose", cfg, args, ranks, data, held_out, dict(model=model, optimizer=optimizer, scaler=scaler))
+    parts = dict(model=model, optimizer=optimizer, scaler=scaler)
+    run = Run("sdpose", cfg, args, ranks, data, held_out, parts)
     train_set = data.training()
     people = people_to_learn(train_set, cfg.people, cfg.seed)
     crops_of = partial(TrainCrops, train_set, people, cfg)          # of an epoch, by its number
@@ -747,11 +763,11 @@ def train(cfg: Config, args) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             keypoints = torch.stack(keypoints).to(ranks.device)
-            target, weight = udp_encode(keypoints[..., :2], keypoints[..., 2], cfg)          # H_Pose
+            target, weight = udp_encode(keypoints[..., :2], keypoints[..., 2], cfg)                # H_Pose
 
             z_input, z_rgb = training_latents(model, crops)
             with autocast(ranks.device, cfg.amp):
-                output = net(z_input, cfg.rgb_weight > 0)                                    # both tasks, t = 999
+                output = net(z_input, cfg.rgb_weight > 0)                          # both tasks, at t = 999
             losses = criterion(output, z_rgb, target, weight, cfg)
             scaler.scale(sum(losses.values()) / cfg.accum).backward()
             if run.more_micro_batches(losses):
@@ -777,82 +793,86 @@ def train(cfg: Config, args) -> None:
 EQUATIONS = {           # section and name of a formula, or section of the paper → where it stands here
     "Sec. 3.1, heatmap": udp_encode, "Sec. 3.1, argmax": udp_decode, "Sec. 3.1, UDP": udp_matrix,
     "Sec. 3.2, x0-prediction": SDPose.reconstruct, "Sec. 4.1, multi-scale features": UNet.forward,
-    "Sec. 4.2, bottleneck": HeatmapHead, "Fig. 2, task labels": UNet.embedding, "Fig. 2, frozen VAE": freeze_unused,
-    "Sec. 4.3, objective, H_Pose": pose_loss, "Sec. 4.3, objective, z_RGB": rgb_loss,
-    "Sec. 4.3, objective": criterion, "Fig. 2, objective": training_latents, "Sec. 4.4": average_heatmaps,
-    "Sec. 5.3": evaluate, "A.1": train, "A.3": augment, "A.4, KS and OKS": metrics.evaluate,
+    "Sec. 4.2, bottleneck": HeatmapHead, "Fig. 2, task labels": UNet.embedding,
+    "Fig. 2, what is trained": freeze_unused, "Fig. 2, objective": training_latents,
+    "Sec. 4.3, objective": criterion, "Sec. 4.3, objective, H_Pose": pose_loss,
+    "Sec. 4.3, objective, z_RGB": rgb_loss, "Sec. 4.4": average_heatmaps, "Sec. 5.3": evaluate,
+    "A.1": train, "A.3": augment, "A.4, KS and OKS": metrics.evaluate,
 }       # not used: Sec. 3.2, ε-prediction and clean latent, which show what SDPose leaves
 
-# Rows of the paper's tables: what, AP in the paper, flags of the paper's preset, flags of the tiny preset. Tables 6
-# to 9 repeat the AP of Tables 1 to 3 beside other methods and body parts; all need Stable Diffusion's weights.
-NO_PRIOR = "on puppets there is no prior yet: their other rows start from a random U-Net, too"
+# Rows of the paper's tables: what, AP in the paper, flags of the paper's preset, flags of the tiny preset.
+# Tables 6 to 9 repeat the AP of Tables 1 to 3 beside other methods and body parts.
+NO_PRIOR = "puppets have no Stable Diffusion to start from yet"
+NO_FACE = "puppets have 17 keypoints"
 
 
 def table_4(where: str, split: str, full: float, no_rgb: float, no_prior: float, why: str = "") -> Table:
-    """One of the three columns of Table 4; why it cannot be had on puppets."""
-    puppets = (None, None) if why else ("--rgb_weight 0.1", "--rgb_weight 0")
+    """A column of Table 4; `why` it cannot be had on puppets."""
+    with_rgb, without = (None, None) if why else ("--rgb_weight 0.1", "--rgb_weight 0")
     return Table(f"Ablation on {where}, 17 keypoints", preset="body", metric="AP", split=split, rows=[
-        Row("SDPose", full, "", puppets[0], default=True, missing=why),
-        Row("without RGB reconstruction (Sec. 4.3)", no_rgb, "--rgb_weight 0", puppets[1], versus=1, missing=why),
+        Row("SDPose", full, "", with_rgb, default=True, missing=why),
+        Row("without RGB reconstruction (Sec. 4.3)", no_rgb, "--rgb_weight 0", without, versus=1, missing=why),
         Row("without diffusion priors: the U-Net from scratch", no_prior, "--init_parts vae", None, versus=1,
-            missing=why or NO_PRIOR)])
+            missing=why or f"{NO_PRIOR}: their rows above are without it, too")])
 
 
 TABLES = {
     "1": Table("COCO val, boxes of a detector", preset="body", metric="AP", rows=[
         Row("start weights of Stable Diffusion 2", 81.3, "", None, default=True, missing=NO_PRIOR),
         Row("start weights of Stable Diffusion 1.5", 81.2, "", None, versus=1,
-            missing="not released; another U-Net than ours: 768 numbers a word of text, 8 heads at every level")]),
-    "2": Table("People in styles that were not trained on", preset="body", metric="AP", split="ood", rows=[
-        Row("HumanArt val, true boxes: eval.py --data data/humanart", 71.2, "", None, missing=NO_PRIOR),
+            missing="not released, and its U-Net is another: text of 768 numbers a word, 8 heads everywhere")]),
+    "2": Table("Styles that were not trained on", preset="body", metric="AP", split="ood", rows=[
+        Row("HumanArt val, true boxes: eval.py --data data/humanart", 71.2, "", None,
+            missing="puppets are no works of art: their other styles stand in the next row"),
         Row("COCO-OOD: eval.py --data data/coco --split ood", 63.5, "", "--rgb_weight 0.1")]),
     "3": Table("COCO-OOD, 133 keypoints", preset="wholebody", metric="AP", split="ood", rows=[
-        Row("SDPose", 46.6, "", None, default=True, missing="puppets have 17 keypoints")]),
+        Row("SDPose", 46.6, "", None, default=True, missing=NO_FACE)]),
     "4": table_4("COCO val", "val", 81.3, 80.8, 74.9),
-    "4-humanart": table_4("HumanArt val", "ood", 71.2, 69.8, 53.8, "puppets are no HumanArt: see 4-ood"),
+    "4-humanart": table_4("HumanArt val", "ood", 71.2, 69.8, 53.8, "puppets are no works of art: see 4-ood"),
     "4-ood": table_4("COCO-OOD", "ood", 63.5, 62.5, 52.7),
-    "5-body": Table("The map that the head reads, 17 keypoints", preset="body", metric="AP", rows=[
-        Row("last", 81.3, "", "", default=True),
+    "5-body": Table("Up block that the head reads, 17 keypoints", preset="body", metric="AP",
+                    puppets="--rgb_weight 0.1", rows=[
+        Row("last", 81.3, default=True),
         Row("second-to-last", 81.1, "--tap 2", "--tap 2", versus=1)]),
-    "5-wholebody": Table("The map that the head reads, 133 keypoints", preset="wholebody", metric="AP", rows=[
-        Row("last", 70.5, "--tap 3", None, versus=2, missing="puppets have 17 keypoints"),
-        Row("second-to-last", 71.5, "", None, default=True, missing="puppets have 17 keypoints")]),
+    "5-wholebody": Table("The same, 133 keypoints", preset="wholebody", metric="AP", rows=[
+        Row("last", 70.5, "--tap 3", None, versus=2, missing=NO_FACE),
+        Row("second-to-last", 71.5, "", None, default=True, missing=NO_FACE)]),
 }
 
-# Departures. Each: what: paper | release | here | why ("weights": the released ones need it). The release has no
-# training code: there "release" is its data pipeline, and "Lotus" the protocol that the paper says it follows.
+# Departures. Each: what: paper | release | here | why ("weights": the released ones need it). The release has
+# no training code: of that, "release" is its data pipeline, and "Lotus" the protocol that the paper follows.
 #
 # Sec. 3.1, σ of the heatmaps: no value | 6 cells, cut off beyond 3σ | release | weights
-# Sec. 3.1, decoding: argmax, UDP | DARK's step from the argmax | release | weights
+# Sec. 3.1, decoding: argmax, and UDP without a formula | DARK's step from the argmax | release | weights
 # decoding a map of zeros: – | NaN | the place of any map without a positive value, near (−1, −1) | –
-# t: 1000 | 999 | 999 | the last of 0 … 999; weights
-# Sec. 4.1, multi-scale features: plural, several maps | one map | one map | weights
-# Sec. 4.3, objective: squared norms, sum or mean unsaid, no weights | – | means and weights of 1 | Lotus
-# Sec. 4.3, keypoints without label: – | 0 in the mean, whose count they stay in | release | –
-# Fig. 2, z_RGB: the input itself; Sec. 4.3: z_RGB beside z_input | the crop before blur and rectangle | release, or
-#     --target input | the release's pipeline keeps that crop for it
+# t: 1000 | 999, the last of 0 … 999 | release | weights
+# Sec. 4.1, multi-scale features: several | the map of one up block | release | weights
+# Sec. 4.3, objective: squared norms, sum or mean unsaid, no weights | – | means, weights of 1 | Lotus
+# Sec. 4.3, keypoints without a label: – | errors of 0, which the mean counts | release | –
+# Fig. 2, z_RGB: the input itself; Sec. 4.3: z_RGB beside z_input | the crop before blur and rectangle |
+#     release, or --target input | its data pipeline keeps that crop for this branch
 # latents in training: – | – | samples of the posterior | Lotus
-# latents at prediction: – | samples, other ones each time | the mean, or --set sample=true, of one seed per box | runs
-#     repeat, and a score does not depend on its batch
-# the empty text: embedded | its encoder runs | its embedding, 2 tokens, is stored with the weights | same numbers
-# A.1, AdamW: rate and batch | – | weight decay 1e-2, clip 1, constant rate without warm-up, checkpointing | Lotus
-# A.3, photometric step: – | brightness, contrast, colours, order of channels | release, but hue is a circle | the
-#     release lets it run over the end of its scale
+# latents at prediction: – | samples, other ones each time | means, or with --set sample=true samples that
+#     depend on seed and box | runs repeat, and a score does not depend on its batch
+# the empty text: embedded | its encoder runs | its embedding, 2 tokens, is kept with the weights | no change
+# A.1, AdamW: rate and batch | – | decay 1e-2, clip 1, constant rate, no warm-up, checkpointing | Lotus
+# A.3, photometric step: – | brightness, contrast, colours, order of channels | release, but hue is a circle |
+#     the release lets it run over the end of its scale
 # A.3, blur: Gaussian | box | release | –
 # A.3, dropout: up to one hole | always one | release | –
-# A.3, crops with few keypoints: – | fewer than 3, of 133 fewer than 8: another person's crop | release | –
-# Sec. 4.4, flip test, box · keypoint score, OKS-NMS at 0.9: – | yes | release | the paper's figures are of that code
-# Table 1, Stable Diffusion 1.5: 81.2 | – | – | no weights, see TABLES
+# A.3, crops with fewer than 3 keypoints, of 133 than 8: – | another person's crop | release | –
+# Sec. 4.4, flip test, box · keypoint score, OKS-NMS at 0.9: – | yes | release | the figures are of that code
+# Table 1, Stable Diffusion 1.5: yes | no weights | no | see TABLES
 
-# ---- Appendix: borrowed parts, memory, aids, released weights, pictures, cost. Not needed on a first reading. ----
+# ---- Appendix: borrowed parts, memory, aids, released files, pictures. Not needed on a first reading. ----
 
-# Stable Diffusion 2's blocks. The names of modules are those of the release, so that its files load as they are.
+# Stable Diffusion 2's blocks. Modules have the names of the release, so that its files load as they are.
 
 
 class ResNet(nn.Module):
     """x + conv(SiLU(norm(conv(SiLU(norm x)) + embedding))): (B, C_in, h, w) → (B, C_out, h, w).
 
-    emb_dim: E, the width of the embedding of time and task that is added in between; 0 in the VAE, which has none.
+    emb_dim: E, the width of the embedding of time and task; 0 in the VAE, which has none.
     """
 
     def __init__(self, dim_in: int, dim_out: int, groups: int, eps: float, emb_dim: int = 0):
@@ -875,10 +895,11 @@ class ResNet(nn.Module):
 
 
 class Attention(nn.Module):
-    """softmax(q·k / √d) v over M heads: tokens (B, N, C) look at themselves, or at a context (1 or B, N', C').
+    """softmax(q·k / √d) v, M heads: tokens (B, N, C) look at themselves, or at a context (1 or B, N', C').
 
-    The scores (B, M, N, N') are never stored: at 1024x768 the finest level has N = 12288 tokens, 3 GB of scores. On
-    a GPU, flash kernels end at d = 256: the VAE's one head of d = 512 takes PyTorch's memory-efficient kernel.
+    The scores (B, M, N, N') are never stored: at 1024x768 the finest level has N = 12288 tokens, 3 GB of
+    scores. On a GPU, flash kernels end at d = 256: the VAE's one head of d = 512 takes PyTorch's
+    memory-efficient kernel.
     """
 
     def __init__(self, dim: int, heads: int, context_dim: int, bias: bool = False):
@@ -916,7 +937,8 @@ class TransformerLayer(nn.Module):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attn1, self.attn2 = Attention(dim, heads, dim), Attention(dim, heads, text_dim)
-        self.ff = nn.ModuleDict(dict(net=nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))))
+        feed_forward = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+        self.ff = nn.ModuleDict(dict(net=feed_forward))
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         x = x + self.attn1(self.norm1(x))
@@ -953,7 +975,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest cells and a convolution: twice the resolution, or a size (h, w) that is not quite twice as large."""
+    """Nearest cells and a convolution: twice the resolution, or a size (h, w) of not quite twice."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -984,7 +1006,8 @@ class Block(nn.Module):
             return checkpoint(self._layer, i, x, emb, text, skip, use_reentrant=False)
         return self._layer(i, x, emb, text, skip)
 
-    def _layer(self, i: int, x: Tensor, emb: Tensor | None, text: Tensor | None, skip: Tensor | None) -> Tensor:
+    def _layer(self, i: int, x: Tensor, emb: Tensor | None, text: Tensor | None,
+               skip: Tensor | None) -> Tensor:
         x = self.resnets[i](x if skip is None else torch.cat([x, skip], 1), emb)
         return self.attentions[i](x, text) if i < len(self.attentions) else x
 
@@ -1016,7 +1039,7 @@ class UpBlock(Block):
         for i in range(len(self.resnets)):
             x = self.layer(i, x, emb, text, maps.pop())
         for resize in self.upsamplers:
-            x = resize(x, maps[-1].shape[2:])              # sides that 8 does not divide are not doubled exactly
+            x = resize(x, maps[-1].shape[2:])          # sides that 8 does not divide are not doubled exactly
         return x
 
 
@@ -1037,22 +1060,24 @@ def unet_blocks(dim: int, head_dim: int, groups: int, text_dim: int,
     def attend(width: int, count: int) -> list[Transformer]:
         return [Transformer(width, width // head_dim, text_dim, groups) for _ in range(count)]
 
-    widths, before, skips = (dim, 2 * dim, 4 * dim, 4 * dim), dim, [dim]         # skips: channels of the way down
+    widths, before = (dim, 2 * dim, 4 * dim, 4 * dim), dim
+    skips = [dim]                                              # channels of the maps that the way down keeps
     down_blocks, up_blocks = nn.ModuleList(), nn.ModuleList()
     for i, width in enumerate(widths):
         down = [Downsample(width, all_sides=True)] if i < 3 else []
-        down_blocks.append(DownBlock([resnet(before, width), resnet(width, width)], attend(width, 2 if i < 3 else 0),
-                                     down, checkpointing=checkpointing))
+        down_blocks.append(DownBlock([resnet(before, width), resnet(width, width)],
+                                     attend(width, 2 if i < 3 else 0), down, checkpointing=checkpointing))
         before = width
         skips += [width] * (2 + len(down))
-    mid_block = Block([resnet(before, before), resnet(before, before)], attend(before, 1), checkpointing=checkpointing)
+    mid_block = Block([resnet(before, before), resnet(before, before)], attend(before, 1),
+                      checkpointing=checkpointing)
     for i, width in enumerate(reversed(widths)):
         resnets = []
         for _ in range(3):
             resnets.append(resnet(before + skips.pop(), width))
             before = width
-        up_blocks.append(UpBlock(resnets, attend(width, 3 if i else 0), up=[Upsample(width)] if i < 3 else [],
-                                 checkpointing=checkpointing))
+        up_blocks.append(UpBlock(resnets, attend(width, 3 if i else 0),
+                                 up=[Upsample(width)] if i < 3 else [], checkpointing=checkpointing))
     return down_blocks, up_blocks, mid_block
 
 
@@ -1127,7 +1152,7 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(LATENT, LATENT, 1)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Crops (B, 3, H, W) in [-1, 1] → mean and log variance of the latent's posterior, together (B, 8, h, w)."""
+        """Crops (B, 3, H, W) in [-1, 1] → mean and log variance of the posterior, together (B, 8, h, w)."""
         return self.quant_conv(self.encoder(images))
 
     def decode(self, z: Tensor) -> Tensor:
@@ -1135,15 +1160,16 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
 
-# Memory, where a batch of full-size crops would need too much.
+# The VAE on large batches: its maps of full size need 0.4 GB for a crop of 1024 × 768, in float32.
 
-PIXELS = 1024 * 768                # of crops that the VAE takes at once: its full-size maps need 0.4 GB per such crop
+PIXELS = 1024 * 768                # of crops that the VAE takes at once
 
 
 def in_parts(run: Callable[[Tensor], Tensor], x: Tensor, pixels: int) -> Tensor:
-    """run(x), a few items at a time, as each has so many pixels; POSE_KERNELS=plain: all at once.
+    """run(x) with a few items at a time, each of so many pixels; all at once under POSE_KERNELS=plain.
 
-    MEMNOTE
+    `body` predicts 4 crops of 1024 × 768 and their mirror images in 7.1 GB, all at once in 20.0 (float32, of
+    tensors alone); in the same time: 1.09 times as fast for 4 crops of 192 × 256 on a CPU.
     """
     return run(x) if plain() else torch.cat(list(map(run, x.split(max(1, PIXELS // pixels)))))
 
@@ -1153,8 +1179,8 @@ def in_parts(run: Callable[[Tensor], Tensor], x: Tensor, pixels: int) -> Tensor:
 
 @torch.no_grad()
 def unit_latents(model: SDPose, crops: TrainCrops) -> None:
-    """Scale a random VAE so that latents have a deviation of 1, as Stable Diffusion's: weaker ones the U-Net hardly
-    sees beside its biases.
+    """Scale a random VAE so that latents have a deviation of 1, as Stable Diffusion's: weaker ones the
+    U-Net hardly sees beside its biases.
     """
     some = torch.cat([crops[n][0] for n in range(min(64, len(crops)))])
     mean, _ = crop_posteriors(model, some).chunk(2, 1)
@@ -1165,8 +1191,9 @@ def unit_latents(model: SDPose, crops: TrainCrops) -> None:
 
 
 def latent_variance(z: Tensor) -> Tensor:
-    """The unit of the RGB loss where the VAE learns along, and stretches latents as the pose branch likes: their
-    variance over the crops of all processes, at least 1e-3. Those of Stable Diffusion have one of about 1.
+    """The unit of the RGB loss where the VAE learns along, and stretches latents as the pose branch likes:
+    their variance over the crops of all processes, at least 1e-3. Those of Stable Diffusion have one of
+    about 1.
     """
     mean, square = mean_over_ranks(torch.stack([z.mean(), z.square().mean()]))
     return (square - mean ** 2).clamp(min=1e-3)
@@ -1177,8 +1204,8 @@ def encode_once(model: SDPose, crops_of: Callable[[int], TrainCrops], cfg: Confi
                 folder: RunFolder) -> Callable[[int], list]:
     """`crops_of` an epoch, with posteriors (S, 8, h, w) in place of crops: `cache_views` epochs in turn.
 
-    The frozen VAE costs more than the U-Net, and new augmentations would need it at every step: a fixed number of
-    views of each person it encodes once. The processes share the work and keep all of it in memory.
+    The frozen VAE costs more than the U-Net, and new augmentations would need it at every step; a fixed
+    number of views of each person is encoded once. Processes share the work, all keep all of it in memory.
     """
     views = [crops_of(view) for view in range(cfg.cache_views)]
     count, kept, cells = len(views[0]), len(views[0][0][0]), (cfg.height // 8, cfg.width // 8)
@@ -1190,14 +1217,15 @@ def encode_once(model: SDPose, crops_of: Callable[[int], TrainCrops], cfg: Confi
     for number, view in enumerate(views, 1):
         posteriors = torch.zeros(count, kept, 2 * LATENT, *cells)
         labels, ids = torch.zeros(count, model.skeleton.num_keypoints, 3), []
-        bar = tqdm(train_loader(view, mine, cfg.workers, ranks), f"view {number}/{len(views)}", disable=ranks.rank > 0)
+        loader = train_loader(view, mine, cfg.workers, ranks)
+        bar = tqdm(loader, f"view {number}/{len(views)}", disable=ranks.rank > 0)
         for rows, (crops, keypoints, images, skipped) in zip(mine, bar):
             encoded = crop_posteriors(model, crops.flatten(0, 1)).unflatten(0, crops.shape[:2])
             posteriors[rows], labels[rows] = encoded.cpu(), torch.stack(keypoints)
             ids += zip(rows, images)
             folder.bad_files(sum(skipped, []))
         posteriors, labels = (mean_over_ranks(part.to(ranks.device)).cpu() * ranks.world
-                              for part in (posteriors, labels))         # the sum: others filled the rows that are 0
+                              for part in (posteriors, labels))    # the sum: others filled the rows of zeros
         ids = [image for _, image in sorted(gather_lists(ids))]
         cached.append(list(zip(posteriors, labels, ids, [[]] * count)))
     return lambda epoch: cached[epoch % len(cached)]
@@ -1210,14 +1238,15 @@ LOWER = {"hip", "knee", "ankle", "toe", "heel"}
 
 
 def halves(skeleton: Skeleton) -> list[list[int]]:
-    """The keypoints of the upper and of the lower half, by their names; face, hands and what is unknown are in none."""
-    return [[k for k, name in enumerate(skeleton.keypoints) if part & set(words(name))] for part in (UPPER, LOWER)]
+    """Keypoints of the upper and of the lower half, by name; face, hands and what is unknown are in none."""
+    return [[k for k, name in enumerate(skeleton.keypoints) if part & set(words(name))]
+            for part in (UPPER, LOWER)]
 
 
 def photometric(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Brightness, contrast, saturation, hue and order of the channels of a crop (h, w, 3) uint8, each at times, as
-    the release does it: contrast changes rarely, but then twice, before and after the colours. Hue is a circle
-    here; the release lets it run over the end of its scale.
+    """Brightness, contrast, saturation, hue and order of the channels of a crop (h, w, 3) uint8, each at
+    times, as the release does it: contrast changes rarely, but then twice, before and after the colours.
+    Hue is a circle here; the release lets it run over the end of its scale.
     """
     def scale(pixels: np.ndarray, factor: float, offset: float = 0.0) -> np.ndarray:
         return (pixels * factor + offset).clip(0, 255).astype(np.uint8)
@@ -1239,7 +1268,7 @@ def photometric(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return crop[..., rng.permutation(3)] if rng.random() < 0.5 else crop
 
 
-# Building, the released weights: folders unet/, vae/, text_encoder/ and, but in Stable Diffusion's own, decoder/.
+# Building; released files: folders unet/, vae/, text_encoder/ and, but in Stable Diffusion's own, decoder/.
 
 
 def build(preset: str, skeleton: str | Skeleton = "coco", **overrides) -> SDPose:
@@ -1254,7 +1283,8 @@ def fuse(model: SDPose) -> SDPose:
     return model.eval()
 
 
-def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config, boxes: list[Found] | None = None) -> dict:
+def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config,
+             boxes: list[Found] | None = None) -> dict:
     """RGB pictures and the people in each, (boxes (P, 4), scores (P,)) → what `predict` takes.
 
     Without boxes each picture as a whole is taken for one person.
@@ -1265,7 +1295,7 @@ def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config, boxes: l
     return dict(people=people, image_ids=image_ids)
 
 
-RENAME = [(rf"^(vae\..*\.attentions\.0\.){theirs}\.", rf"\1{ours}.") for theirs, ours in      # files of before 2023
+RENAME = [(rf"^(vae\..*\.attentions\.0\.){theirs}\.", rf"\1{ours}.") for theirs, ours in    # before 2023
           dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0").items()]
 STEMS = ("diffusion_pytorch_model", "decoder", "model", "pytorch_model")       # of files' names
 EMPTY_TEXT = "empty_text.pt"       # beside the folders: 8 KB in place of a text encoder of 1.4 GB
@@ -1275,13 +1305,14 @@ def recognise(state: dict[str, Tensor]) -> tuple[str, int] | None:
     """(preset, number of keypoints) of a release, by its tensors; None for something else."""
     if not {"unet.conv_in.weight", "decoder.final_layer.weight"} <= state.keys():
         return None
-    (keypoints, width), channels = state["decoder.final_layer.weight"].shape[:2], len(state["unet.conv_in.weight"])
+    keypoints, width = state["decoder.final_layer.weight"].shape[:2]
+    channels = len(state["unet.conv_in.weight"])
     return next(((name, keypoints) for name, cfg in PRESETS.items()
                  if (cfg.channels, cfg.channels * 2 ** (3 - cfg.tap)) == (channels, width)), None)
 
 
 def convert_official(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """Tensors of a release's folder under this file's names. Raises UserError for a head of another feature tap."""
+    """Tensors of a release's folder under this file's names. Raises UserError for a head of another tap."""
     found = recognise(state)
     if found and PRESETS[found[0]].tap != config.tap:
         raise UserError(f"these weights have a head for {found[1]} keypoints that reads up block "
@@ -1293,8 +1324,9 @@ def convert_official(state: dict[str, Tensor], config: Config) -> dict[str, Tens
 def load_init(model: SDPose, source: str, parts: str = "all") -> None:
     """Start weights from a folder of Stable Diffusion 2 or of a release, or by a release's name.
 
-    Stable Diffusion has neither task embedding nor head, a release for other keypoints has no head: these stay
-    random; with parts="vae" the U-Net and the head do in any case. Raises UserError for tensors that do not fit.
+    Stable Diffusion has neither task embedding nor head, a release for other keypoints has no head: these
+    stay random; with parts="vae" the U-Net and the head do in any case. Raises UserError for tensors that
+    do not fit.
     """
     release = weights.RELEASES.get(source)
     if not Path(source).is_dir() and (release is None or release.method != "sdpose"):
@@ -1326,20 +1358,20 @@ def read_release(folder: str | Path, head: bool = True) -> dict[str, Tensor]:
             state |= {f"{part}.{name}": value for name, value in weights.load_tensors(file).items()}
         elif head or part != "decoder":
             wanted = f"{part}/{STEMS[part == 'decoder']}.safetensors"
-            raise UserError(f"{folder} has no {wanted}: a release has the folders unet, vae, text_encoder and "
-                            "decoder; fetch that file again")
+            raise UserError(f"{folder} has no {wanted}: a release has the folders unet, vae, text_encoder "
+                            "and decoder; fetch that file again")
     return state | dict(text=empty_text(folder))
 
 
 def release_file(folder: Path, part: str) -> Path | None:
-    """The file with the weights of a part: .safetensors before .bin, full precision before half; None without one."""
+    """The file with a part's weights: .safetensors before .bin, full precision before half; or None."""
     endings = [variant + suffix for suffix in (".safetensors", ".bin") for variant in ("", ".fp16")]
     files = (folder / part / f"{stem}{ending}" for ending in endings for stem in STEMS)
     return next((file for file in files if file.is_file()), None)
 
 
 def empty_text(folder: Path) -> Tensor:
-    """The embedding (1, 2, C) of "", which is a start and an end and no padding; computed once for each folder.
+    """The embedding (1, 2, C) of "": a start and an end, no padding; computed once for each folder.
 
     Raises UserError where neither the embedding nor a text encoder is there.
     """
@@ -1348,9 +1380,10 @@ def empty_text(folder: Path) -> Tensor:
         return weights.load_tensors(kept)["text"]
     file = release_file(folder, "text_encoder")
     if file is None:
-        raise UserError(f"{folder} has no text_encoder/model.safetensors and no {EMPTY_TEXT} that was made of "
-                        "it: put either there; it is needed once, for the embedding of the empty text")
-    state = {name: value.float() for name, value in weights.load_tensors(file).items() if value.is_floating_point()}
+        raise UserError(f"{folder} has no text_encoder/model.safetensors and no {EMPTY_TEXT} that was made "
+                        "of it: put either there; it is needed once, for the embedding of the empty text")
+    state = {name: value.float() for name, value in weights.load_tensors(file).items()
+             if value.is_floating_point()}
     try:
         vocabulary, width = state["text_model.embeddings.token_embedding.weight"].shape
         text = encode_text(state, torch.tensor([[vocabulary - 2, vocabulary - 1]]), max(1, width // 64))
@@ -1362,9 +1395,9 @@ def empty_text(folder: Path) -> Tensor:
 
 
 def encode_text(state: dict[str, Tensor], ids: Tensor, heads: int) -> Tensor:
-    """CLIP's text encoder by the tensors of its file: word ids (B, n) → last hidden state (B, n, C), normalised.
+    """CLIP's text encoder by the tensors of its file: word ids (B, n) → normalised last state (B, n, C).
 
-    Layers of causal attention and an MLP with exact GELU, norms first. Raises KeyError if a tensor is missing.
+    Layers of causal attention and an MLP with exact GELU, norms first. Raises KeyError for a missing tensor.
     """
     def norm(x: Tensor, name: str) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
@@ -1372,16 +1405,18 @@ def encode_text(state: dict[str, Tensor], ids: Tensor, heads: int) -> Tensor:
     def linear(x: Tensor, name: str) -> Tensor:
         return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
 
-    tokens, places = (state[f"text_model.embeddings.{kind}_embedding.weight"] for kind in ("token", "position"))
-    x = tokens[ids] + places[:ids.shape[1]]
-    for n in range(len({name.split(".")[3] for name in state if name.startswith("text_model.encoder.layers.")})):
-        layer = f"text_model.encoder.layers.{n}"
+    embeddings, layers = "text_model.embeddings", "text_model.encoder.layers"
+    x = state[f"{embeddings}.token_embedding.weight"][ids]
+    x = x + state[f"{embeddings}.position_embedding.weight"][:ids.shape[1]]
+    for n in range(len({name.split(".")[3] for name in state if name.startswith(f"{layers}.")})):
+        layer = f"{layers}.{n}"
         h = norm(x, f"{layer}.layer_norm1")
         q, k, v = (rearrange(linear(h, f"{layer}.self_attn.{name}_proj"), "b n (m d) -> b m n d", m=heads)
                    for name in "qkv")
         h = rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=True), "b m n d -> b n (m d)")
         x = x + linear(h, f"{layer}.self_attn.out_proj")
-        x = x + linear(F.gelu(linear(norm(x, f"{layer}.layer_norm2"), f"{layer}.mlp.fc1")), f"{layer}.mlp.fc2")
+        h = F.gelu(linear(norm(x, f"{layer}.layer_norm2"), f"{layer}.mlp.fc1"))
+        x = x + linear(h, f"{layer}.mlp.fc2")
     return norm(x, "text_model.final_layer_norm")
 
 
@@ -1398,8 +1433,8 @@ def to_picture(image: Tensor) -> Image.Image:
 @torch.no_grad()
 def show_process(model: SDPose, image: Image.Image, threshold: float,
                  boxes: Found | None = None) -> dict[str, list[Image.Image]]:
-    """For eval.py --process, a row per person: `heatmaps`, the crop and the heatmaps of all keypoints over it; `rgb`,
-    the crop, what the RGB branch makes of it, and what the VAE alone would.
+    """For eval.py --process, a row per person: `heatmaps`, the crop and the heatmaps of all keypoints over
+    it; `rgb`, the crop, what the RGB branch makes of it, and what the VAE alone would.
     """
     heatmaps, rgb = [], []
     for _, crop, box, _ in to_batch([image], [""], model.cfg, boxes and [boxes])["people"]:
@@ -1413,7 +1448,8 @@ def show_process(model: SDPose, image: Image.Image, threshold: float,
             (("heatmaps", heatmaps, 2), ("rgb", rgb, 3)) if tiles}
 
 
-def compare_styles(model: SDPose, held_out: PoseDataset, table: dict, ranks: Ranks, folder: RunFolder) -> None:
+def compare_styles(model: SDPose, held_out: PoseDataset, table: dict, ranks: Ranks,
+                   folder: RunFolder) -> None:
     """After a training on puppets: the metrics on the same puppets in styles never seen, and styles.png."""
     with rank_zero_first(ranks):                         # it draws them
         unseen = open_dataset("puppets", "ood", held_out.skeleton)
@@ -1425,7 +1461,7 @@ def compare_styles(model: SDPose, held_out: PoseDataset, table: dict, ranks: Ran
 
 
 def show_styles(model: SDPose, val: PoseDataset, rows: int = 6) -> Image.Image:
-    """The same puppets in the style of the training set and in four that were never seen, with the poses found."""
+    """Puppets in the style of the training set and in four that were never seen, with the poses found."""
     from data import puppets                # here, because real data does not need it
     tiles, boxes = [], true_boxes(val)
     for i in [i for i in range(len(val)) if len(boxes.of(val[i].image_id)[1])][:rows]:
@@ -1445,8 +1481,9 @@ def flops(cfg: Config, skeleton: Skeleton) -> dict[str, float]:
     counts = {}
     with torch.device("meta"), torch.no_grad():
         model = SDPose(replace(cfg, checkpointing=False), skeleton)
-        crop, z = torch.zeros(1, 3, cfg.height, cfg.width), torch.zeros(1, LATENT, cfg.height // 8, cfg.width // 8)
-        for name, run, x in (("encode", model.encode, crop), ("pose", model.heatmaps, z), ("rgb", model.reconstruct, z)):
+        crop = torch.zeros(1, 3, cfg.height, cfg.width)
+        for name, run in dict(encode=model.encode, pose=model.heatmaps, rgb=model.reconstruct).items():
+            x = crop if name == "encode" else torch.zeros(1, LATENT, cfg.height // 8, cfg.width // 8)
             with FlopCounterMode(display=False) as counter:
                 run(x)
             counts[name] = counter.get_total_flops()
@@ -1465,7 +1502,7 @@ def measured_speed(device: torch.device, amp: str) -> float:
 
 
 def say_cost(model: SDPose, what: str, crops: float, passes: int) -> None:
-    """Before long work on so many crops: its FLOPs and about how long it takes; nothing for less than two minutes.
+    """Before long work on so many crops: its FLOPs and about how long it takes, if over two minutes.
 
     passes: of the U-Net, backward counts twice; 1 is prediction.
     """
@@ -1475,20 +1512,23 @@ def say_cost(model: SDPose, what: str, crops: float, passes: int) -> None:
     flop = crops * (encoded * cost["encode"] + passes * (cost["pose"] + rgb * cost["rgb"]))
     seconds = flop / measured_speed(model.text.device, cfg.amp)
     if seconds > 120:
-        print(f"{what}: {flop / 1e12:,.0f} TFLOP, about {seconds / 3600:.1f} hours at the speed of this machine")
+        print(f"{what}: {flop / 1e12:,.0f} TFLOP, about {seconds / 3600:.1f} hours at the speed of this "
+              "machine")
 
 
 def summary() -> str:
     """Of each preset: parameters, and GFLOPs of one crop without its mirror image."""
-    rows = [f"{'preset':12}{'input':>10}{'keypoints':>11}{'parameters':>13}{'learned':>11}{'GFLOPs':>9}{'VAE':>9}"]
+    rows = [f"{'preset':12}{'input':>10}{'keypoints':>11}{'parameters':>13}{'learned':>11}{'GFLOPs':>9}"
+            f"{'VAE':>9}"]
     for preset, cfg in PRESETS.items():
         skeleton = get_skeleton(cfg.keypoints or "coco")
         with torch.device("meta"):                                      # shapes without numbers
             parameters = list(SDPose(cfg, skeleton).parameters())
-        every, learned = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
-        cost = {name: value / 1e9 for name, value in flops(cfg, skeleton).items()}
-        rows.append(f"{preset:12}{f'{cfg.width}x{cfg.height}':>10}{skeleton.num_keypoints:>11}{every / 1e6:>11.2f} M"
-                    f"{learned / 1e6:>9.2f} M{cost['encode'] + cost['pose']:>9.1f}{cost['encode']:>9.1f}")
+        every, learned = (sum(p.numel() for p in some) / 1e6 for some in
+                          (parameters, [p for p in parameters if p.requires_grad]))
+        encode, pose = (flops(cfg, skeleton)[part] / 1e9 for part in ("encode", "pose"))
+        rows.append(f"{preset:12}{f'{cfg.width}x{cfg.height}':>10}{skeleton.num_keypoints:>11}"
+                    f"{every:>11.2f} M{learned:>9.2f} M{encode + pose:>9.1f}{encode:>9.1f}")
     return "\n".join(rows)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import sdpose
+from tests.helpers import watch
 
 
 def stored_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -26,13 +27,11 @@ def stored_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def obvious(model: sdpose.SDPose, crops: Tensor) -> Tensor:
     """Heatmaps of crops (N, 3, H, W) in [-1, 1], averaged with those of the mirrored crops."""
     def one_pass(view: Tensor) -> Tensor:
-        z, tap = model.latents(view), model.unet.up_blocks[model.cfg.tap]
-        seen = []
-        last = (tap.upsamplers or tap.attentions)[-1]
-        hook = last.register_forward_hook(lambda module, args, result: seen.append(result))
-        model.unet.output(model.unet(z, model.task(sdpose.POSE).expand(len(z), -1), model.text.expand(len(z), -1, -1)))
-        hook.remove()
-        return model.decoder(seen[0])
+        z, tap = model.encode(view), model.unet.up_blocks[model.cfg.tap]
+        task, text = model.task(sdpose.POSE).expand(len(z), -1), model.text.expand(len(z), -1, -1)
+        with watch(tap=tap) as seen:
+            model.unet.output(model.unet(z, task, text))
+        return model.decoder(seen["tap"][0][1])
 
     with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", stored_scores):
         return (one_pass(crops) + one_pass(crops.flip(3))[:, list(model.skeleton.flip)].flip(3)) / 2

@@ -511,6 +511,20 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(puppets_folder, tmp_
     assert_equal(whole["model"], resumed["model"])
 
 
+def test_a_loss_that_overflows_in_half_precision_costs_a_step_and_not_the_run(puppets_folder, tmp_path, monkeypatch):
+    real, scaler, calls = sd.criterion, torch.amp.GradScaler, []
+
+    def overflows_once(*args) -> dict:
+        calls.append(len(calls))
+        return {name: loss * (math.inf if len(calls) == 1 else 1.0) for name, loss in real(*args).items()}
+
+    monkeypatch.setattr(sd, "criterion", overflows_once)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, enabled=True))   # as on a GPU
+    saved = train(puppets_folder, tmp_path / "run", "--epochs", "1")
+    assert saved["step"] == len(calls) == 2 and saved["scaler"]["scale"] == 2 ** 15          # half of its first
+    assert all(value.isfinite().all() for value in saved["model"].values())
+
+
 def test_a_cache_gives_what_encoding_on_the_fly_gives(data):
     model, people = sd.build("tiny", **TINIER).eval(), sd.people_to_learn(data, 4, 0)
     crops_of = partial(sd.TrainCrops, data, people, model.cfg)
