@@ -35,6 +35,7 @@ ConfigT = TypeVar("ConfigT")
 class RunConfig:
     """What a run needs and no paper is about. A preset changes the default of any field."""
     data: str = "puppets"          # puppets (made on first use) or a dataset's folder, see data/README.md
+    category: str = ""             # the category to learn, where several in the file have keypoints of their own
     sigmas: str = ""               # OKS sigmas of your own keypoints, e.g. 0.03,0.08,0.08
     accum: int = 1                 # micro-batches per optimiser step
     amp: str = "no"                # no, bf16 or fp16 (old GPUs); a CPU always runs float32

@@ -474,7 +474,8 @@ class Run:
         """The metrics on the screen and in log.jsonl, best.pt if it is the best so far, the pictures."""
         score = table.get("Mean", table.get("AP"))                  # PoseTrack's, else OKS
         self.folder.log(step=self.step, epoch=self.at["epoch"], **table)
-        self.folder.say(f"epoch {self.at['epoch'] + 1}{about}\n{metrics.format_table(table)}")
+        said = [metrics.format_table(table), *self.held_out.caveats()]
+        self.folder.say(f"epoch {self.at['epoch'] + 1}{about}\n" + "\n".join(said))
         if score > self.at["best"]:
             self.at["best"] = score
             best = self.parts["ema"].module if "ema" in self.parts else self.parts["model"]
