@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -231,14 +232,72 @@ def test_a_full_disk_is_a_warning_during_the_run_and_an_error_at_its_end(puppets
     assert train(puppets_folder, tmp_path / "run", "--resume", str(tmp_path / "run"))["step"] == 2
 
 
-def test_a_log_that_cannot_be_written_does_not_end_the_run(puppets_folder, tmp_path, capsys, monkeypatch):
-    def write(name, text, mode):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    args = dict(preset="tiny", out=str(tmp_path / "run"), resume="", saved=None)
-    folder = RunFolder("detrpose", detrpose.PRESETS["tiny"], type("Args", (), args), rank(0, 1))
-    shutil.rmtree(folder.path)
+def folder_of(tmp_path, name="run", **changes) -> RunFolder:
+    args = SimpleNamespace(preset="tiny", out=str(tmp_path / name) if name else "", resume="", saved=None)
+    return RunFolder("detrpose", detrpose.PRESETS["tiny"], args, rank(0, 1))
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run_and_is_whole_afterwards(tmp_path, capsys):
+    folder = folder_of(tmp_path)
     folder.log(step=1, loss=2.0)
-    assert "log.jsonl is not written" in capsys.readouterr().err and folder.rows == [dict(step=1, loss=2.0)]
+    shutil.rmtree(folder.path)
+    folder.path.touch()                                                     # in the way of a folder
+    folder.log(step=2, loss=1.0)
+    assert "log.jsonl is not written" in capsys.readouterr().err
+    folder.path.unlink()                                                    # there is room again
+    folder.log(step=3, loss=0.5)
+    rows = [json.loads(line) for line in (folder.path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3] == [row["step"] for row in folder.rows]
+
+
+def test_two_runs_that_start_in_one_second_have_two_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run.time, "strftime", lambda form: "20260101-000000")
+    paths = [folder_of(tmp_path, name="").path for _ in range(3)]
+    assert [path.name for path in paths] == [f"detrpose-tiny-20260101-000000{end}" for end in ("", "-2", "-3")]
+
+
+@pytest.mark.parametrize("name", ["config.json", "log.jsonl", "best.pt"])
+def test_files_of_the_users_own_are_never_written_over(tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("mine")
+    with pytest.raises(UserError, match="choose another --out"):
+        folder_of(tmp_path)
+    assert (tmp_path / "run" / name).read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_training(tmp_path, monkeypatch):
+    def refuse(self, name, text, mode):
+        raise PermissionError(errno.EACCES, "Permission denied", name)
+    monkeypatch.setattr(RunFolder, "_write", refuse)                        # tests may run as root
+    with pytest.raises(UserError, match="cannot write into .*run: .*Permission denied.*--out"):
+        folder_of(tmp_path)
+
+
+HOLD = """
+import sys, time
+from types import SimpleNamespace
+import detrpose, torch
+from common.ranks import Ranks
+from common.run import RunFolder
+args = SimpleNamespace(preset="tiny", out=sys.argv[1], resume="", saved=None)
+folder = RunFolder("detrpose", detrpose.PRESETS["tiny"], args, Ranks(0, 1, torch.device("cpu")))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_a_second_run_in_a_folder_is_refused_while_the_first_lives_and_taken_when_it_is_killed(tmp_path, monkeypatch):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True,
+                              cwd=Path(__file__).parents[1])
+    assert holder.stdout.readline() == "held\n"
+    monkeypatch.setattr(RunFolder._lock, "__defaults__", (0.3,))
+    with pytest.raises(UserError, match="another run writes into .*run now"):
+        folder_of(tmp_path)
+    holder.kill()
+    holder.wait()
+    assert folder_of(tmp_path).path == tmp_path / "run"
 
 
 @pytest.mark.parametrize("what", ["loss_keypoints", "the gradient"])
