@@ -142,6 +142,13 @@ class People:
     areas: Tensor                           # (P,)
     image_id: int | str = field(default=0, kw_only=True)
 
+    def __getstate__(self) -> dict:
+        """By value on the way from a loader process: each tensor would take an open file."""
+        return {name: x.numpy() if isinstance(x, Tensor) else x for name, x in vars(self).items()}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update({name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in state.items()})
+
     def each(self, change) -> People:
         """The same people with change(tensor) for every column."""
         columns = {one.name: getattr(self, one.name) for one in fields(self)}

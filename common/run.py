@@ -43,7 +43,8 @@ from common.cli import RunConfig, find_last
 from common.datasets import PoseDataset
 from common.errors import UserError
 from common.predict import train_loader
-from common.ranks import Ranks, epoch_batches, gather_lists, mean_over_ranks, micro_batch, say, seed_all, share_buffers
+from common.ranks import (STOP_SIGNALS, Ranks, epoch_batches, gather_lists, mean_over_ranks, micro_batch, say, seed_all, share_buffers,
+                          wait_for_all)
 from common.records import Prediction
 from common.weights import save_checkpoint
 
@@ -89,8 +90,9 @@ class Stopper:
     def __init__(self):
         self.asked = math.inf                                   # when
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._ask)
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                    signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and time.monotonic() > self.asked + 1:    # torchrun repeats the first at once
@@ -555,6 +557,7 @@ class Run:
             if not self.folder.try_save("best.pt", **content):
                 self.at["best"] = before                            # a later one may find room on the disk
         self.folder.draw(self.held_out, predictions)
+        wait_for_all()
 
     def save_last(self, must: bool = False) -> None:
         """last.pt, to resume from. With `must` it raises UserError when the disk is full, else that is a warning."""

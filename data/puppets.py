@@ -35,6 +35,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import time
@@ -1052,6 +1053,8 @@ def is_made(target: Path, meta: dict) -> bool:
 def remove_stale(root: Path):
     """Delete what killed runs left: temporary folders in which nothing has been written for an hour."""
     for folder in root.glob(".*.tmp"):
+        if not re.fullmatch(rf"\.({'|'.join(PARTS)})-[0-9a-f]{{8}}\.tmp", folder.name):
+            continue                                                 # not of our making
         try:
             newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")) if path.is_dir())
         except (OSError, ValueError):                                # it vanished meanwhile

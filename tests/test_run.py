@@ -2,11 +2,14 @@
 import errno
 import json
 import math
+import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -298,6 +301,33 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_lives_and_taken_whe
     holder.kill()
     holder.wait()
     assert folder_of(tmp_path).path == tmp_path / "run"
+
+
+def test_people_come_from_a_loader_process_by_value_and_take_no_open_files():
+    people = People(torch.rand(2, 17, 2), torch.ones(2, 17), torch.rand(2, 4), torch.rand(2), image_id="a")
+    sent = multiprocessing.reduction.ForkingPickler.dumps(people)
+    back = pickle.loads(sent)
+    assert b"rebuild_storage" not in bytes(sent) and back.image_id == "a"
+    assert_equal({name: x for name, x in vars(back).items()}, {name: x for name, x in vars(people).items()})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds loader processes in /proc")
+def test_a_killed_loader_process_ends_the_run_with_its_line_and_what_was_saved_stays(puppets_folder, tmp_path):
+    words = [*FLAGS, "--epochs", "500", "--workers", "2", "--data", str(puppets_folder), "--out", str(tmp_path / "run")]
+    process = subprocess.Popen([sys.executable, "detrpose.py", *words], cwd=Path(__file__).parents[1], text=True,
+                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    end = time.monotonic() + 120
+    while not (tmp_path / "run" / "last.pt").exists():
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.1)
+    victim = None
+    while victim is None and time.monotonic() < end:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        victim = int(children[-1]) if children else None
+    os.kill(victim, signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and "error: a loader process was killed: was the memory full?" in errors
+    assert "Traceback" not in errors and load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] >= 0
 
 
 @pytest.mark.parametrize("what", ["loss_keypoints", "the gradient"])
