@@ -88,6 +88,8 @@ def run_main(main: Callable[[], None]) -> None:
             leave("too many open files: allow more (ulimit -n), or use fewer --workers")
         if re.search("can't allocate memory|not enough memory", text):
             leave(f"the memory is full: {SMALLER}")
+        if re.search("Timed out waiting|timed out", text):
+            leave(f"a process did not answer for --patience seconds: it hangs, or died elsewhere; {RESUME}")
         if not (dist.is_initialized() and re.search("Connection (closed|reset) by peer", text)):
             raise
         sys.exit(1)                                             # another process has ended, and said why

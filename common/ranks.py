@@ -169,8 +169,9 @@ def seed_all(*where: int) -> None:
     torch.manual_seed(seed)
 
 
-def epoch_batches(count: int, micro: int, accum: int, seed: int, epoch: int, ranks: Ranks) -> list[list[int]]:
-    """This process's micro-batches of an epoch over `count` images, in a new order each epoch.
+def epoch_batches(count: int, micro: int, accum: int, seed: int, epoch: int, ranks: Ranks,
+                  start: int = 0) -> list[list[int]]:
+    """This process's micro-batches of an epoch over `count` images, in a new order each epoch, without its first `start`.
 
     The order is one for all processes; an optimiser step takes its next micro·world·accum images, and each process
     every world-th of them, so N processes see together what one would see. The rest that fills no step waits for
@@ -178,5 +179,6 @@ def epoch_batches(count: int, micro: int, accum: int, seed: int, epoch: int, ran
     """
     order = np.random.default_rng([seed, epoch]).permutation(count)
     step = micro * ranks.world * accum
-    order = np.resize(order, max(step, count // step * step))
+    order = np.resize(order, max(step, count // step * step))[start:]
+    order = order[:len(order) // step * step]
     return [part[ranks.rank::ranks.world].tolist() for part in order.reshape(-1, micro * ranks.world)]

@@ -450,12 +450,18 @@ class Run:
         self.cfg, self.ranks, self.held_out, self.parts = cfg, ranks, held_out, parts
         self.skeleton, self.micro = data.skeleton.to_dict(), micro_batch(cfg, ranks)
         self.at = dict(epoch=0, done=0, step=0, best=-math.inf)     # done: optimiser steps of this epoch
+        self.start, about = 0, ""                                   # images of the epoch that were seen before
         if args.saved:
             restore(parts, args.saved)
             self.at = {name: args.saved[name] for name in self.at}
+            about, before = f"epoch {self.at['epoch'] + 1}, step {self.at['step']}", args.saved["config"]
+            self.start = self.at["done"] * before.get("batch", cfg.batch)
+            changed = [f"{name} {before[name]} → {value}" for name, value in asdict(cfg).items()
+                       if name in before and before[name] != value]
+            about = f"\ngoing on at {about}" + f"; changed: {', '.join(changed)}" * bool(changed)
         self.folder = RunFolder(method, cfg, args, ranks)
         args.saved = None                                           # its memory is ours again
-        self.folder.say(f"{data.report()}\n{held_out.report()}\nwriting to {self.folder.path}")
+        self.folder.say(f"{data.report()}\n{held_out.report()}\nwriting to {self.folder.path}{about}")
 
     @property
     def step(self) -> int:
@@ -472,7 +478,8 @@ class Run:
         the body leaves it as it is. Ctrl-C is from now on a question, see `stepped`."""
         self.asked, epochs = Stopper(), self.cfg.epochs
         if self.at["epoch"] >= epochs:
-            self.folder.say(f"all {epochs} epochs are done; --epochs {2 * epochs} would go on")
+            done = self.at["epoch"]
+            self.folder.say(f"all {done} epochs are done; --epochs {done + max(1, done // 2)} would go on")
         for epoch in range(self.at["epoch"], epochs):
             yield epoch
             self.folder.bad_files(gather_lists([*self.folder.bad, *self.held_out.bad]))
@@ -487,10 +494,14 @@ class Run:
         (seed, epoch, its number, rank).
         """
         cfg, epoch = self.cfg, self.at["epoch"]
-        batches = epoch_batches(len(items), self.micro, cfg.accum, cfg.seed, epoch, self.ranks)
-        self.steps, first = cfg.epochs * len(batches) // cfg.accum, self.at["done"] * cfg.accum
-        loader = train_loader(items, batches[first:], cfg.workers, self.ranks, join)
-        self.bar = tqdm(loader, f"epoch {epoch + 1}/{cfg.epochs}", len(batches), initial=first,
+        batches = epoch_batches(len(items), self.micro, cfg.accum, cfg.seed, epoch, self.ranks, self.start)
+        an_epoch = max(1, len(items) // cfg.batch)
+        # in units of the present batch, which may be another than before the run was resumed
+        self.at["done"] = an_epoch - len(batches) // cfg.accum
+        self.at["step"], self.steps = epoch * an_epoch + self.at["done"], cfg.epochs * an_epoch
+        self.start, first = 0, self.at["done"] * cfg.accum
+        loader = train_loader(items, batches, cfg.workers, self.ranks, join)
+        self.bar = tqdm(loader, f"epoch {epoch + 1}/{cfg.epochs}", an_epoch * cfg.accum, initial=first,
                         disable=self.ranks.rank > 0, dynamic_ncols=True)
         self.seen = []                                              # ids of the images of this optimiser step
         for self.number, (*columns, ids, skipped) in enumerate(self.bar, first):

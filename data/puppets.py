@@ -1068,7 +1068,7 @@ def run_jobs(make_one, counts: dict, workers: int | None, title) -> dict[str, li
     jobs = [(split, index) for split, count in counts.items() for index in range(count)]
     workers = min(workers or os.cpu_count() or 1, len(jobs) // 8)
     bar = partial(tqdm, total=len(jobs), desc=title or "", disable=not title, unit="im", dynamic_ncols=True)
-    if workers <= 1 or multiprocessing.parent_process():             # a worker process may not have children
+    if workers <= 1 or multiprocessing.current_process().daemon:     # such a process may not have children
         results = list(bar(map(make_one, jobs)))
     else:
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")

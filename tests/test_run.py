@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ from common.cli import parse, run_main
 from common.errors import UserError
 from common.heatmaps import people_heatmap_loss
 from common.predict import collate
-from common.ranks import Ranks, distribute, epoch_batches, init_ranks, seed_all
+from common.ranks import Ranks, distribute, epoch_batches, init_ranks, mean_over_ranks, rank_zero_first, seed_all
 from common.records import People
 from common.run import Ema, RunFolder, Stopper
 from common.splits import open_dataset
@@ -158,6 +159,36 @@ def test_a_run_that_is_cut_and_resumed_ends_with_the_same_bits(
     assert_equal({part: after[part] for part in SAME}, {part: expected[part] for part in SAME})
     rows = (whole_run / "log.jsonl").read_text()
     assert (tmp_path / "run" / "log.jsonl").read_text() == rows and rows.count('"AP"') == 2
+
+
+@pytest.mark.parametrize("batch", [4, 8, 2, 3])
+def test_a_run_goes_on_with_another_batch_at_the_picture_where_it_was(puppets_folder, tmp_path, capsys, batch):
+    """Stopped after 4 steps of 4 images: images seen, learning rate and the rest of the epoch are as if they were counted anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        cut(patch, "SIGTERM")
+        train(puppets_folder, tmp_path / "run", "--workers", "0")
+    count, seen, at = len(open_dataset(str(puppets_folder), "train").training()), [], []
+
+    def look(cfg, epoch, step):
+        at.append((epoch, step))
+        return cfg.size
+
+    class Seen(detrpose.TrainImages):
+        def __getitem__(self, i):
+            seen.append((self.epoch, i))
+            return super().__getitem__(i)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detrpose, "input_side", look)
+        patch.setattr(detrpose, "TrainImages", Seen)
+        train(puppets_folder, tmp_path / "run", "--resume", str(tmp_path / "run"), "--batch", str(batch), "--accum", "1")
+    an_epoch = count // batch
+    order = np.random.default_rng([0, 0]).permutation(count)[16:an_epoch * batch]
+    assert [i for epoch, i in seen if epoch == 0] == order[:len(order) // batch * batch].tolist()
+    left = len(order) // batch
+    assert [s for epoch, s in at] == list(range(an_epoch - left, 2 * an_epoch))
+    said = capsys.readouterr().out
+    assert "going on at epoch 1, step 4" in said and (f"batch 4 → {batch}" in said) == (batch != 4)
 
 
 @pytest.fixture(scope="module")
@@ -500,6 +531,29 @@ def test_a_resumed_run_of_two_processes_equals_one_that_was_never_cut(puppets_fo
     resumed, whole = (load_checkpoint(tmp_path / name / "last.pt") for name in ("cut", "whole"))
     assert resumed["step"] == 10
     assert_equal({part: resumed[part] for part in SAME}, {part: whole[part] for part in SAME})
+
+
+def hang(config, args) -> None:
+    """A step in which the second process never arrives, after a wait for rank 0 that is longer than the patience."""
+    ranks = init_ranks("cpu", config)
+    with rank_zero_first(ranks):
+        time.sleep(6 * (ranks.rank == 0))
+    print("both here", flush=True)
+    time.sleep(600 * ranks.rank)
+    mean_over_ranks(torch.ones(1))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="--processes is for Linux")
+def test_a_process_that_hangs_in_a_step_ends_the_run_and_long_work_of_rank_zero_does_not():
+    program = ("from types import SimpleNamespace; from tests.test_run import hang; from common.cli import launch, run_main\n"
+               "config = SimpleNamespace(batch=2, accum=1, processes=2, patience=3)\n"
+               "if __name__ == '__main__':\n"
+               "    run_main(lambda: launch(hang, config, SimpleNamespace(device='cpu', resume='')))")
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True,
+                          timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2 and done.stdout.count("both here") == 2
+    assert "a process did not answer for --patience seconds" in done.stderr and time.monotonic() - start < 120
 
 
 def torchrun(function: str, data: Path, out: Path) -> str:
