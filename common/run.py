@@ -170,6 +170,9 @@ class RunFolder:
                 self._write("log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows), "w")
                 self._write("config.json", json.dumps(self.header, indent=1) + "\n", "w")
             except OSError as error:
+                for name in ("log.jsonl", "config.json") if not self.rows else ():      # halves of a new run's
+                    with contextlib.suppress(OSError):
+                        (self.path / name).unlink()
                 raise UserError(f"cannot write into {self.path}: {error}; choose another folder with --out") from None
         self.bad = {row["bad"] for row in self.rows if "bad" in row}
 
