@@ -5,24 +5,26 @@ Idea     A person's pose in the middle of three frames is a stack of heatmaps, o
          frames as one sequence with state-space models, tells it what the clip looks like and where the
          joints probably are; and the joints tell each other, by messages along the limbs of the skeleton.
 Flow     crops (B,3,3,H,W) → ViT, each frame → (B,3,N,D), + keypoint tokens → X (B,3,M,D)
-         → SpatioTemporalBlock ×3 → C_f (B,N,D), what the clip looks like, C_p (B,J,D), where joints may be
-         noise x_T (B,J,Hh,Wh), t, C_f, C_p → DenoisingBlock ×3 → heatmaps (B,J,Hh,Wh); ddim may repeat it
+         → SpatioTemporalBlock ×3 → C_f (B,N,D), what the clip looks like, C_p (B,J,D), where joints may be.
+         Then noise x_T (B,J,Hh,Wh), t, C_f, C_p → DenoisingBlock ×3 → heatmaps (B,J,Hh,Wh); ddim may repeat
 Read     MambaBlock → SpatioTemporalBlock → SpatioTemporalEncoder → message_tables
          → MarkovOptimizationLayer (eqs. 1-3) → DenoisingBlock → PoseDenoisingDecoder → q_sample, ddim
          → DiffusionPose → markov_loss (eq. 4) → criterion (eq. 5) → train; the ViT: common/nets/vit.py
-Letters  B clips  J joints  N patches of a frame  M = N+J tokens of a frame  D channels, E = 2D inside Mamba
-         L tokens of a sequence  H × W pixels of a crop  Hh × Wh cells of a heatmap: H/4 × W/4
-         G target heatmaps  H predicted heatmaps  T = 1000 diffusion times t  ᾱ_t the signal's share in x_t
-         s signal scale  K rounds of messages; in eq. 4 alone M limbs, N pairs of limbs, L lengths
+Letters  B clips  P people of a prediction  J joints  N patches of a frame  M = N+J tokens of a frame
+         D channels, E = 2D inside Mamba, whose own A, B, C, D are in MambaBlock  L tokens of a sequence
+         H × W pixels of a crop  Hh × Wh cells of a heatmap: H/4 × W/4  G target and H predicted heatmaps
+         T = 1000 diffusion times t  ᾱ_t the signal's share in x_t  s signal scale  K rounds of messages
+         N_i, the state of joint i, in eqs. 1-3; M limbs, N pairs of limbs, L lengths in eq. 4; σ deviation of
+         a target's Gaussian, and of a DDIM step's fresh noise
 Units    G and H are in [0, 1]; what is denoised is x = (2G − 1)·s; frames are normalised RGB; boxes are
          x1, y1, x2, y2 in pixels of the image; "cells" are those of a heatmap
 Marks    No code was ever released and the paper leaves much open. [P] the paper says it; [A] taken from
          public code of an ancestor (ViTPose, DCPose, DiffusionDet, Mamba); [C] our choice where the paper
          has no words. The paper's sections carry no numbers: they are cited by title.
-Tables   at the end of the main text: equation → function, rows of the paper's Tables 4 to 7, departures
+Tables   at the end of the main text: equation → function, rows of the paper's Tables 1 to 7, departures
 
     python diffusionpose.py                             what each preset is: parameters, GFLOPs
-    python diffusionpose.py --train                     learn the embedded puppets' clips on this machine
+    python diffusionpose.py --train                     learn clips of puppets, drawn by data/puppets.py
     python diffusionpose.py --train --no-neighbours     without the frames before and after, to compare
     python diffusionpose.py --train --data data/posetrack18 --preset b          from ViTPose's weights
     python eval.py runs/<run> --images frames/ --boxes people.json --gif        poses over time, of a folder
@@ -61,7 +63,7 @@ from common.ranks import (Ranks, autocast, distribute, init_ranks, mean_over_ran
                           seed_all)
 from common.records import Prediction, Sample
 from common.run import Ema, Run
-from common.skeletons import Skeleton, edges, get_skeleton
+from common.skeletons import SKELETONS, Skeleton, edges, get_skeleton
 from common.splits import open_splits
 from common.tables import Row, Table
 from kernels.selective_scan import selective_scan
@@ -82,16 +84,15 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
     width: int = 192               # 192, or 288 [C]
     depth: int = 12                # layers of the ViT [A: ViTPose; the paper does not say which of its sizes]
     vit_heads: int = 12            # its attention heads [A]
-    neighbours: bool = True        # off: the key frame three times, to see what the other frames are worth
+    neighbours: bool = True        # off: the key frame three times, for what the other frames are worth
     # Spatio-Temporal Feature Encoder and Pose Denoising Decoder
     dim: int = 768                 # D, channels of every token [A: the ViT's]
     heads: int = 12                # attention heads everywhere else: D/64 [C]
     stfe_layers: int = 3           # Spatio-Temporal Blocks: the paper stacks several [C]
     decoder_layers: int = 3        # denoising blocks [C]
     # the paper's ablations (Tables 5 to 7)
-    stfe: str = "stb"              # stb, transformer (Table 6 b) or none (Table 5 b): what relates the frames
+    stfe: str = "stb"              # relates frames: stb, transformer (Table 6 b) or none (Tables 5, 6 a)
     denoiser: str = "hcdb"         # hcdb, or unet, without C_p and Markov layers (Tables 5 a, 7 a)
-    cf: bool = True                # the denoiser looks at C_f, what the clip looks like
     cp: bool = True                # joints look at each other, guided by C_p (Table 7 c adds it)
     mol: bool = True               # Markov Optimization Layers (Table 7 d adds them)
     alpha: float = 0.1             # α of eq. 5, weight of the Markov loss [C]; 0: without (Table 7 e adds it)
@@ -103,8 +104,8 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
     init: str = ""                 # start weights: file or name; DiffusionPose, or a ViT of ViTPose or MAE
     # data
     half_body: float = 0.3         # share of people with more than 8 joints shown by half [A: DCPose]
-    scale_jitter: float = 0.35     # standard deviation of a crop's size, relative [A: DCPose]
-    rotation: float = 45.0         # and of its angle, degrees, for 60 % of the people [A: DCPose]
+    scale_jitter: float = 0.35     # relative deviation of a crop's size, cut off at one [A: DCPose]
+    rotation: float = 45.0         # deviation of its angle, degrees, cut off at two, of 60 % [A: DCPose]
     sigma: float = 2.0             # of target Gaussians, cells: 2 for 256x192, 3 for 384x288 [A: DCPose]
     flip_test: bool = False        # prediction averages the heatmaps of the clip and of its mirror image
     # optimisation (Datasets and Experimental Settings)
@@ -112,15 +113,14 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
     batch: int = 32                # clips per optimiser step, over all GPUs and micro-batches [C]
     lr: float = 5e-4               # learning rate [P]
     lr_backbone: float = 5e-5      # learning rate of the ViT [C]
-    drop_epochs: str = "16"        # learning rate ×0.1 from each of these epochs on [P]
-    weight_decay: float = 0.1      # AdamW's, not on biases, norms, tokens and tables [A: ViTPose]
+    drop_epochs: str = "16"        # learning rate ×0.1 from each of these epochs on, the first is 0 [P]
+    weight_decay: float = 0.1      # AdamW's; not of biases, norms, learned embeddings [A: ViTPose]
     warmup: int = 500              # optimiser steps of linear warm-up [C]
-    clip: float = 1.0              # largest L2 norm of the gradient [C]
-    # aids to train from nothing: ours, not the paper's; its presets do without. The start values, which are
-    # ours too and have no flag, stand with them in the appendix
+    clip: float = 1.0              # the gradient's norm is cut down to this [C]
+    # training aids, to learn from nothing: ours, not the paper's; only the preset tiny has them
     stem: str = "patch"            # what makes patches tokens: patch, the ViT's, or conv, small convolutions
     patch_weight: float = 0.0      # of an auxiliary loss that asks the patches of C_f for heatmaps
-    schedule: str = "constant"     # constant or cosine
+    schedule: str = "constant"     # of the learning rate: constant but for its drops, or cosine
     ema: float = 0.0               # decay of the weight average that is evaluated; 0: the weights themselves
     ema_warmup: int = 0            # optimiser steps over which the decay grows to that
 
@@ -134,18 +134,16 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
         check_range(self, 1, TIMES, "steps")
         check_range(self, 1e-6, math.inf, "signal_scale lr clip")
         check_range(self, 1e-6, 1e6, "sigma")
-        check_range(self, 0, math.inf, "alpha patch_weight rotation lr_backbone weight_decay warmup "
-                    "ema_warmup")
-        check_range(self, 0, 1, "eta half_body scale_jitter ema")
+        check_range(self, 0, math.inf, "alpha patch_weight lr_backbone weight_decay warmup ema_warmup")
+        check_range(self, 0, 180, "rotation")
+        check_range(self, 0, 0.9, "scale_jitter")
+        check_range(self, 0, 1, "eta half_body ema")
         parse_numbers(self.drop_epochs)
         units = dict(dim=math.lcm(4, self.vit_heads, self.heads), height=PATCH, width=PATCH)
         for name, unit in units.items():
             if getattr(self, name) % unit:
                 raise UserError(f"--{name} {getattr(self, name)}: expected a multiple of {unit}, for its "
                                 f"{'heads' if name == 'dim' else 'patches'}")
-        if not self.cf and (self.denoiser == "unet" or self.stfe == "none" or not self.cp):
-            raise UserError("--no-cf: the denoiser would see nothing of the image; leave --stfe stb, "
-                            "--denoiser hcdb and --cp as they are")
         if self.batch % self.accum:
             raise UserError(f"--batch {self.batch} does not split into {self.accum} micro-batches (--accum)")
 
@@ -165,8 +163,8 @@ def _presets() -> dict[str, Config]:
     l = replace(b, dim=1024, depth=24, vit_heads=16, heads=16, init="vitpose_large.pth")
     h = replace(b, dim=1280, depth=32, vit_heads=16, heads=20, init="vitpose_huge.pth")
     # minutes on a laptop, from nothing, with all the aids. Its signal is a tenth of the noise: with s = 1 a
-    # matched filter finds the joint in x_t up to t ≈ 750, so that three training steps of four can be done
-    # without a look at the clip; with 0.1 up to t ≈ 150: most ask what prediction will ask, see Diffusion
+    # matched filter finds the joint in x_t more often than not up to t ≈ 750, so that three training steps of
+    # four can be done without a look at the clip; with 0.1 up to t ≈ 150: most ask what prediction will ask
     tiny = replace(b, height=128, width=96, dim=96, depth=4, vit_heads=4, heads=4, stfe_layers=1,
                    decoder_layers=2, stem="conv", patch_weight=1.0, init="", signal_scale=0.1, half_body=0.0,
                    scale_jitter=0.1, rotation=10.0, epochs=11, batch=16, lr=2e-3, lr_backbone=2e-3,
@@ -188,8 +186,8 @@ class MambaBlock(nn.Module):
 
         u, z = W_in x                                       E = 2D channels each
         u ← silu(conv(u))                                   a channel's last 4 positions, each channel alone
-        d, B, C = W_x u;   d ← softplus(W_d d + b)          step sizes, and what is written and read
-        h_l = exp(d_l A) h_{l−1} + d_l u_l B_l              16 numbers per channel, A = −exp(A_log)
+        Δ, B, C = W_x u;   Δ ← softplus(W_Δ Δ + b)          step sizes, and what is written and read
+        h_l = exp(Δ_l A) h_{l−1} + Δ_l u_l B_l              16 numbers per channel, A = −exp(A_log)
         out = W_out (y · silu(z)),   y_l = C_l · h_l + D u_l
 
     Causal: a token depends on itself and on those before it. No norm and no residual inside.
@@ -213,9 +211,9 @@ class MambaBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         u, z = self.in_proj(x).chunk(2, -1)                                             # (B, L, E) each
         u = F.silu(self.conv1d(u.mT)[..., :u.shape[1]].mT)                              # the first L
-        d, B, C = self.x_proj(u).split(self.split, -1)                       # (B, L, D/16), (B, L, 16) twice
-        d = F.linear(d, self.dt_proj.weight)                                 # its bias is added in the scan
-        y = selective_scan(u.mT, d.mT, -self.A_log.exp(), B.mT, C.mT, self.D, z.mT, self.dt_proj.bias,
+        delta, B, C = self.x_proj(u).split(self.split, -1)                   # (B, L, D/16), (B, L, 16) twice
+        delta = F.linear(delta, self.dt_proj.weight)                         # its bias is added in the scan
+        y = selective_scan(u.mT, delta.mT, -self.A_log.exp(), B.mT, C.mT, self.D, z.mT, self.dt_proj.bias,
                            delta_softplus=True)
         return self.out_proj(y.mT)
 
@@ -225,7 +223,7 @@ class SpatioTemporalBlock(nn.Module):
 
         1  X ← X + SM(LN(X))        Spatial Mamba: each frame is a sequence of its own                  [P]
         2  g = FSM(LN(X))           Full-Sequence Mamba: one sequence, frame after frame, forward only  [P]
-           s = TSA(LN(X))           Temporal Self-Attention: a token and its like in the other frames   [P]
+           s = TSA(LN(X))           Temporal Self-Attention: each place of the frames by itself         [P]
         3  a = σ(W [g ; s] + b);    X ← X + a g + (1 − a) s         dynamic fusion [P], by this gate    [C]
         4  X ← X + MLP(LN(X))                                                                           [P]
 
@@ -238,8 +236,7 @@ class SpatioTemporalBlock(nn.Module):
         TSA       p2 ←─────────────────────→ p2 ←─────────────────────→ p2             M sequences of 3
 
     The paper has no formula for the fusion, and an MLP that restores the number of tokens: here it is the
-    gate that makes one token of the two copies of each. A gate is the smallest thing that is dynamic; being
-    convex, it keeps the residual stream from doubling, which has made vision Mambas diverge.
+    gate that makes one token of the two copies of each. A gate is the smallest thing that is dynamic.
     """
 
     def __init__(self, dim: int, heads: int):
@@ -253,7 +250,7 @@ class SpatioTemporalBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.spatial_mamba(self.norm_spatial(x).flatten(0, 1)).view_as(x)
         g = self.full_mamba(self.norm_full(x).flatten(1, 2)).view_as(x)
-        s = rearrange(self.norm_temporal(x), "b f m d -> (b m) f d").contiguous()    # linear is slow on views
+        s = rearrange(self.norm_temporal(x), "b f m d -> (b m) f d").contiguous()  # else slow
         s = rearrange(self.temporal_attn(s), "(b m) f d -> b f m d", b=len(x))
         a = self.gate(torch.cat([g, s], -1)).sigmoid()
         x = x + torch.lerp(s, g, a)                                                     # a g + (1 − a) s
@@ -269,6 +266,9 @@ class SpatioTemporalEncoder(nn.Module):
     [P] Keypoint tokens are learned for each frame. [C] Frame embeddings: else attention over time could not
     tell which frame is the key frame. [C] Keypoint tokens stand behind the patches: only there can a causal
     scan show them any. The scan lets the key frame see t−1; attention lets it see t+1, too [P].
+
+    With --stfe none no token meets another here: C_f is still fused of the three frames' patches, and C_p,
+    the tokens themselves, is the same for every clip.
     """
 
     def __init__(self, cfg: Config, joints: int):
@@ -281,9 +281,9 @@ class SpatioTemporalEncoder(nn.Module):
         block, count = SpatioTemporalBlock if self.kind == "stb" else TransformerBlock, cfg.stfe_layers
         self.blocks = nn.Sequential(*(block(dim, cfg.heads) for _ in range(count * (self.kind != "none"))))
         self.norm = LayerNorm(dim)
-        self.fuse = nn.Linear(3 * dim, dim) if cfg.cf else None
+        self.fuse = nn.Linear(3 * dim, dim)
 
-    def forward(self, features: Tensor) -> tuple[Tensor | None, Tensor]:
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         patches, tokens = features.shape[2], self.keypoint_tokens.expand(len(features), -1, -1, -1)
         x = torch.cat([features + self.frame_embed, tokens], 2)                         # (B, 3, M, D)
         if self.kind == "transformer":                                                  # over all 3M tokens
@@ -291,13 +291,14 @@ class SpatioTemporalEncoder(nn.Module):
         else:
             x = self.blocks(x)
         x = self.norm(x)
-        fused = self.fuse(rearrange(x[:, :, :patches], "b f n d -> b n (f d)")) if self.fuse else None
-        return fused, x[:, KEY, patches:]
+        c_f = self.fuse(rearrange(x[:, :, :patches], "b f n d -> b n (f d)"))
+        return c_f, x[:, KEY, patches:]
 
 
 # ---- Pose Denoising Decoder (PDD) > Markov Optimization Layer --------------------------------------------
 
-# Trees of limbs [C]: the usual drawings without the bars from hip to hip and from shoulder to shoulder.
+# Trees of limbs [C]: the usual drawings without the bars from hip to hip and from shoulder to shoulder; in
+# COCO's the head hangs on the nose, without the edges from eye to eye and from ear to shoulder.
 TREES = dict(posetrack=edges("0-2 0-1 1-3 1-4 3-5 5-7 4-6 6-8 3-9 4-10 9-11 11-13 10-12 12-14"),
              coco=edges("0-1 0-2 1-3 2-4 0-5 0-6 5-7 7-9 6-8 8-10 5-11 6-12 11-13 13-15 12-14 14-16"),
              crowdpose=edges("12-13 13-0 13-1 0-2 2-4 1-3 3-5 0-6 1-7 6-8 8-10 7-9 9-11"))
@@ -310,7 +311,7 @@ def limbs(skeleton: Skeleton) -> tuple[tuple[int, int], ...]:
     their own mirror image (neck to head, a bar from hip to hip) come last: a bar must not keep a pair out.
     Where no tree of all joints is its own mirror image, there are several small ones.
     """
-    if skeleton.name in TREES:
+    if skeleton.name in TREES and skeleton.keypoints == SKELETONS[skeleton.name].keypoints:
         return TREES[skeleton.name]
     flip = skeleton.flip or range(skeleton.num_keypoints)
     pairs = [{tuple(sorted((a, b))), tuple(sorted((flip[a], flip[b])))} for a, b in skeleton.edges]
@@ -399,9 +400,9 @@ class MarkovOptimizationLayer(nn.Module):
         with torch.autocast("cpu" if h.is_meta else h.device.type, enabled=False):
             h = h.to(torch.promote_types(h.dtype, torch.float32))
             arriving = self.messages(self.norm(h)).split(self.neighbours, 1)        # J times (B, |Ng(i)|, D)
-            news = [messages.logsumexp(1) if messages.shape[1] else torch.zeros_like(h[:, 0])
+            news = [messages.logsumexp(1) if messages.shape[1] else torch.zeros_like(h[:, 0])       # eq. 3
                     for messages in arriving]
-            return torch.stack(news, 1) + h                                                         # eq. 3
+            return torch.stack(news, 1) + h
 
 
 # ---- Pose Denoising Decoder (PDD) > Heatmap Conditional Denoising Block (HCDB) ---------------------------
@@ -443,7 +444,7 @@ class DenoisingBlock(nn.Module):
 
     [P] The time t modulates (i) and (iii); [C] by AdaLN, which starts as plain LN. [C] C_p comes into
     queries, keys and values: at t = T−1 the tokens hold noise, and positions must get into them. Without
-    C_p there is no step (i), as in Table 7 b; without C_f no step (iii).
+    C_p there is no step (i), as in Table 7 b.
     """
 
     def __init__(self, cfg: Config, tree: tuple[tuple[int, int], ...], joints: int):
@@ -452,17 +453,16 @@ class DenoisingBlock(nn.Module):
         self.modulation = nn.Linear(dim, 4 * dim)
         self.self_attn = Attention(dim, cfg.heads) if cfg.cp else None
         self.mol = MarkovOptimizationLayer(dim, tree, joints) if cfg.mol else None
-        self.cross_attn = CrossAttention(dim, cfg.heads) if cfg.cf else None
+        self.cross_attn = CrossAttention(dim, cfg.heads)
         self.norm_ffn, self.ffn = LayerNorm(dim), mlp(dim, 4 * dim)
 
-    def forward(self, h: Tensor, time: Tensor, c_f: Tensor | None, c_p: Tensor) -> Tensor:
+    def forward(self, h: Tensor, time: Tensor, c_f: Tensor, c_p: Tensor) -> Tensor:
         shift1, scale1, shift2, scale2 = self.modulation(F.silu(time))[:, None].chunk(4, -1)
         if self.self_attn:
             h = h + self.self_attn(adaptive_norm(h, shift1, scale1) + c_p)
         if self.mol:
             h = self.mol(h)
-        if self.cross_attn:
-            h = h + self.cross_attn(adaptive_norm(h, shift2, scale2), c_f)
+        h = h + self.cross_attn(adaptive_norm(h, shift2, scale2), c_f)
         return h + self.ffn(self.norm_ffn(h))
 
 
@@ -482,7 +482,7 @@ class PoseDenoisingDecoder(nn.Module):
         self.blocks = nn.ModuleList(DenoisingBlock(cfg, tree, joints) for _ in range(cfg.decoder_layers))
         self.norm, self.head = LayerNorm(dim), nn.Linear(dim, cells)
 
-    def forward(self, x_t: Tensor, t: Tensor, c_f: Tensor | None, c_p: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, c_f: Tensor, c_p: Tensor) -> Tensor:
         time = self.time_mlp(time_embedding(t, self.pos_embed.shape[1]).to(self.pos_embed.dtype))
         h = self.embed(x_t.flatten(2)) + self.pos_embed                                 # (B, J, D)
         for block in self.blocks:
@@ -560,7 +560,7 @@ def ddim(denoise: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int,
 
         x_{t'} = √ᾱ' x̂_0 + √(1 − ᾱ' − σ²) ε̂ + σ z,   x̂_0 = (2 clamp(H) − 1)·s
 
-    denoise(x, t) → H for times t (B,); noise (B, S, J, Hh, Wh): x_T, then z of each step if eta > 0.
+    denoise(x, t) → H for times t (B,); noise (B, S, J, Hh, Wh): x_T, if eta > 0 z of each step but the last
     Returns  H of each step, not clamped, and the states: x_T, x after each step; the last is x̂_0
     """
     heatmaps, states = [], [noise[:, 0]]
@@ -594,7 +594,7 @@ class DiffusionPose(nn.Module):
         self.stfe = SpatioTemporalEncoder(cfg, joints)
         self.pdd = (PoseDenoisingDecoder if cfg.denoiser == "hcdb" else UNetDenoiser)(cfg, skeleton)
         self.patches = None
-        if cfg.patch_weight and cfg.cf:                                                     # an aid
+        if cfg.patch_weight:                                                                # an aid
             self.patches = CellHeatmaps(cfg.dim, joints, PATCH // STRIDE)
         set_start_values(self)
 
@@ -604,11 +604,11 @@ class DiffusionPose(nn.Module):
         cfg = self.cfg
         return cfg.ensemble, cfg.steps if cfg.eta else 1, self.skeleton.num_keypoints, *cfg.heatmap
 
-    def encode(self, frames: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Frames (B, 3, 3, H, W), previous, key and next one → C_f (B, N, D) or None, C_p (B, J, D)."""
+    def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Frames (B, 3, 3, H, W), previous, key and next one → C_f (B, N, D), C_p (B, J, D)."""
         return self.stfe(self.backbone(frames.flatten(0, 1)).unflatten(0, (-1, 3)))
 
-    def denoise(self, x_t: Tensor, t: Tensor, c_f: Tensor | None, c_p: Tensor) -> Tensor:
+    def denoise(self, x_t: Tensor, t: Tensor, c_f: Tensor, c_p: Tensor) -> Tensor:
         """Heatmaps H (B, J, Hh, Wh) from noisy maps of times t (B,)."""
         return self.pdd(x_t, t, c_f, c_p)
 
@@ -647,8 +647,9 @@ def target_heatmaps(xy: Tensor, visible: Tensor, size: tuple[int, int], sigma: f
 
 
 def heatmap_loss(pred: Tensor, target: Tensor, visible: Tensor) -> Tensor:
-    """‖H − G‖² of a joint's map [P], the mean over the batch's labelled joints on all processes [C]."""
+    """‖H − G‖² of a joint's map [P], the mean over the labelled joints of a micro-batch [C]."""
     squared = (pred - target).square().sum((2, 3))
+    # of all processes together: DDP averages their gradients, so each divides by the mean of their numbers
     return (squared * visible).sum() / mean_over_ranks(visible.sum()).clamp(min=1)
 
 
@@ -677,13 +678,13 @@ def markov_loss(pred: Tensor, true: Tensor, visible: Tensor, tree: tuple) -> tup
     M limbs and N pairs of limbs that share a joint, whose joints are all labelled; L lengths of limbs, θ
     angles between two of them, ε = 1e-6. M < 2 and N = 0 give 0.
 
-    What the logarithm of a mean of exponentials does: it is a soft minimum of the errors, small as soon as
+    What the logarithm of a mean of exponentials does: it is a soft minimum of the errors, at most log M once
     one limb fits, and it pulls most at the limbs that are nearly right, not at the worst one.
 
     L_std is the deviation of the true lengths [P], over what is not said. [C] Over the limbs of one person:
     so it scales with the person, but it pools forearms with thighs, and measures how unequal somebody's
-    limbs are, not how uncertain one of them is. It is at least a cell: two forearms of one length, and
-    nothing else labelled, would make it 0 and the gradient infinite.
+    limbs are, not how uncertain one of them is. It is at least a cell: of two forearms of one length, and
+    nothing else labelled, it would be 0, and ε alone would make the gradient a million times larger.
     """
     a, b = torch.tensor(tree, device=pred.device).T
     pairs = torch.tensor(limb_pairs(tree), dtype=torch.long, device=pred.device).view(-1, 5)
@@ -726,12 +727,12 @@ def criterion(pred: Tensor, target: Tensor, visible: Tensor, tree: tuple, alpha:
 
 
 def decode(heatmaps: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps (N, J, Hh, Wh) → joints in cells (N, J, 2) and their peaks (N, J) [A: DCPose].
+    """Maps (P, J, Hh, Wh) → joints in cells (P, J, 2) and their peaks (P, J) [A: DCPose].
 
-    The highest cell, then a quarter of a cell towards the larger neighbour in x and in y, unless it is at the
-    rim; a map without a positive value gives (0, 0).
+    The highest cell, then a quarter of a cell towards the larger neighbour in x and in y, unless it lies in
+    the two outermost rows or columns of the top and left, or in the last; no positive value gives (0, 0).
     """
-    n, _, rows, columns = heatmaps.shape
+    rows, columns = heatmaps.shape[2:]
     peak, place = heatmaps.flatten(2).max(-1)
     x, y = place % columns, place // columns
     inner = (x > 1) & (x < columns - 1) & (y > 1) & (y < rows - 1)
@@ -742,8 +743,8 @@ def decode(heatmaps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def noise_for(boxes: np.ndarray, model: DiffusionPose) -> Tensor:
-    """Start noise (N, *noise_shape) of boxes (N, 4), from the seed and the box alone: a score that does not
-    depend on the size of a batch, nor on the order of loading [C].
+    """Start noise (P, *noise_shape) of boxes (P, 4), from the seed and the box alone [C]: so a person's pose
+    depends neither on the size of a batch nor on the order of loading.
     """
     seeds = [zlib.crc32(np.float64([model.cfg.seed, *box]).tobytes()) for box in boxes]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -752,7 +753,7 @@ def noise_for(boxes: np.ndarray, model: DiffusionPose) -> Tensor:
 
 @torch.no_grad()
 def find_heatmaps(model: DiffusionPose, crops: Tensor, boxes: np.ndarray) -> Tensor:
-    """Clips (N, 3, 3, H, W) uint8, of boxes (N, 4) → heatmaps (N, J, Hh, Wh), float32 on the CPU."""
+    """Clips (P, 3, 3, H, W) uint8, of boxes (P, 4) → heatmaps (P, J, Hh, Wh), float32 on the CPU."""
     device = next(model.parameters()).device
     frames, noise = transforms.normalise(crops.to(device) / 255), noise_for(boxes, model).to(device)
     with autocast(device, model.cfg.amp):
@@ -761,14 +762,15 @@ def find_heatmaps(model: DiffusionPose, crops: Tensor, boxes: np.ndarray) -> Ten
             flip = list(model.skeleton.flip)
             mirrored = model.sample(frames.flip(-1), noise.flip(-1)[..., flip, :, :]).float()
             mirrored = mirrored[:, flip].flip(-1)
-            # the crop turns about a pixel, a map about a cell: one to the right comes near [A: DCPose]
+            # mirroring the crop, pixel for pixel, moves joints by 0.75 cells against mirroring the map, cell
+            # for cell; a shift by one cell leaves 0.25 [A: DCPose]
             mirrored = torch.cat([mirrored[..., :1], mirrored[..., :-1]], -1)
             heatmaps = (heatmaps + mirrored) / 2
     return heatmaps.cpu()
 
 
 def find_poses(model: DiffusionPose, crops: Tensor, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Clips of boxes → joints (N, J, 2) in pixels of the image, and the peaks of their heatmaps (N, J)."""
+    """Clips of boxes → joints (P, J, 2) in pixels of the image, and the peaks of their heatmaps (P, J)."""
     cells, peaks = decode(find_heatmaps(model, crops, boxes))
     back = [transforms.invert(box_matrix(box, model.cfg)) for box in boxes]
     places = [transforms.move_points(STRIDE * xy, matrix) for xy, matrix in zip(cells.double().numpy(), back)]
@@ -844,7 +846,7 @@ def augment(joints: np.ndarray, box: np.ndarray, width: int, skeleton: Skeleton,
 
 
 class TrainClips(torch.utils.data.Dataset):
-    """One epoch of augmented people; item n is (clip (3, 3, H, W) uint8, joints (J, 3), image id, messages).
+    """One epoch of augmented people; item n: clip (3, 3, H, W) uint8, joints (J, 3), image id, read errors.
 
     Joints are pixels of the crop, v is 1, or 0 where there is no label or the joint has left the crop. What
     happens to person n depends on (seed, epoch, n) alone. A key frame that cannot be read gives way to the
@@ -858,23 +860,23 @@ class TrainClips(torch.utils.data.Dataset):
         return len(self.people)
 
     def __getitem__(self, n: int) -> tuple[Tensor, Tensor, int | str, list[str]]:
-        cfg, skeleton, messages = self.cfg, self.data.skeleton, []
+        cfg, skeleton, read_errors = self.cfg, self.data.skeleton, []
         rng = np.random.default_rng([cfg.seed, self.epoch, n])
         for k in range(len(self)):
             i, p = self.people[(n + k) % len(self)]
-            sample, message = self.data.load(int(i))
-            messages += [message] if message else []
+            sample, error = self.data.load(int(i))
+            read_errors += [error] if error else []
             if sample is not None:
                 break
         else:
-            raise UserError(f"none of the images can be read, e.g. {messages[0]}")
+            raise UserError(f"none of the images can be read, e.g. {read_errors[0]}")
         joints, box = sample.keypoints[p].astype(float), sample.boxes[p].clip(0, np.tile(sample.size, 2) - 1)
         matrix, mirrored = augment(joints, box, sample.size[0], skeleton, cfg, rng)
         xy, v = transforms.move_points(joints[:, :2], matrix), joints[:, 2] > 0
         v &= ((xy >= 0) & (xy < (cfg.width, cfg.height))).all(1)
         placed = torch.from_numpy(np.c_[np.where(v[:, None], xy, 0), v]).float()
         placed = placed[list(skeleton.flip)] if mirrored else placed
-        return cut_clip(clip_of(sample), matrix, cfg), placed, sample.image_id, messages
+        return cut_clip(clip_of(sample), matrix, cfg), placed, sample.image_id, read_errors
 
 
 def open_clips(cfg: Config, ranks: Ranks) -> tuple[PoseDataset, PoseDataset]:
@@ -887,7 +889,7 @@ LEAST_BOX = 0.2                # score of a detected box that PoseTrack's method
 
 def evaluate(model: DiffusionPose, data: PoseDataset, cfg: Config, ranks: Ranks,
              boxes: Boxes | None = None) -> tuple[dict, list[Prediction]]:
-    """Metrics and predictions of a dataset: PoseTrack's table in percent for its like, else OKS AP.
+    """Metrics and predictions: mAP and its table, in percent, of data in PoseTrack's format, else OKS AP.
 
     boxes: where people are; the annotated ones by default, which gives several points more than a detector's.
     """
@@ -907,8 +909,8 @@ def evaluate(model: DiffusionPose, data: PoseDataset, cfg: Config, ranks: Ranks,
 
 
 def build_optimizer(model: DiffusionPose, cfg: Config) -> torch.optim.AdamW:
-    """AdamW in four groups: the ViT learns at its own rate; biases, norms, tokens, tables, A_log and D do
-    not decay.
+    """AdamW in four groups: the ViT learns at its own rate; biases, norms, learned embeddings, A_log and D
+    do not decay.
     """
     tables, groups = ("pos_embed", "keypoint_tokens", "frame_embed", "A_log"), {}
     for name, weight in model.named_parameters():
@@ -937,11 +939,11 @@ def train(cfg: Config, args) -> None:
         with rank_zero_first(ranks):                                # it fetches them
             load_init(model, cfg.init)
     model.to(ranks.device, memory_format=torch.channels_last)
-    average = Ema(model, cfg.ema, cfg.ema_warmup)
+    average = Ema(model, cfg.ema, cfg.ema_warmup) if cfg.ema else None                  # an aid
     optimizer = build_optimizer(model, cfg)
     fp16 = cfg.amp == "fp16" and ranks.device.type == "cuda"        # else the scaler is idle
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=fp16)
-    parts = dict(model=model, ema=average, optimizer=optimizer, scaler=scaler)
+    parts = dict(model=model, optimizer=optimizer, scaler=scaler) | (dict(ema=average) if average else {})
     run = Run("diffusionpose", cfg, args, ranks, data, held_out, parts)
     net, train_set, tree = distribute(model, ranks), data.training(), limbs(data.skeleton)
     people = people_to_learn(train_set)
@@ -964,10 +966,10 @@ def train(cfg: Config, args) -> None:
             x_t = q_sample(target, t, torch.randn_like(target), visible, cfg.signal_scale)
             with autocast(ranks.device, cfg.amp):
                 pred, of_patches = net(frames, x_t, t)                                              # H
-            losses = criterion(pred, target, visible, tree, alpha)                                  # eq. 5
+            losses = criterion(pred, target, visible, tree, alpha)          # the two terms of eq. 5
             if of_patches is not None:                              # an aid, see Config
                 losses["patches"] = cfg.patch_weight * heatmap_loss(of_patches.float(), target, visible)
-            scaler.scale(sum(losses.values()) / cfg.accum).backward()
+            scaler.scale(sum(losses.values()) / cfg.accum).backward()       # eq. 5: their sum
             if run.more_micro_batches(losses):
                 continue
 
@@ -976,12 +978,13 @@ def train(cfg: Config, args) -> None:
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            average.update(model)
+            if average:
+                average.update(model)
             if run.stepped(norm):                          # logs, saves when due; True: asked to stop
                 return
 
         if run.evaluates():
-            run.record(*evaluate(average.module, held_out, cfg, ranks))
+            run.record(*evaluate(average.module if average else model, held_out, cfg, ranks))
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------
@@ -989,38 +992,47 @@ def train(cfg: Config, args) -> None:
 EQUATIONS = {           # equation or section of the paper → where it stands here
     "eq. 1": MarkovOptimizationLayer.messages, "eq. 2": MarkovOptimizationLayer.messages,
     "eq. 3": MarkovOptimizationLayer, "eq. 4": markov_loss, "eq. 5": criterion,
-    "Preliminaries, x_t": q_sample, "Problem Formulation, clip and box": box_matrix,
-    "Spatio-Temporal Block": SpatioTemporalBlock, "Spatio-Temporal Feature Encoder": SpatioTemporalEncoder,
-    "Heatmap Conditional Denoising Block": DenoisingBlock, "Pose Denoising Decoder": PoseDenoisingDecoder,
+    "Problem Formulation, box": box_matrix, "Problem Formulation, clip": cut_clip,
+    "Preliminaries, x_t": q_sample, "Spatio-Temporal Block": SpatioTemporalBlock,
+    "Spatio-Temporal Feature Encoder, C_f and C_p": SpatioTemporalEncoder,
+    "Heatmap Conditional Denoising Block, location-guide self-attention": DenoisingBlock,
+    "Pose Denoising Decoder": PoseDenoisingDecoder, "Tables 5 and 7, U-Net": UNetDenoiser,
     "Training, α_t": cosine_schedule, "Training": train, "Inference, DDIM": ddim,
     "Inference, Gaussian heatmaps": noise_for,
 }
 
 
 def ablation(what: str, figure: float, flags: str = "", versus: int = 1, default: bool = False) -> Row:
-    """A row of Tables 5 to 7: what, Mean in the paper, flags, on puppets the same. As its gains in brackets
-    do, rows compare with the first of their table.
+    """A row of Tables 5 to 7, with one set of flags for preset b and for tiny. `versus`: as the gains in the
+    paper's brackets do, rows compare with the first of their table.
     """
-    return Row(what, figure, flags, flags, versus, default)
+    return Row(what, figure, flags=flags, puppets=flags, versus=versus, default=default)
 
 
-TABLES = {              # preset b: the paper does not say which ViT it has
-    "4": Table("Challenging-PoseTrack: rapid motion, severe occlusion", preset="b", metric="Mean", rows=[
+# Mean is mAP, that of all joints. The preset is b: the paper does not say which of ViT's sizes is its own.
+# On puppets every row keeps the training aids of tiny. The rows differ in size: with preset b the U-Net has
+# 6.9 M parameters where the decoder has 46.7 M.
+benchmark = partial(Table, preset="b", metric="Mean", puppets="", split="val")
+posetrack17 = partial(benchmark, flags="--data data/posetrack17")
+TABLES = {
+    "1": posetrack17("PoseTrack2017 val", rows=[Row("DiffusionPose", 87.8, default=True)]),
+    "2": benchmark("PoseTrack2018 val", flags="--data data/posetrack18",
+                   rows=[Row("DiffusionPose", 85.4, default=True)]),
+    "3": benchmark("PoseTrack21 val", flags="--data data/posetrack21",
+                   rows=[Row("DiffusionPose", 85.1, default=True)]),
+    "4": benchmark("Challenging-PoseTrack: rapid motion, severe occlusion", rows=[
         Row("DiffusionPose", 59.7, puppets=None, default=True,
-            missing="JM-Pose chose these clips of PoseTrack; we have no list of them"),
-        Row("JM-Pose", 56.1, puppets=None, versus=1, missing="another method"),
-        Row("DiffPose", 55.3, puppets=None, versus=1, missing="another method"),
-        Row("TDMI", 54.4, puppets=None, versus=1, missing="another method")]),
-    "5": Table("Components, PoseTrack2017 val", preset="b", metric="Mean", rows=[
+            missing="JM-Pose chose these clips of PoseTrack; we have no list of them")]),
+    "5": posetrack17("Components, PoseTrack2017 val", rows=[
         ablation("baseline: ViT and U-Net", 81.2, "--stfe none --denoiser unet --alpha 0", versus=0),
         ablation("(a) + encoder (STFE)", 85.7, "--denoiser unet --alpha 0"),
         ablation("(b) + decoder (PDD), no encoder", 86.1, "--stfe none"),
         ablation("(c) both", 87.8, default=True)]),
-    "6": Table("Encoder, PoseTrack2017 val", preset="b", metric="Mean", rows=[
+    "6": posetrack17("Encoder, PoseTrack2017 val", rows=[
         ablation("(a) none", 86.1, "--stfe none", versus=0),
         ablation("(b) Transformer blocks, as in DiffPose", 86.3, "--stfe transformer"),
         ablation("(c) Spatio-Temporal Blocks", 87.8, default=True)]),
-    "7": Table("Decoder, PoseTrack2017 val", preset="b", metric="Mean", rows=[
+    "7": posetrack17("Decoder, PoseTrack2017 val", rows=[
         ablation("(a) U-Net", 85.7, "--denoiser unet --alpha 0", versus=0),
         ablation("(b) denoising blocks with C_f alone", 86.0, "--no-cp --no-mol --alpha 0"),
         ablation("(c) + C_p: self-attention", 86.5, "--no-mol --alpha 0"),
@@ -1030,24 +1042,36 @@ TABLES = {              # preset b: the paper does not say which ViT it has
 # Departures. Each: what: paper | here | why. There is no release, and most of the design is [C] where the
 # paper has no words; these are the places where it has some.
 #
+# Spatio-Temporal Block, fusion: dynamic, then an MLP that restores the number of tokens | a gate, which does,
+#     then an MLP | no formula; the smallest thing that is dynamic
+# Spatio-Temporal Block, LayerNorm: one before FSM and TSA | one for each, and before SM and MLP | pre-norm
 # eqs. 1 and 2, product: of linear outputs of any sign | a sum of logarithms | eq. 3 exponentiates messages;
 #     a product of a dozen of them explodes
+# eqs. 1 and 2, N_i: the joint's state | LN of it | the scale of messages does not grow with that of states
+# eq. 1, ∝: up to a factor, which is not given | minus log mean exp over D | a message without news is 0
 # eqs. 1 to 3, rounds: "adjacent joints" in the text | K, to the ends of the tree | eq. 1 is a recursion
 # eq. 4, coordinates: solved from H, how is not said | soft-argmax of H and of G | a gradient, and 0 at H = G
 # eq. 4, L_std: of the true lengths, over what is not said | per person, at least a cell | no other scale
-# eq. 5, ‖H − G‖²: the square | mean over the labelled joints | α does not depend on the batch
+# eq. 4, lengths: |a − b| | √(|a − b|² + 0.01), and no length term with one limb | differentiable at 0
+# eq. 5, ‖H − G‖²: the square | the mean over the labelled joints of a micro-batch | α does not depend on the
+#     batch; with --accum a micro-batch of few labels weighs as much as one of many
 # eq. 5, α: one number, not given | 0.1, growing from 0 over the first epoch | else it leads on flat maps
 # Pose Denoising Decoder, tokens: patches of the maps | a joint's whole map | eq. 2 needs a state per joint
 # Preliminaries, x_0: G | (2G − 1)·s; pure noise for a joint without label | noise has mean 0; a blank map
 #     would tell the network that the label is missing
 # Training, schedule: a cosine, citing DDPM | DiffusionDet's cosine, T = 1000 | DDPM's is linear
-# Training, learning rate: 5e-4 | 5e-5 for the ViT, 500 steps of warm-up | the ViT is trained already
+# Training, learning rate: 5e-4 | 5e-4, but 5e-5 for the ViT, which is trained already, and 500 steps of
+#     warm-up | [C]
 # Tables 5 and 7, U-Net: predicts noise | heatmaps | one step from t = 999 would divide by 5e-5
 # Table 7 (a), U-Net: without C_f | C_f as channels beside the noisy maps | else it would not see the image
-# Tables 1 to 4, boxes: a detector's | annotated ones, or --boxes | no detections are published. Annotated
+# Tables 5 (b) and 6 (a), no STFE: what is left is not said | C_f of the ViT's three frames, C_p the tokens
+#     themselves | the decoder's inputs stay the same
+# Tables 1 to 7, boxes: a detector's | annotated ones, or --boxes | no detections are published. Annotated
 #     boxes give several points more: never compare the two
-# Tables 1 to 4, Mean: of 7 columns (1, 4), of 15 joints (2), of neither (3) | of 15 joints | poseval's own
-# preset tiny, start values: – | see "Aids" in the appendix | to learn from nothing in minutes
+# Tables 1 to 7, Mean: of 7 columns (1 and 4; so 87.8 in 5 to 7), of 15 joints (2), of neither (3) | of 15
+#     joints, where 87.8 would be 88.0 | as poseval counts
+# all presets, start values: of a joint's table, the patches' places and the decoder's two matrices are ours
+#     | set_start_values | the tiny preset learns with them from nothing in minutes
 
 # ---- Appendix: borrowed parts, aids, start weights, pictures, summary. Not needed on a first reading. ----
 
@@ -1100,9 +1124,9 @@ class UNet(nn.Module):
         return self.head(F.silu(self.norm(x)))
 
 
-# Aids to learn from nothing: ours, not the paper's. A decoder that asks patches which know nothing stays at
-# the mean pose for thousands of steps; with the stem, the places below and the loss of `patches` in
-# DiffusionPose the preset tiny had mAP 57 instead of 41, in trials of a fifth of its time.
+# Training aids of the preset tiny, and start values of all presets: ours, not the paper's. A decoder that
+# asks patches which know nothing stays at the mean pose for thousands of steps; the stem, the places below
+# and the loss of `patches` in DiffusionPose are to shorten that.
 
 
 def conv_stem(dim: int) -> nn.Sequential:
@@ -1133,8 +1157,8 @@ def set_start_values(model: DiffusionPose) -> None:
 
     Zeros     W_n and W_e, the modulation by t and the head of `patches`: each part starts as if it were not
               there, and grows as far as it is of use.
-    Joints    and frames have tables of deviation 1. A ViT's usual 0.02 would be lost beside a joint's token,
-              which is noise at t = 999: the decoder could not tell the elbow's token from the knee's.
+    Joints    and frames have learned embeddings of deviation 1. A ViT's usual 0.02 would be lost beside a
+              joint's token, which is noise at t = 999: the elbow's could not be told from the knee's.
     Places    of patches are products, cosines of x times cosines of y. Attention scores a patch by the
               product of its key with a query, so by a sum of such patterns, and a peak at one patch is such
               a sum. Of MAE's table, sines of x beside sines of y, every sum is a cross, never a peak.
@@ -1271,7 +1295,7 @@ def show_process(model: DiffusionPose, picture: Image.Image | tuple, threshold: 
 
 
 def summary() -> str:
-    """Of each preset: parameters, and GFLOPs of one person, without the scans (2 per multiply-add)."""
+    """Of each preset: parameters, and GFLOPs of one person's prediction (2 per multiply-add)."""
     rows = [f"{'preset':8}{'input':>11}{'parameters':>14}{'GFLOPs':>9}"]
     for preset, cfg in PRESETS.items():
         with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():

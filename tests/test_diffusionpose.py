@@ -293,6 +293,11 @@ def test_the_tree_of_an_unknown_skeleton_reaches_every_joint_that_it_can():
     assert len(dp.limbs(OWN["a ring of pairs"])) == 2           # no tree of all four is its own mirror image
 
 
+def test_somebodys_own_keypoints_named_like_a_known_set_get_their_own_tree():
+    impostor = replace(OWN["bars first"], name="coco")
+    assert dp.limbs(impostor) == dp.limbs(OWN["bars first"])
+
+
 def test_messages_of_a_chain_of_three_joints():
     arrows, follows, rounds = dp.message_tables(((0, 1), (1, 2)))
     assert arrows == [(1, 0), (0, 1), (2, 1), (1, 2)] and rounds == 2
@@ -447,7 +452,7 @@ def test_presets_have_the_sizes_of_the_design(preset):
 
 
 ABLATIONS = ["", "stfe=none denoiser=unet", "denoiser=unet", "stfe=none", "stfe=transformer", "cp= mol=", "mol=",
-             "cf=", "stfe=none cp=", "stfe=transformer denoiser=unet"]
+             "stfe=none cp=", "stfe=transformer denoiser=unet"]
 
 
 @pytest.mark.parametrize("flags", ABLATIONS)
@@ -476,16 +481,13 @@ def test_ablations_leave_out_their_own_parameters():
     everything = names()
     assert {name.split(".")[3] for name in everything - names(mol=False)} == {"mol"}
     assert {name.split(".")[3] for name in everything - names(cp=False)} == {"self_attn"}
-    lacking = everything - names(cf=False)
-    assert lacking and all(".cross_attn." in name or ".fuse." in name for name in lacking)
     assert all(name.startswith("stfe.blocks.") for name in everything - names(stfe="none"))
     assert not any("mamba" in name for name in names(stfe="transformer"))
     assert small(stfe="none", denoiser="unet").stfe.keypoint_tokens.numel() == 0
 
 
 @pytest.mark.parametrize("flags", [
-    dict(cf=False, cp=False), dict(cf=False, stfe="none"), dict(cf=False, denoiser="unet"), dict(dim=90),
-    dict(height=100), dict(steps=0), dict(steps=1001), dict(stfe="mamba"), dict(denoiser="vae"), dict(eta=2.0),
+    dict(dim=90), dict(scale_jitter=1.0), dict(rotation=181.0), dict(height=100), dict(steps=0), dict(steps=1001), dict(stfe="mamba"), dict(denoiser="vae"), dict(eta=2.0),
     dict(signal_scale=0.0), dict(sigma=1e300), dict(dimm=3)])
 def test_settings_that_no_run_could_use_are_refused(flags):
     with pytest.raises(UserError):

@@ -356,6 +356,7 @@ def test_the_tables_have_all_rows_of_the_ablations_and_what_is_one_row_in_two_ta
     for number in "567":
         assert rows[number][-1].default and rows[number][-1].flags == rows[number][-1].puppets == ""
         assert all(row.flags == row.puppets for row in rows[number])
+    assert [row.figure for number in "123" for row in rows[number]] == [87.8, 85.4, 85.1]
     assert all(row.missing and row.puppets is None for row in rows["4"])
 
 
@@ -461,6 +462,16 @@ def test_a_run_leaves_a_checkpoint_that_eval_understands(clips, whole_run, tmp_p
     assert "Shoulder" in printed and "annotated (ground truth)" in printed and "1 could not be read" in printed
     drawn = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"all.gif", "000002.png", "000004_steps.gif", "000004_markov.png", "results.json"} <= drawn
+
+
+def test_without_an_average_the_weights_themselves_are_evaluated_and_kept(clips, tmp_path, monkeypatch):
+    evaluated, evaluate = [], dp.evaluate
+    monkeypatch.setattr(dp, "evaluate", lambda model, *rest: evaluated.append(model.state_dict()) or evaluate(model, *rest))
+    saved = train(clips, tmp_path / "run", "--ema", "0", "--epochs", "1")
+    assert "ema" not in saved and len(evaluated) == 1
+    assert all(torch.equal(value, evaluated[0][name]) for name, value in saved["model"].items())
+    _, model, _ = importlib.import_module("eval").load_model(str(tmp_path / "run"), "", "")
+    assert all(torch.equal(value, saved["model"][name]) for name, value in model.state_dict().items())
 
 
 def test_eval_takes_the_frames_of_a_folder_in_the_order_of_their_numbers(tmp_path):
