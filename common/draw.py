@@ -240,13 +240,6 @@ def draw_completion(data: PoseDataset, complete: Callable, count: int = 9) -> Im
     return contact_sheet(pairs, columns=3, cell=720)
 
 
-def save_gif(frames: Sequence[Image.Image], path: Path | str, fps: float = 8):
-    """Frames as an endless GIF; frames of another size are fitted into that of the first."""
-    size = frames[0].size
-    frames = [ImageOps.pad(frame.convert("RGB"), size).quantize(256) for frame in frames]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
-
-
 # ---------------------------------------------------------------- curves
 
 LINES = ((31, 119, 200), (230, 120, 20), (40, 150, 70), (200, 50, 60), (130, 90, 190), (130, 80, 60))

@@ -139,6 +139,20 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def new_folder(name: str) -> Path:
+    """runs/<name>, or with a number behind the name where that is taken: two runs of one second have two. UserError."""
+    for number in itertools.count(1):
+        path = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        make_folder(path.parent)
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"cannot make the folder {path}: {error}; choose another with --out") from None
+
+
 @contextlib.contextmanager
 def goes_on(path: Path) -> Iterator[None]:
     """A file that cannot be written in the middle of a run is a warning: the disk may have room again later."""
@@ -181,18 +195,7 @@ class RunFolder:
         if args.out or args.resume:
             path = Path(args.out) if args.out else find_last(args.resume).parent
             return make_folder(path) if self.writes else path
-        for number in itertools.count(1):                                       # two runs of one second have two
-            path = Path("runs") / (name if number == 1 else f"{name}-{number}")
-            if not self.writes:
-                return path
-            make_folder(path.parent)
-            try:
-                path.mkdir()
-                return path
-            except FileExistsError:
-                continue
-            except OSError as error:
-                raise UserError(f"cannot make the folder {path}: {error}; choose another with --out") from None
+        return new_folder(name) if self.writes else Path("runs") / name
 
     def _lock(self, patience: float = 10) -> None:
         """A POSIX lock: it ends with this process, and loader processes do not inherit it. A run that was told to stop

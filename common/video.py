@@ -3,6 +3,7 @@
     clip = open_clip(path)                       raises BadImage
     for frame in clip: ...                       Frame: picture, number, time; upright, one in memory at a time
     with Writer(path, clip) as out: out.add(picture, frame.time)
+    for shot in shots(find_pictures(["photo.jpg", "folder", "clip.mp4"])): ...      all that a command is given
 
 A file that breaks off gives the frames before the break, and `clip.broken` says why. What is written appears under
 its name when it is whole; a video as H.264 in mp4, without sound, each frame at its own time; the rest as GIF.
@@ -10,17 +11,22 @@ its name when it is whole; a video as H.264 in mp4, without sound, each frame at
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
-from itertools import chain, pairwise
+from functools import lru_cache
+from itertools import chain, count, islice, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from common.errors import UserError
 from common.records import BadImage, load_image
@@ -49,10 +55,10 @@ class Frame(NamedTuple):
 class Clip:
     """A moving picture. Its frames can be taken once."""
 
-    def __init__(self, path: Path, frames: Iterator[tuple[Image.Image, float]], count: int, fps: float = 0.0,
+    def __init__(self, path: Path, frames: Iterator[tuple[Image.Image, float]], total: int, fps: float = 0.0,
                  seconds: float = 0.0, sound: bool = False, loop: int | None = None, video: bool = True, grid: float = 0.0):
         self.path, self.frames, self.broken, self.video = path, frames, "", video
-        self.count, self.fps, self.seconds = count, fps, seconds        # as the file says or nearly so; 0: not known
+        self.total, self.fps, self.seconds = total, fps, seconds        # as the file says or nearly so; 0: not known
         self.sound, self.loop = sound, loop                             # loop of a GIF: 0 for ever, None once
         self.grid = grid                                                # frames a second where they are closest
 
@@ -103,6 +109,93 @@ def with_neighbours(frames: Iterable[Frame]) -> Iterator[tuple[Frame, tuple[Imag
         before, key = key, after
 
 
+# ---------------------------------------------------------------- what a command is given
+
+class Source(NamedTuple):
+    path: Path
+    name: str                           # in results: the file's name, or its path where several share a stem
+    target: str                         # what is drawn is called so, with another ending; unlike any other
+    folder: Path | None = None          # in which it was found
+
+
+class Shot(NamedTuple):
+    """One picture to look at, or, with `error`, one that cannot be read."""
+    source: Source
+    clip: Clip | None = None            # None: a still
+    frame: Frame | None = None
+    around: tuple[Image.Image, ...] = ()            # previous, this, next
+    error: BadImage | None = None
+
+
+def in_groups(items: Iterator[Shot], size: int) -> Iterator[list[Shot]]:
+    while group := list(islice(items, size)):
+        yield group
+
+
+def find_pictures(paths: list[str]) -> list[Source]:
+    """Files, and the pictures and videos of folders in the order of their names, in which 9 comes before 10.
+
+    Raises UserError if there are none.
+    """
+    def by_number(path: Path) -> list:
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+
+    found: dict[Path, Path | None] = {}                 # a file and its folder may both be given
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"there is no picture or folder {path}")
+        if path.is_dir():
+            inside = [p for p in path.iterdir() if p.suffix.lower() in PICTURES | VIDEOS]
+            found |= dict.fromkeys(sorted(inside, key=by_number), path)
+        else:
+            found.setdefault(path)
+    if not found:
+        raise UserError(f"no pictures in {', '.join(paths)}: looked for {', '.join(sorted(PICTURES | VIDEOS))}")
+    stems, targets, sources = Counter(path.stem.lower() for path in found), set(), []
+    for path, folder in found.items():
+        alone = stems[path.stem.lower()] == 1
+        target = path.stem if alone else re.sub(r"\W+", "_", path.as_posix()).strip("_")
+        numbered = (target if i == 1 else f"{target}_{i}" for i in count(1))
+        target = next(one for one in numbered if one.lower() not in targets)
+        targets.add(target.lower())
+        sources.append(Source(path, path.name if alone else path.as_posix(), target, folder))
+    return sources
+
+
+def shots(sources: list[Source]) -> Iterator[Shot]:
+    """Every picture of every source. A still of a folder has the stills beside it around it; one that is missing,
+    damaged or of another size gives way to the picture itself."""
+    @lru_cache(4)
+    def still(i: int) -> Image.Image | BadImage:
+        try:
+            return load_image(sources[i].path)
+        except BadImage as error:
+            return error
+
+    def beside(i: int, near: int, picture: Image.Image) -> Image.Image:
+        apart = not 0 <= near < len(sources) or sources[i].folder is None or sources[near].folder != sources[i].folder
+        if apart or sources[near].path.suffix.lower() in VIDEOS | {".gif"}:
+            return picture
+        other = still(near)
+        return other if isinstance(other, Image.Image) and other.size == picture.size else picture
+
+    for i, source in enumerate(sources):
+        try:
+            clip = open_clip(source.path)
+            for frame, around in with_neighbours(clip or ()):
+                yield Shot(source, clip, frame, around)
+        except BadImage as error:
+            yield Shot(source, error=error)
+            continue
+        if clip is None:
+            picture = still(i)
+            if isinstance(picture, BadImage):
+                yield Shot(source, error=picture)
+            else:
+                around = beside(i, i - 1, picture), picture, beside(i, i + 1, picture)
+                yield Shot(source, None, Frame(picture, 0, 0.0), around)
+
+
 # ---------------------------------------------------------------- reading
 
 def _is_video(path: Path) -> bool:
@@ -120,7 +213,7 @@ def _animation(path: Path) -> Iterator[tuple[Image.Image, float]]:
         for i in range(first, image.n_frames):
             image.seek(i)
             yield load_image(image.copy()), time
-            time += image.info.get("duration", 1000 * STILL) / 1000
+            time += (image.info.get("duration") or 1000 * STILL) / 1000
 
 
 def _open_av(path: Path) -> Clip:
@@ -200,6 +293,79 @@ def _reason(error: Exception) -> str:
 
 
 # ---------------------------------------------------------------- writing
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A place to write a file to, which is called `path` as soon as it is whole; a link of that name gives way."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_pictures(pictures: list[Image.Image], target: Path) -> None:
+    """One picture as target.png, several as target.gif, which runs for ever."""
+    if len(pictures) == 1:
+        with whole(target.with_name(target.name + ".png")) as part:
+            return pictures[0].save(part, "PNG")
+    with Writer(target.with_name(target.name + ".gif"), Clip(target, iter(()), 0, loop=0, video=False)) as out:
+        for i, picture in enumerate(pictures):
+            out.add(picture, STILL * i)
+
+
+class Drawing:
+    """The folder of drawn pictures: a still is a PNG, a clip a GIF or an mp4, and `together` all are in all.gif;
+    and results.json, row by row. What is not whole when an error ends the work is taken away.
+    """
+
+    def __init__(self, out: Path, together: bool):
+        self.out, self.clip, self.writer, self.count = out, None, None, 0
+        self.together = Writer(out / "all.gif", Clip(out, iter(()), 0, loop=0, video=False)) if together else None
+        self.part, self.no_rows = out / ".results.json.part", True
+        self.rows = open(self.part, "w", encoding="utf-8")
+
+    def __enter__(self) -> Drawing:
+        return self
+
+    def add(self, shot: Shot, picture: Image.Image, rows: list[dict]) -> None:
+        """A picture and its rows, which are told the frame's number and time."""
+        when = dict(frame=shot.frame.number, time=round(shot.frame.time, 6)) if shot.clip else {}
+        for row in rows:
+            self.rows.write(("[" if self.no_rows else ",\n") + json.dumps(row | when))
+            self.no_rows = False
+        if self.together:
+            self.together.add(picture, STILL * self.count)
+            self.count += 1
+        if shot.clip is None:
+            return save_pictures([picture], self.out / shot.source.target)
+        if shot.clip is not self.clip:
+            self._end_clip(None, None, None)
+            self.clip = shot.clip
+            self.writer = Writer(self.out / f"{shot.source.target}{'.mp4' if shot.clip.video else '.gif'}", shot.clip)
+        self.writer.add(picture, shot.frame.time)
+
+    def _end_clip(self, *error) -> None:
+        if self.writer:
+            self.writer.__exit__(*error)
+            notes = ["its sound is left out"] * self.clip.sound + [f"broken: {self.clip.broken}"] * bool(self.clip.broken)
+            if notes:
+                tqdm.write(f"{self.clip.path}: {'; '.join(notes)}")
+        self.writer = None
+
+    def __exit__(self, *error) -> None:
+        try:
+            self.rows.write("[]" if self.no_rows else "]")
+            self.rows.close()
+            self._end_clip(*error)
+            if self.together:
+                self.together.__exit__(*error)
+            if error[0] is None:
+                self.part.replace(self.out / "results.json")
+        finally:
+            self.part.unlink(missing_ok=True)
+
 
 class Writer:
     """Writes frames into `path`, .mp4 or .gif, at the times at which they stand in `clip`, of the first one's size.

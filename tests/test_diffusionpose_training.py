@@ -474,28 +474,6 @@ def test_without_an_average_the_weights_themselves_are_evaluated_and_kept(clips,
     assert all(torch.equal(value, saved["model"][name]) for name, value in model.state_dict().items())
 
 
-def test_eval_takes_the_frames_of_a_folder_in_the_order_of_their_numbers(tmp_path):
-    evaluation = importlib.import_module("eval")
-    for name in ("f10.png", "f9.png", "f1.jpg", "a.png", "2.png", "f9b1.png"):
-        (tmp_path / name).touch()
-    names = [path.name for path in evaluation.find_pictures([str(tmp_path)])]
-    assert names == ["2.png", "a.png", "f1.jpg", "f9.png", "f9b1.png", "f10.png"]
-
-
-def test_eval_gives_each_frame_those_beside_it(tmp_path, capsys):
-    evaluation = importlib.import_module("eval")
-    for n in range(4):
-        Image.new("RGB", (10, 10) if n < 3 else (11, 10), (50 * n,) * 3).save(tmp_path / f"{n}.png")
-    files = sorted(tmp_path.glob("*.png"))
-    values = [[x.getpixel((0, 0))[0] for x in evaluation.clips_of(evaluation.frames_of(path), path, files, folders)[0]]
-              for path, folders in ((files[0], [tmp_path]), (files[1], [tmp_path]), (files[2], [tmp_path]), (files[1], []))]
-    assert values == [[0, 0, 50], [0, 50, 100], [50, 100, 100], [50, 50, 50]]
-    assert capsys.readouterr().out.count(f"{files[2]}: a frame beside it has another size") == 1
-    gif = [Image.new("RGB", (10, 10), (value,) * 3) for value in (10, 20, 30)]
-    values = [[x.getpixel((0, 0))[0] for x in clip] for clip in evaluation.clips_of(gif, Path("a.gif"), [Path("a.gif")], [])]
-    assert values == [[10, 10, 20], [10, 20, 30], [20, 30, 30]]
-
-
 def test_stills_of_coco_are_clips_that_stand_still(puppets_folder):
     data = open_dataset(str(puppets_folder), "val")
     table, found = dp.evaluate(small("coco").eval(), data, config(), ALONE)

@@ -8,7 +8,7 @@ from PIL import Image
 from common.records import Prediction
 from common.splits import open_dataset
 from common.draw import (HOLLOW, LINES, SOLID, colours, contact_sheet, draw_completion, draw_ellipses, draw_people,
-                         draw_predictions, plot_curves, save_gif, side_of, states, ticks)
+                         draw_predictions, plot_curves, side_of, states, ticks)
 from common.skeletons import SKELETONS, get_skeleton
 
 COCO = get_skeleton("coco")
@@ -106,15 +106,6 @@ def test_contact_sheet_holds_every_image():
     sheet = np.asarray(contact_sheet(images, columns=2, cell=100))
     assert {10 + i for i in range(5)} <= set(sheet[..., 0][sheet[..., 1] == 0].tolist())
     assert contact_sheet([], 3).size[0] > 0 and contact_sheet(images[:1] * 7, 4).width < 450
-
-
-def test_gif_has_every_frame_and_its_pace(tmp_path):
-    frames = [Image.new("RGB", (60, 40), (40 * i, 0, 200 - 40 * i)) for i in range(5)]
-    save_gif(frames + [Image.new("L", (30, 30), 255)], tmp_path / "a.gif", fps=10)
-    with Image.open(tmp_path / "a.gif") as gif:
-        assert (gif.n_frames, gif.size, gif.info["duration"], gif.info["loop"]) == (6, (60, 40), 100, 0)
-        gif.seek(3)
-        assert np.abs(np.asarray(gif.convert("RGB"))[20, 30].astype(int) - [120, 0, 80]).max() < 12
 
 
 @pytest.mark.parametrize("rows", [

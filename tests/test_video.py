@@ -11,7 +11,7 @@ from PIL import Image
 from common import video
 from common.errors import UserError
 from common.records import BadImage
-from common.video import Writer, open_clip, with_neighbours
+from common.video import Writer, find_pictures, open_clip, shots, with_neighbours
 from tests.helpers import required
 
 av = required("av")
@@ -155,6 +155,19 @@ def test_a_gif_is_written_no_larger_than_it_has_to_be(tmp_path):
     assert Image.open(tmp_path / "b.gif").size == (640, 320)
 
 
+def test_several_pictures_become_a_gif_with_every_frame_and_one_a_png(tmp_path):
+    frames = [Image.new("RGB", (60, 40), (40 * i, 0, 200 - 40 * i)) for i in range(5)]
+    video.save_pictures(frames + [Image.new("L", (30, 30), 255)], tmp_path / "a")
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert (gif.n_frames, gif.size, gif.info["duration"], gif.info["loop"]) == (6, (60, 40), 120, 0)
+        gif.seek(3)
+        assert np.abs(np.asarray(gif.convert("RGB"))[20, 30].astype(int) - [120, 0, 80]).max() < 12
+    (tmp_path / "elsewhere.png").write_bytes(b"mine")
+    (tmp_path / "b.png").symlink_to(tmp_path / "elsewhere.png")
+    video.save_pictures(frames[:1], tmp_path / "b")
+    assert (tmp_path / "elsewhere.png").read_bytes() == b"mine" and Image.open(tmp_path / "b.png").size == (60, 40)
+
+
 def test_neighbours_are_the_frames_beside_it_and_itself_at_the_ends(tmp_path):
     frames = [video.Frame(frame(i), i, 0.0) for i in range(3)] + [video.Frame(frame(3, (9, 9)), 3, 0.0)]
     seen = [tuple(next(i for i, one in enumerate(frames) if one.picture is picture) for picture in pictures)
@@ -220,3 +233,50 @@ def test_frames_are_read_one_after_the_other(backend, tmp_path):
         if one.number == 2:
             break
     assert one.time == pytest.approx(0.08, abs=2e-3)
+
+
+# ---------------------------------------------------------------- what a command is given
+
+def test_folders_come_in_the_order_of_their_numbers(tmp_path):
+    for name in ("f10.png", "f9.png", "f1.jpg", "a.png", "2.png", "f9b1.png", "c.MP4", "notes.txt"):
+        (tmp_path / name).touch()
+    names = [source.path.name for source in find_pictures([str(tmp_path), str(tmp_path / "a.png")])]
+    assert names == ["2.png", "a.png", "c.MP4", "f1.jpg", "f9.png", "f9b1.png", "f10.png"]
+
+
+def test_no_two_pictures_are_drawn_into_one_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = ["set-1/x.png", "set_1/x.png", "set_1/X.jpg", "take#2.jpg", "y.mp4", "Y.png"]
+    for file in files:
+        Path(file).parent.mkdir(exist_ok=True)
+        Path(file).touch()
+    sources = find_pictures(files)
+    assert len({source.target.lower() for source in sources}) == len({source.name for source in sources}) == len(files)
+    assert sources[3].name == "take#2.jpg" and sources[3].target == "take#2"
+
+
+def values(around) -> list[int]:
+    return [picture.getpixel((0, 0))[0] for picture in around]
+
+
+def test_a_frame_of_a_folder_has_those_beside_it_around_it_and_a_photo_has_itself(tmp_path):
+    for n in range(6):
+        Image.new("RGB", (10, 10) if n < 3 else (11, 10), (50 * n,) * 3).save(tmp_path / f"{n}.png")
+    (tmp_path / "4.png").write_bytes(b"no picture")
+    found = list(shots(find_pictures([str(tmp_path)])))
+    assert [values(shot.around) for shot in found] == [
+        [0, 0, 50], [0, 50, 100], [50, 100, 100], [150, 150, 150], [], [250, 250, 250]]
+    assert isinstance(found[4].error, BadImage) and found[4].frame is None
+    alone = shots(find_pictures([str(tmp_path / "1.png"), str(tmp_path / "2.png")]))
+    assert [values(shot.around) for shot in alone] == [[50, 50, 50], [100, 100, 100]]
+
+
+def test_clips_and_stills_of_a_folder_keep_apart(tmp_path):
+    gif = [Image.new("RGB", (10, 10), (value,) * 3) for value in (10, 20, 30)]
+    gif[0].save(tmp_path / "b.gif", save_all=True, append_images=gif[1:])
+    for name in "ac":
+        gif[2].save(tmp_path / f"{name}.png")
+    (tmp_path / "d.mp4").write_bytes(b"no video")
+    found = list(shots(find_pictures([str(tmp_path)])))
+    assert [values(shot.around) for shot in found[1:4]] == [[10, 10, 20], [10, 20, 30], [20, 30, 30]]
+    assert [shot.frame and shot.frame.number for shot in found] == [0, 0, 1, 2, 0, None]
