@@ -3,8 +3,9 @@
     POSE_KERNELS=auto     (default) Triton for CUDA tensors on compute capability 8.0 or newer, else PyTorch
     POSE_KERNELS=torch    always PyTorch, also on a GPU
     POSE_KERNELS=triton   always Triton; CPU tensors need TRITON_INTERPRET=1, Triton's (slow) interpreter, too
+    POSE_KERNELS=plain    every formula as it is written, in PyTorch, and no fast form of it in a method file
 
-Read      use_triton → choose
+Read      plain, use_triton → choose
 Used by   the bodies of the custom operators in deform_attn.py and selective_scan.py, so that torch.compile,
           which does not look into an operator, never meets an environment variable
 
@@ -27,7 +28,7 @@ from torch import Tensor
 from common.errors import UserError
 
 OLDEST = (8, 0)                 # compute capability of the A100: the oldest that the tests compile for
-MODES = ("auto", "triton", "torch")
+MODES = ("auto", "triton", "torch", "plain")
 
 try:
     import triton
@@ -45,11 +46,16 @@ gave_up: set[str] = set()       # kernels that Triton could not compile: not tri
 
 
 def mode() -> str:
-    """The value of POSE_KERNELS. Raises UserError for a word that is none of the three."""
+    """The value of POSE_KERNELS. Raises UserError for a word that is none of the four."""
     word = os.environ.get("POSE_KERNELS", "auto")
     if word not in MODES:
         raise UserError(f"POSE_KERNELS={word} is unknown: use one of {', '.join(MODES)}")
     return word
+
+
+def plain() -> bool:
+    """Whether every formula is to run as it is written."""
+    return mode() == "plain"
 
 
 def interpreting() -> bool:
@@ -63,7 +69,7 @@ def use_triton(*tensors: Tensor) -> bool:
     Raises UserError if POSE_KERNELS=triton asks for what cannot be: no Triton, or no interpreter on a CPU.
     """
     word, on_gpu = mode(), tensors[0].is_cuda
-    if word == "torch":
+    if word in ("torch", "plain"):
         return False
     if word == "triton":
         if not HAS_TRITON:
