@@ -17,8 +17,7 @@ Letters  B images  Q box queries  G people kept per image (the paper's N_i), and
          F memory  F_H content of the G boxes  F_H2K coarse keypoints  Q_CK what K-SA returns
          cKpts, cBox keypoints and boxes that the second stage starts from
 Units    xy in [0,1] of each image without its padding, x first; names ending in _px are pixels; boxes cxcywh
-Tables   at the end of the main text: equation → function, rows of the paper's Tables 1 to 5, departures from
-         paper and release
+Tables   at the end of the main text: equation → function, rows of the paper's tables, departures
 
     python diffusionregpose.py                          what each preset is: parameters, GFLOPs
     python diffusionregpose.py --train                  learn puppets, synthetic people drawn on first use
@@ -69,7 +68,6 @@ from kernels.dispatch import plain
 
 BACKBONES = {"r50": (64, (3, 4, 6, 3)), "r26": (24, (2, 2, 2, 2))}    # width of layer 1, blocks per layer
 PADDINGS = ("empty", "repeat", "noise", "mean")
-NMS = ("official", "plain", "none")
 AT_INFERENCE = ("steps", "ensemble", "nms", "seed")       # fields that `eval.py --set` may change
 
 
@@ -134,8 +132,8 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
         if self.as_released:
             for name, value in dict(uniform_t=False, padding="noise", keypoint_completion=False).items():
                 object.__setattr__(self, name, value)
-        check_choice(self, backbone=BACKBONES, padding=PADDINGS, nms=NMS, schedule=("constant", "cosine"),
-                     coarse_head=("own", "shared", "released"))
+        check_choice(self, backbone=BACKBONES, padding=PADDINGS, nms=("official", "plain", "none"),
+                     schedule=("constant", "cosine"), coarse_head=("own", "shared", "released"))
         check_range(self, 1, 4, "levels")
         check_range(self, 1, 1000, "points steps")
         check_range(self, 1, math.inf, "dim heads ffn encoder_layers box_layers layers box_queries queries "
@@ -159,11 +157,11 @@ PRESETS: dict[str, Config] = {
     # minutes on a laptop, from nothing: small everything, all the aids
     "tiny": Config(
         backbone="r26", freeze=False, levels=3, dim=96, heads=4, ffn=192, points=2, encoder_layers=2,
-        layers=4, box_layers=1, box_queries=40, queries=8, coarse_head="own", init="", dn_queries=10, epochs=7,
-        batch=16, lr=1e-3, lr_backbone=1e-3, drop_epochs="", clip=1.0, short_side=128, long_side=128,
-        multiscale=False, frozen_norm=False, near_identity=True, learned_share=True, oks_score_weight=8.0,
-        oks_score_from=2, heatmap_weight=2.0, schedule="cosine", warmup=60, ema=0.995, ema_warmup=100,
-        processes=2, workers=0, eval_every=7, eval_batch=50),
+        layers=4, box_layers=1, box_queries=40, queries=8, coarse_head="own", init="", dn_queries=10,
+        epochs=7, batch=16, lr=1e-3, lr_backbone=1e-3, drop_epochs="", clip=1.0, short_side=128,
+        long_side=128, multiscale=False, frozen_norm=False, near_identity=True, learned_share=True,
+        oks_score_weight=8.0, oks_score_from=2, heatmap_weight=2.0, schedule="cosine", warmup=60, ema=0.995,
+        ema_warmup=100, processes=2, workers=0, eval_every=7, eval_batch=50),
     # one image per evaluation batch: padding moves the results a little
     "r50": Config(coarse_head="own", eval_batch=1),
     "r50-crowdpose": Config(coarse_head="shared", data="data/crowdpose", eval_batch=1),
@@ -202,8 +200,7 @@ def to_signal(poses: Tensor, scale: float) -> Tensor:
 
     Centred, because noise pulls towards 0, and that should be the middle of the image, not its corner. ζ is
     the size of the image for the noise: with ζ = 6 noise alone deviates by 1/2ζ = 0.083 of the image, so all
-    noisy points of t = T−1 lie near the centre. A larger ζ is a smaller blob, and less disturbed poses at
-    every other t.
+    noisy points of t = T−1 lie near the centre; a larger ζ disturbs poses less at every other t, too.
     """
     return (2 * poses - 1) * scale
 
@@ -248,9 +245,7 @@ def repeated(people: int, count: int) -> Tensor:
 
 def draw_pose_noise(counts: list[int], keypoints: int, cfg: Config, device: torch.device) -> PoseNoise:
     """For images with so many people. The paper does not say how t is drawn."""
-    t = torch.zeros(len(counts), dtype=torch.long, device=device)
-    if cfg.uniform_t:
-        t = torch.randint(0, STEPS, (len(counts),), device=device)
+    t = torch.randint(0, STEPS if cfg.uniform_t else 1, (len(counts),), device=device)
     eps, pad = torch.randn(2, len(counts), cfg.queries, keypoints, 2, device=device)
     return PoseNoise(t, eps, [repeated(n, cfg.queries).to(device) if n else t[:0] for n in counts], pad)
 
@@ -283,7 +278,7 @@ class PointAttention(nn.Module):
         Q, K, V = MLP_Q(z), MLP_K(p), MLP_V(p)         K-SA: z = p, all noisy points                 (eq. 5)
         SA, CA = softmax(√n Q Kᵀ) V                    K-CA: z from K-SA, p the coarse keypoints     (eq. 7)
 
-    It sees nothing but coordinates, of the points of all people, and returns coordinates, weighted means of V.
+    It sees coordinates alone, of the points of all people, and returns coordinates: weighted means of V.
     Departs from the paper: as released the MLPs are one linear layer each, Q, K: 2 → C and V: 2 → 2, and the
     logits are multiplied by √n, so that another G is another temperature; the paper prints no softmax.
     Takes z, p (B, n, 2), returns (B, n, 2).
@@ -332,7 +327,7 @@ def attention_mask(group: Tensor | None, people: int, keypoints: int, device: to
 
 def attention_rule(group: Tensor | None, people: int, keypoints: int, device: torch.device) -> AttentionRule:
     """Attention under the mask, or, at inference, its fast form."""
-    if group is None and not plain():      # 98 % of the mask are ✗: with it a forward takes 1.10 times as long
+    if group is None and not plain():      # 98 % of the mask is ✗: with it a forward takes 1.10 times as long
         return partial(attend_in_blocks, people=people)
     mask = attention_mask(group, people, keypoints, device)
     return partial(F.scaled_dot_product_attention, attn_mask=mask[:, None])
@@ -362,10 +357,9 @@ class SelfAttention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention among the tokens, into the image, then a feed-forward block; ED-Pose's.
+    """Attention among the tokens, into the image, then a feed-forward block; x, position (B, tokens, C).
 
-    Takes x, position (B, tokens, C), reference (B, tokens, L, 4), boxes in fractions of the padded image.
-    Returns (B, tokens, C).
+    reference (B, tokens, L, 4) are boxes in fractions of the padded image. ED-Pose's.
     """
 
     def __init__(self, cfg: Config):
@@ -402,11 +396,12 @@ class Decoder(nn.Module):
              on x_l without the norm gives reference_{l+1}. Keypoints have a width and height, too: how far
              around them a layer reads the image.
     Learns   Where layer l reads, and where its step to reference_{l+1} starts, is a detached reference_l. Its
-             prediction starts from reference_l with the gradient: the loss of layer l also teaches layer l−1
-             and its head (DINO's "look forward twice"), and nothing before them.
-             So K-SA and K-CA learn through one layer alone: of all losses only L1 and OKS of the first
-             keypoint layer, an auxiliary loss, see cKpts with the gradient. Widths and heights of keypoints
-             are in no prediction: `size_head` and `keypoint_size` never learn, nor did those of the release.
+             prediction starts from reference_l with the gradient, so the loss of layer l also teaches head l−1
+             (DINO's "look forward twice"): through tokens a loss goes all the way back, through coordinates
+             one layer. Of all losses only L1 and OKS of the first keypoint layer, an auxiliary loss, see cKpts
+             with the gradient: K-SA and K-CA learn through this one layer, from nothing else. Widths and
+             heights of keypoints are in no prediction: `size_head` and `keypoint_size` never learn, in the
+             release neither.
     """
 
     def __init__(self, cfg: Config, keypoints: int):
@@ -427,8 +422,8 @@ class Decoder(nn.Module):
 
     def pick_people(self, x: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Of Q boxes the G of the highest score, best first: content (B, G, C) and boxes (B, G, 4)."""
-        best = self.score_heads[self.box_layers - 1](x).max(-1).values.topk(self.people).indices
-        return pick(x, best), pick(boxes, best)
+        best = self.score_heads[self.box_layers - 1](x).max(-1).values.topk(self.people).indices[..., None]
+        return x.take_along_dim(best, 1), boxes.take_along_dim(best, 1)
 
     def coarse_keypoints(self, content: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """K keypoints for each of G people: tokens (B, G·K, C), xy and wh (B, G·K, 2)."""
@@ -483,8 +478,8 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, reference: Tensor, memory: Tensor, grid: Grid, poses: Tensor | None,
                 group: Tensor | None) -> list[Output]:
-        """x (B, D + Q, C), reference (B, D + Q, 4), group (B, D), None if D = 0 → each layer's Output with the
-        denoising queries in front; at inference that of the last layer alone."""
+        """x (B, D + Q, C), reference (B, D + Q, 4), group (B, D) or None if D = 0 → an Output of each layer,
+        denoising queries in front; at inference of the last layer alone."""
         dn = 0 if group is None else group.shape[1]
         boxes, last, outputs = x.shape[1], len(self.layers) - 1, []
         attend = attention_rule(group, boxes - dn, 0, x.device)
@@ -542,8 +537,7 @@ class DiffusionRegPose(nn.Module):
 
     def encode_image(self, images: Tensor, padded: Tensor | None = None) -> Encoded:
         """images (B, 3, H, W) without ImageNet's mean and deviation, 0 where padded (B, H, W) is True."""
-        if padded is None:
-            padded = torch.zeros(images[:, 0].shape, dtype=torch.bool, device=images.device)
+        padded = torch.zeros_like(images[:, 0], dtype=torch.bool) if padded is None else padded
         maps = self.backbone(images)[1:][-self.cfg.levels:]                             # Algorithm 1, line 2
         maps = [project(x) for project, x in zip(self.input_proj, [*maps, maps[-1]])]
         masks = [F.interpolate(padded[None].float(), x.shape[-2:])[0].bool() for x in maps]
@@ -618,8 +612,7 @@ DENOISING_WEIGHTS = dict(ce=0.3, bbox=2.5, giou=1.0)
 
 def match_cost(output: Output, people: People, sigmas: Tensor) -> Tensor:
     """Cost of giving a query to a person, (B, Q, P): 2·class + 5·L1 − 2·GIoU, or where there are poses
-    2·class + 10·Σ v|Δ| + 4·(1 − OKS), without a look at the box. ED-Pose's; the paper says nothing of it.
-    """
+    2·class + 10·Σ v|Δ| + 4·(1 − OKS), without a look at the box. ED-Pose's; the paper says nothing of it."""
     logits, boxes, keypoints = output
     p = logits[..., PERSON].float().sigmoid().unsqueeze(-1)
     focal = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.75 * p ** 2 * -(1 - p + 1e-8).log()
@@ -637,12 +630,9 @@ def match(outputs: list[Output], people: list[People], sigmas: Tensor) -> list[P
     """The cheapest one-to-one assignment of people to queries, for each output alone (Hungarian method)."""
     everybody = gather_people(people)
     costs = [match_cost(output, everybody, sigmas) for output in outputs]
-    # one wait for the GPU; NaN is the loss's to show, not a crash here
-    flat = torch.cat([cost.flatten() for cost in costs]).nan_to_num(1e6, 1e6, -1e6).cpu()
-    ends = np.cumsum([0] + [len(one) for one in people])
-    matchings = []
-    for cost, part in zip(costs, flat.split([cost.numel() for cost in costs])):
-        cost, found = part.view(cost.shape).numpy(), []
+    ends, matchings = np.cumsum([0] + [len(one) for one in people]), []
+    for cost in costs:
+        cost, found = cost.nan_to_num(1e6, 1e6, -1e6).cpu().numpy(), []          # NaN is the loss's to show
         for image, (first, last) in enumerate(zip(ends, ends[1:])):
             query, person = linear_sum_assignment(cost[image, :, first:last])
             found.append(np.stack([np.full_like(query, image), query, person + first]))
@@ -669,8 +659,7 @@ def pose_losses(keypoints: Tensor, true: People, sigmas: Tensor) -> dict[str, Te
     return dict(keypoints=(difference.abs().sum(-1) * true.visible).sum(-1), oks=1 - similarity)
 
 
-def output_losses(output: Output, pairs: Pairs, people: People, sigmas: Tensor,
-                  oks_score_weight: float) -> dict[str, Tensor]:
+def output_losses(output: Output, pairs: Pairs, people: People, sigmas: Tensor, score_weight: float) -> dict:
     """The weighted loss terms of one output for its pairs, summed over the batch."""
     logits, boxes, keypoints = (x if x is None else x.float() for x in output)
     image, query, person = pairs
@@ -681,27 +670,27 @@ def output_losses(output: Output, pairs: Pairs, people: People, sigmas: Tensor,
         errors = pose_losses(keypoints[image, query], true, sigmas)
         terms |= {term: value.sum() for term, value in errors.items()}
     terms = {term: WEIGHTS[term] * value for term, value in terms.items()}
-    if keypoints is not None and oks_score_weight:                                      # an aid, see Config
-        terms["ce"] = oks_score_weight * oks_score_loss(logits, pairs, 1 - errors["oks"])
+    if keypoints is not None and score_weight:                                          # an aid, see Config
+        terms["ce"] = score_weight * oks_score_loss(logits, pairs, 1 - errors["oks"])
     return terms
 
 
-def criterion(result: dict, people: list[People], sigmas: Tensor, oks_score_weight: float = 0.0,
+def criterion(result: dict, people: list[People], sigmas: Tensor, score_weight: float = 0.0,
               pieces: int = 1) -> dict[str, Tensor]:
     """All weighted loss terms of a training forward, by their names in the release; their sum is minimised.
 
     Per person, for every layer (_0, _1, ..., the last without suffix) and the selected cells (_interm):
-    2·focal + 5·L1 + 2·(1 − GIoU) and, where there are poses, 10·Σ v|Δ| + 4·(1 − OKS). Denoising queries (dn_):
-    0.3·focal + 2.5·L1 + (1 − GIoU), per query of an image but, as released, summed over the images of a batch,
-    of which this is one of so many `pieces` (micro-batches × processes). No pairs give 0 with a zero gradient.
-    Departs from the paper: it has focal, L1 of boxes and of keypoints; weights and the rest are the release's.
+    2·focal + 5·L1 + 2·(1 − GIoU) and, where there are poses, 10·Σ v|Δ| + 4·(1 − OKS). Denoising queries, dn_:
+    0.3·focal + 2.5·L1 + (1 − GIoU), per query of an image and, as released, summed over the batch's images;
+    that may be divided into `pieces` (micro-batches × processes). No pairs give 0 with a zero gradient.
+    Departs from the paper: it has focal, L1 of boxes, L1 of keypoints; weights and the rest are released.
     """
     everybody, outputs = gather_people(people), result["outputs"]
     # over all processes, so that N GPUs have the gradient of one
     count = mean_over_ranks(torch.tensor(float(len(everybody)), device=sigmas.device)).clamp(min=1)
     losses = {}
     for (name, output), pairs in zip(outputs.items(), match(list(outputs.values()), people, sigmas)):
-        for term, value in output_losses(output, pairs, everybody, sigmas, oks_score_weight).items():
+        for term, value in output_losses(output, pairs, everybody, sigmas, score_weight).items():
             losses[f"loss_{term}{name}"] = value / count
     for name, (logits, boxes, _) in result["dn_outputs"].items():
         true, positive = result["denoising"], torch.zeros_like(logits, dtype=torch.float32)
@@ -720,9 +709,7 @@ def ddim_step(x: Tensor, poses: Tensor, t: int, next_t: int, scale: float) -> tu
     """From x_t and the poses predicted from it (B, G, K, 2): x at next_t, the predicted x₀ and noise.
 
         ε = (x_t/√ᾱ_t − x₀) / √(1/ᾱ_t − 1)           eq. 3 solved for ε
-        x_next = √ᾱ_next x₀ + √(1−ᾱ_next) ε           no fresh noise (DDIM, η = 0)
-
-    x are signals, not yet mapped to the image. The paper cites DDIM and prints no formula.
+        x_next = √ᾱ_next x₀ + √(1−ᾱ_next) ε           DDIM's, η = 0: no fresh noise. x are signals
     """
     alpha, alpha_next = ALPHA_BAR[t].item(), ALPHA_BAR[next_t].item()
     x0 = to_signal(poses, scale).clamp(-scale, scale)
@@ -733,7 +720,7 @@ def ddim_step(x: Tensor, poses: Tensor, t: int, next_t: int, scale: float) -> tu
 @torch.no_grad()
 def sample(model: DiffusionRegPose, images: Tensor, padded: Tensor | None = None, steps: int = 1,
            noise: Tensor | None = None) -> list[dict]:
-    """Algorithm 1: results of all steps, the last is the answer; each with t, x (x_t) and `noisy` (B, G, K, 2).
+    """Algorithm 1: results of all steps, the last is the answer; each has its t, x (x_t) and `noisy` poses.
 
     noise, standard normal (B or 1, G, K, 2), is x at t = T−1, by default drawn. One step, the default, begins
     and ends where poses say nothing (ᾱ = 2·10⁻⁹): it is a regression from the image with random starts.
@@ -759,7 +746,7 @@ def start_noise(image_id: int | str, cfg: Config, keypoints: int, draw_number: i
 
 
 def detect(model: DiffusionRegPose, pictures: list[Tensor], noise: Tensor, steps: int) -> list[dict]:
-    """Results of all DDIM steps for normalised pictures and their noise (B, G, K, 2), whatever --amp in float32."""
+    """Results of all DDIM steps for normalised pictures and noise (B, G, K, 2); float32 for any --amp."""
     device = next(model.parameters()).device
     images, padded = pad_images(pictures)
     return sample(model, images.to(device), padded.to(device), steps, noise.to(device))
@@ -777,7 +764,7 @@ def to_prediction(entries: dict[str, np.ndarray], image_id: int | str, input_px:
 
 @torch.no_grad()
 def predict(model: DiffusionRegPose, batch: dict) -> list[Prediction]:
-    """People of a batch {images: list of (3, h, w) from `input_image`, image_ids, sizes_px}: one Prediction each.
+    """People of {images: list of (3, h, w) from `input_image`, image_ids, sizes_px}: a Prediction per image.
 
     All G people, or those that the NMS leaves, of the last DDIM step, with `ensemble` of all steps.
     The model has no score per keypoint: every keypoint gets 1.
@@ -785,16 +772,17 @@ def predict(model: DiffusionRegPose, batch: dict) -> list[Prediction]:
     cfg, pictures = model.cfg, batch["images"]
     noise = [start_noise(image_id, cfg, model.skeleton.num_keypoints) for image_id in batch["image_ids"]]
     results = detect(model, pictures, torch.stack(noise), cfg.steps)[0 if cfg.ensemble else -1:]
-    entries = {name: torch.cat([result[name] for result in results], 1).cpu().numpy() for name in Output._fields}
-    known = zip(batch["image_ids"], pictures, batch["sizes_px"])
-    return [to_prediction({name: column[i] for name, column in entries.items()}, image_id,
-                          picture.shape[:0:-1], size, cfg.nms) for i, (image_id, picture, size) in enumerate(known)]
+    predictions = []
+    for i, (image_id, picture, size) in enumerate(zip(batch["image_ids"], pictures, batch["sizes_px"])):
+        entries = {name: torch.cat([one[name][i] for one in results]).cpu().numpy() for name in Output._fields}
+        predictions.append(to_prediction(entries, image_id, picture.shape[:0:-1], size, cfg.nms))
+    return predictions
 
 
 # ---- Keypoint completion (Sec. 3.2.4): joints that nobody labelled, guessed from the labelled ones -------
 
-# The length that makes people comparable, L_head, is that between the first of these pairs of joints that a skeleton
-# has: the head, as in the paper, or the right side of COCO's trunk, as in the release. Else the box's diagonal.
+# L_head, the length that makes people comparable, lies between the first of these pairs that a skeleton has:
+# the head, as in the paper, or the right side of COCO's trunk, as in the release. Else: the box's diagonal.
 REFERENCE_JOINTS = (("head", "neck"), ("head_top", "head_bottom"), ("head_top", "neck"),
                     ("right_shoulder", "right_hip"))
 
@@ -815,7 +803,7 @@ def reference_lengths(keypoints: np.ndarray, boxes: np.ndarray, joints: tuple[in
 
 
 class KeypointCompletion:
-    """Fills a pose with the most likely places of its unlabelled joints; for y_0 alone, losses see labels only.
+    """Fills a pose with the most likely places of its unlabelled joints, for y_0 alone: losses see labels.
 
     A person is 2K numbers Y: ((u − l_u) / L_head, (v − l_v) / L_head) of each joint, l the corner of the box.
     All people, the columns of the paper's M, make one Gaussian over poses, with mean μ and covariance Σ.
@@ -858,7 +846,7 @@ class KeypointCompletion:
 
 
 def learn_completion(data: PoseDataset) -> KeypointCompletion | None:
-    """The statistics of a training set, from its people with all joints; None, and a line, without two of them."""
+    """The statistics of a training set's people with all joints; None, and a line, without two of them."""
     single, joints = ~data.iscrowd, reference_joints(data.skeleton)
     keypoints, boxes = data.keypoints[single].astype(np.float64), data.boxes[single]
     boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
@@ -880,7 +868,7 @@ def input_image(image: Image.Image, cfg: Config) -> Tensor:
 
 
 def augment(people: Sample, flip: tuple[int, ...] | None, cfg: Config, rng: np.random.Generator) -> Sample:
-    """Mirror half of the images, crop half of them, resize. `short_side` 800 gives the lengths of the release:
+    """Mirror half of the images, crop half of them, resize. With `short_side` 800 the release's lengths:
     short sides 480, 512, ..., 800; before a crop 400, 500 or 600; sides of crops 384 to 600."""
     if flip is not None and rng.random() < 0.5:
         people = transforms.hflip(people, flip)
@@ -898,7 +886,7 @@ def augment(people: Sample, flip: tuple[int, ...] | None, cfg: Config, rng: np.r
 
 
 def to_people(sample: Sample) -> People:
-    """A sample's people. Its 2K keypoints are K annotated ones, then K to be noised; unlabelled ones sit at 0."""
+    """A sample's people; of its 2K keypoints K are annotated, K to be noised. Unlabelled ones sit at 0."""
     scale = torch.tensor(sample.size, dtype=torch.float32)
     labelled = torch.from_numpy(sample.keypoints[..., 2:] > 0)
     keypoints, poses = (torch.from_numpy(sample.keypoints[..., :2]) / scale * labelled).chunk(2, 1)
@@ -929,15 +917,14 @@ class TrainImages(torch.utils.data.Dataset):
         poses = self.completion(sample.keypoints, sample.boxes) if self.completion else sample.keypoints
         sample = replace(sample, keypoints=np.concatenate([sample.keypoints, poses], 1))
         sample = transforms.filter_people(sample)
-        if self.data.name == "crowdpose":            # it has no areas: the release's losses take the whole box
+        if self.data.name == "crowdpose":           # it has no areas: the release's losses take the whole box
             sample = replace(sample, areas=(sample.boxes[:, 2:] - sample.boxes[:, :2]).prod(1))
         sample = augment(sample, self.flip, self.cfg, rng)
         image = transforms.normalise(transforms.to_tensor(sample.image))
         return image, to_people(sample), sample.image_id, skipped
 
 
-def evaluate(model: DiffusionRegPose, data: PoseDataset, cfg: Config,
-             ranks: Ranks) -> tuple[dict, list[Prediction]]:
+def evaluate(model: DiffusionRegPose, data: PoseDataset, cfg: Config, ranks: Ranks) -> tuple[dict, list]:
     """Metrics and predictions of a dataset; the images are shared among the processes, all get the result."""
     found = predict_all(partial(predict, fuse(model)), data, partial(input_image, cfg=cfg), cfg.eval_batch,
                         cfg.workers, ranks, join=list)
@@ -967,7 +954,7 @@ def train(cfg: Config, args) -> None:
     """Train, evaluate, keep all in the run folder. Runs alone or under torchrun; Ctrl-C saves and leaves."""
     ranks = init_ranks(args.device, cfg)
     if cfg.frozen_norm and not (cfg.init or args.saved):
-        raise UserError("frozen norms need start weights: add --init resnet50 (or another) or --no-frozen_norm")
+        raise UserError("frozen norms need start weights: add --init resnet50, or take --no-frozen_norm")
     data, held_out = open_splits(cfg, ranks)
     seed_all(cfg.seed)                                              # equal start weights on every process
     model = DiffusionRegPose(cfg, data.skeleton)
@@ -987,7 +974,7 @@ def train(cfg: Config, args) -> None:
             draw_completion(data, completion).save(run.folder.path / "completion.png")
     net, training = distribute(model, ranks), data.training()
     joints, evaluated = data.skeleton.num_keypoints, average.module if average else model
-    shown = ["loss_ce", "loss_bbox", "loss_keypoints", "loss_oks", *["loss_heatmaps"] * (cfg.heatmap_weight > 0)]
+    shown = ["loss_ce", "loss_bbox", "loss_keypoints", "loss_oks"] + ["loss_heatmaps"] * bool(model.heatmaps)
 
     for epoch in run.epochs():
         net.train()
@@ -1025,9 +1012,9 @@ def train(cfg: Config, args) -> None:
 
         if run.evaluates():
             run.record(*evaluate(evaluated, held_out, cfg, ranks))
-            if run.last and cfg.data == "puppets":               # the paper's claim is about crowds (Table 2)
-                table = metrics.format_table(evaluate(evaluated, open_crowd(data.skeleton, ranks), cfg, ranks)[0])
-                run.folder.say(f"puppets in crowds, E/M/H: easy, medium and hard\n{table}")
+            if run.last and cfg.data == "puppets":                 # the paper's claim is about crowds (Table 2)
+                table, _ = evaluate(evaluated, open_crowd(data.skeleton, ranks), cfg, ranks)
+                run.folder.say(f"puppets in crowds (easy, medium, hard)\n{metrics.format_table(table)}")
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------
@@ -1041,10 +1028,10 @@ EQUATIONS = {           # equation, algorithm or section of the paper → where 
     "Sec. 3.2.4, the matrix M": learn_completion, "Sec. 4.2": train,
 }
 
-# Rows of the paper's tables: what, AP in the paper, flags of the paper's preset, flags of the tiny preset. Other
-# papers' methods but ED-Pose are left out, they are not here, and so is AP_b, the AP of boxes, which an evaluation
-# does not print. The paper names no start weights (here ImageNet's), t, DDIM steps, NMS (here uniform, one, none).
-# On puppets ζ and padding are compared without the learned share, an aid, so that noise has its whole effect.
+# Rows of the paper's tables: what, AP in the paper, flags of the paper's preset, flags of the tiny preset. Rows
+# of other papers' methods but ED-Pose are left out, for they are not here, and so is AP_b, the AP of boxes,
+# which no evaluation prints. The paper names no start weights, t, DDIM steps, NMS: here ImageNet's, uniform,
+# one, none. On puppets ζ, padding, completion are compared without the learned share, an aid that mutes noise.
 PAPER, CROWDPOSE = "--scale 5 --nms none", "--scale 5 --nms none --drop_epochs 65"
 TABLES = {
     "1": Table("COCO val2017", preset="r50", flags=f"{PAPER} --drop_epochs 30", metric="AP", rows=[
@@ -1080,8 +1067,8 @@ TABLES = {
         Row("completed (eq. 9-12)", None, versus=1, default=True)]),
 }
 
-# Departures. Each: what: paper | release | here | why ("weights": the released ones need it; "recipe": training
-# alone, as the release does)
+# Departures, but for the aids. what: paper | release | here | why ("weights": the released ones need it;
+# "recipe": training alone, as the release does)
 #
 # Sec. 3.1, T and ᾱ: – | 1000, a cosine | release | weights
 # eq. 4, ζ: 5 | 6 | release, or --scale | weights; Table 3 has 5 and 10 equal
@@ -1093,10 +1080,10 @@ TABLES = {
 # eq. 5, eq. 7, MLPs: yes | one linear layer each, logits times √n | release | weights
 # eq. 7, inputs: Q_CK; tokens of keypoints | Q_CK + coarse keypoints; coarse keypoints | release | weights
 # eq. 7, cBox: boxes from K-CA, too | boxes stay | release | weights
-# t in the network: nowhere | changes the encoder's positions, by one vector as scale and shift | release | weights
+# t in the network: nowhere | changes the encoder's positions, one vector as scale, shift | release | weights
 # Algorithm 1, lines 3-5: once per image | at each step, because of t | release | weights
-# Algorithm 1, steps: how many is not said | 1; of several it throws the last away | 1, or --steps; the last is
-#     the answer, --ensemble joins all | the steps before it are there for the last
+# Algorithm 1, steps: how many is not said | 1; of several it throws the last away | 1, or --steps; the last
+#     is the answer, --ensemble joins all | the steps before it are there for the last
 # Sec. 3.2.2, losses: focal, L1 of boxes, L1 of keypoints | also GIoU, OKS, denoising queries; for all layers
 #     and the selected cells; Hungarian matching | release | recipe
 # OKS in the losses: – | of fractions: of a stretched picture, where it is not square | release | recipe
@@ -1112,19 +1099,14 @@ TABLES = {
 # Sec. 4.2, start weights: – | ED-Pose | ImageNet's ResNet-50; --init takes ED-Pose | nothing else at hand
 # micro-batches: – | none | averaged, each divided by its own people: --accum 2 is not exactly the gradient of
 #     the batch | how many people the others have, after crops, is not known before they are loaded
-# K-CA's share, near_identity, OKS scores, heatmaps: – | – | aids of tiny, see Config | it has no start weights
 
 # ---- Appendix: borrowed parts, fast forms, released names, pictures. Not needed on a first reading. ------
+
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
     """Logit of x clamped to [0, 1], finite at both ends: |logit| ≤ ln(1/eps)."""
     x = x.clamp(0, 1)
     return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
-
-
-def pick(x: Tensor, index: Tensor) -> Tensor:
-    """Rows index (B, Q) of x (B, N, C) → (B, Q, C)."""
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def sine_embedding(x: Tensor, dim: int, temperature: float) -> Tensor:
@@ -1178,8 +1160,6 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     union = a[..., 2] * a[..., 3] + b[..., 2] * b[..., 3] - inter
     return inter / (union + 1e-6) - (hull - union) / (hull + 1e-6)
 
-
-# Deformable DETR's encoder: attention over all levels; and what tells it the diffusion time.
 
 class Grid(NamedTuple):
     """Where the N cells of all levels are, level after level in raster order."""
@@ -1243,7 +1223,7 @@ class DeformableAttention(nn.Module):
         self.sampling_offsets.bias.data.copy_(bias.expand(-1, self.levels, -1, -1).flatten())
 
     def forward(self, x: Tensor, reference: Tensor, memory: Tensor, grid: Grid) -> Tensor:
-        value = self.value_proj(memory).masked_fill(grid.padded.unsqueeze(-1), 0).unflatten(-1, (self.heads, -1))
+        value = self.value_proj(memory).masked_fill(grid.padded[..., None], 0).unflatten(-1, (self.heads, -1))
         offsets = self.sampling_offsets(x).unflatten(-1, (self.heads, -1, 2))           # (B, Q, M, L·P, 2)
         logits = self.attention_weights(x).unflatten(-1, (self.heads, -1))
         points = [self.points] * self.levels
@@ -1251,7 +1231,7 @@ class DeformableAttention(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Each cell reads cells of all levels, then a feed-forward block; x, position (B, N, C) → (B, N, C)."""
+    """Deformable DETR's: cells read cells of all levels, then a feed-forward block; x, position (B, N, C)."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -1268,8 +1248,8 @@ class EncoderLayer(nn.Module):
 class TimeEmbedding(nn.Module):
     """s(t), a vector that changes the position of every cell:  position ← position · (s + 1) + s.
 
-    The release's, not in the paper. One vector is scale and shift, where the code shows that two were meant;
-    the released weights were trained so. Takes t (B,), returns (B, C).
+    The release's, not the paper's. One vector is scale and shift, where its code shows that two were meant.
+    Takes t (B,), returns (B, C).
     """
 
     def __init__(self, dim: int):
@@ -1283,8 +1263,6 @@ class TimeEmbedding(nn.Module):
         angle = t[:, None] * torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=t.device))
         return self.mlp(torch.cat([angle.sin(), angle.cos()], -1))
 
-
-# ED-Pose's (DINO's) selection of cells that become box queries.
 
 def box_proposals(grid: Grid) -> tuple[Tensor, Tensor]:
     """A square around each cell, as logits (B, N, 4), and which cells can be used (B, N).
@@ -1300,7 +1278,7 @@ def box_proposals(grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 class QuerySelection(nn.Module):
-    """Scores every cell of the memory and turns the Q best into boxes.
+    """Scores every cell of the memory and turns the Q best into boxes (DINO's, as in ED-Pose).
 
     Takes    memory (B, N, C)
     Returns  content (B, Q, C) without gradient; an Output of logits (B, Q, 2), boxes (B, Q, 4), best first
@@ -1319,19 +1297,17 @@ class QuerySelection(nn.Module):
         logits = self.score(cells)                                                      # (B, N, 2)
         # Departs from the release: there the padding competes, so that boxes depend on the rest of the batch
         best = logits.max(-1).values.masked_fill(grid.padded, -math.inf)
-        index = best.topk(min(self.queries, best.shape[1]), dim=1).indices              # (B, Q)
-        content = pick(cells, index)
-        boxes = (self.box(content).float() + pick(proposals, index)).sigmoid()
-        return content.detach(), Output(pick(logits, index), boxes, None)
+        index = best.topk(min(self.queries, best.shape[1]), dim=1).indices[..., None]   # (B, Q, 1)
+        content = cells.take_along_dim(index, 1)
+        boxes = (self.box(content).float() + proposals.take_along_dim(index, 1)).sigmoid()
+        return content.detach(), Output(logits.take_along_dim(index, 1), boxes, None)
 
 
-# Denoising queries (DN-DETR): ground-truth boxes, disturbed, as extra queries with a known answer.
-
-LABELS = 100               # random labels of the release; its embedding has one row more
+LABELS = 100               # labels of denoising queries in the release; its embedding has one row more
 
 
 class Noise(NamedTuple):
-    """All random numbers of a batch of denoising queries."""
+    """All random numbers of a batch of denoising queries (DN-DETR)."""
     person: Tensor         # (B, D) whose box: repeated(P, D)
     labels: Tensor         # (B, D) PERSON, or at random another
     shift: Tensor          # (B, D, 4) uniform in (−1, 1)
@@ -1356,7 +1332,7 @@ def draw_noise(counts: list[int], cfg: Config, device: torch.device) -> Noise:
 
 def denoising_queries(people: list[People], label: nn.Embedding, cfg: Config,
                       noise: Noise | None = None) -> Denoising:
-    """D noisy copies of the people of each image; label: the embedding that their tokens come from."""
+    """D disturbed ground-truth boxes per image, queries with a known answer; label: embeds their tokens."""
     device, counts = label.weight.device, [len(one) for one in people]
     noise = noise or draw_noise(counts, cfg, device)
     boxes = torch.stack([one.boxes[person] if len(one) else torch.full_like(shift, 0.5)
@@ -1368,10 +1344,8 @@ def denoising_queries(people: list[People], label: nn.Embedding, cfg: Config,
     return Denoising(label(noise.labels), inverse_sigmoid(noisy).sigmoid(), group, boxes, count > 0)
 
 
-# Aids to learn from nothing: losses that the paper does not have.
-
 def oks_score_loss(logits: Tensor, pairs: Pairs, quality: Tensor) -> Tensor:
-    """DETRPose's eq. 5, summed: −q (q log p + (1 − q) log(1 − p)) where matched, −α p² log(1 − p) elsewhere.
+    """An aid, DETRPose's eq. 5, summed: −q (q log p + (1 − q) log(1 − p)) where matched, else −α p² log(1 − p).
 
     logits (B, Q, 2); quality q (pairs,), the OKS of a matched pose; α = 0.25
     """
@@ -1384,8 +1358,8 @@ def oks_score_loss(logits: Tensor, pairs: Pairs, quality: Tensor) -> Tensor:
 
 
 def heatmap_loss(result: dict, people: list[People]) -> Tensor:
-    """Of the finest map with its padding; a cell that is partly image counts as image, as in the whole grid."""
-    inside = [replace(one, keypoints=one.keypoints * valid) for one, valid in zip(people, result["valid"])]
+    """An aid. Of the finest map with its padding; a cell that is partly image counts as image, as in the grid."""
+    inside = [replace(one, keypoints=one.keypoints * part) for one, part in zip(people, result["valid"])]
     return people_heatmap_loss(result["heatmaps"], inside)
 
 
@@ -1422,11 +1396,9 @@ def reset_parameters(model: DiffusionRegPose) -> None:
 @torch.no_grad()
 def start_near_identity(decoder: Decoder) -> None:
     """An aid. Keypoints' embeddings start as large as the content of the person that they are added to (Xavier's
-    are a tenth), K-SA at 0, and K-CA about as the identity (the release's moves all to about one point).
-
-    Of points with variance s² per axis, a softmax over q·p has the mean  mean(p) + s²·q  (exactly if they are
-    Gaussian), so √n Q(z)·K(p) = (z − ½)·p / s² and V = 1 give about z, where people are all over the image.
-    """
+    a tenth), K-SA at 0, K-CA about as the identity (the release's moves all to about one point): of points with
+    variance s² per axis a softmax over q·p has the mean  mean(p) + s²·q  (exactly if they are Gaussian), so that
+    √n Q(z)·K(p) = (z − ½)·p / s² and V = 1 give about z, where people are all over the image."""
     nn.init.normal_(decoder.keypoint_content.weight)
     if decoder.kca:
         query, key, value = decoder.kca.query, decoder.kca.key, decoder.kca.value
@@ -1486,14 +1458,14 @@ def recognise(state: dict[str, Tensor]) -> tuple[str, int] | None:
 
 
 def load_init(model: DiffusionRegPose, source: str) -> None:
-    """Start weights by file or name: DiffusionRegPose (all), ED-Pose (all but 18 tensors), torchvision's ResNet.
+    """Start weights by file or name: DiffusionRegPose (all), ED-Pose (all but 18 tensors), a ResNet-50.
 
     A K-CA that was trained without `learned_share` moves keypoints all the way: its share is 1.
     """
     path = Path(source) if Path(source).exists() else weights.fetch(source)
-    state, resnet = weights.load_tensors(path), "backbone.0.body."
+    state = weights.load_tensors(path)
     if "layer1.0.conv1.weight" in state:
-        state = {resnet + name: value for name, value in state.items() if not name.startswith("fc.")}
+        state = {f"backbone.0.body.{name}": x for name, x in state.items() if not name.startswith("fc.")}
     state = convert_official(state, model.cfg)
     groups = {r"num_batches_tracked$": "counts batches of another training",
               r"^heatmaps\.": "of an auxiliary loss, which starts anew"}
@@ -1509,14 +1481,12 @@ def load_init(model: DiffusionRegPose, source: str) -> None:
 
 
 def nms(keypoints: np.ndarray, scores: np.ndarray, size_px: tuple[int, int], kind: str) -> np.ndarray:
-    """Indices of the poses to keep, best first. keypoints (E, K, 2) in fractions of an image of size_px (w, h).
+    """Indices of the poses to keep, best first. keypoints (E, K, 2), fractions of an image of size_px (w, h).
 
-    Pose j is a neighbour of pose i when more than 10 joints lie closer than 4 % of the diagonal of pose i. Of a
-    pose and its neighbours the best stays; poses of a score up to 0.05 never do. kind: "plain" takes joints for
-    what they are; "official" takes the K first of the 2K numbers x1, y1, x2, ... for x and the others for y, as
-    the release does and tuned its thresholds with; "none" keeps everybody.
-    Departs from the release: it also keeps entry 0 once for every pose without neighbours, and gives kept poses
-    the scores of others; here all keep their own.
+    Pose j is a neighbour of pose i when more than 10 joints lie closer than 4 % of the diagonal of pose i. Of
+    a pose and its neighbours the best stays; poses of a score up to 0.05 never do. kind: "plain" takes joints
+    for what they are; "official" takes the K first of the 2K numbers x1, y1, x2, ... for x and the others for
+    y, as the release does and tuned its thresholds with; "none" keeps everybody.
     """
     best_first = np.argsort(-scores, kind="stable")
     if kind == "none":
@@ -1527,7 +1497,7 @@ def nms(keypoints: np.ndarray, scores: np.ndarray, size_px: tuple[int, int], kin
         points = np.moveaxis(keypoints.reshape(count, 2, joints), 1, 2) * size_px
     limit = 0.04 * np.linalg.norm(np.ptp(points, 1), axis=-1)
     near = np.linalg.norm(points[:, None] - points, axis=-1) < limit[:, None, None]          # (E, E, K)
-    needed = max(min(10, 3 * joints // 4), 10 * joints // 17)           # 10 of COCO's 17 and of CrowdPose's 14
+    needed = max(min(10, 3 * joints // 4), 10 * joints // 17)          # 10 of COCO's 17 and of CrowdPose's 14
     neighbour = ((near.sum(-1) > needed) | np.eye(count, dtype=bool)) & (scores > 0.05)
     keep, ignored = np.zeros(count, bool), np.zeros(count, bool)
     for i in range(count):
@@ -1566,8 +1536,8 @@ def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config) -> dict:
 
 @torch.no_grad()
 def show_process(model: DiffusionRegPose, image: Image.Image, threshold: float) -> dict[str, list]:
-    """For eval.py --process: `process`, noise that becomes poses in ten DDIM steps, and `uncertainty`, how far the
-    poses from 16 draws of noise lie apart: ellipses of two standard deviations. Of people above the threshold."""
+    """For eval.py --process: `process`, noise that becomes poses in ten DDIM steps, and `uncertainty`, how far
+    the poses from 16 draws of noise lie apart: ellipses of two deviations. Of people above the threshold."""
     cfg, skeleton = model.cfg, model.skeleton
     picture, size = input_image(image, cfg), np.array(image.size)
 
@@ -1591,8 +1561,8 @@ def show_process(model: DiffusionRegPose, image: Image.Image, threshold: float) 
 
 
 def draw_completion(data: PoseDataset, complete: Callable, count: int = 9) -> Image.Image:
-    """The first images in which complete(keypoints (P, K, 3), boxes xyxy (P, 4)) labels further keypoints: as they
-    are labelled left, completed right, where what is new is hollow."""
+    """The first images in which complete(keypoints (P, K, 3), boxes xyxy (P, 4)) labels further keypoints:
+    as labelled left, completed right, where what is new is hollow."""
     pairs = []
     for i in range(len(data)):
         if len(pairs) == count:
