@@ -1022,8 +1022,7 @@ def train(cfg: Config, args) -> None:
 EQUATIONS = {           # equation, algorithm or section of the paper → where it stands here
     "eq. 1": cosine_schedule, "eq. 2": cosine_schedule, "eq. 3": noise_poses, "eq. 4": noise_poses,
     "eq. 5": PointAttention, "eq. 6": Decoder, "eq. 7": Decoder.mix_with_noise, "eq. 8": Decoder,
-    "eq. 9": KeypointCompletion, "eq. 10": KeypointCompletion, "eq. 11": KeypointCompletion,
-    "eq. 12": KeypointCompletion,
+    **{f"eq. {n}": KeypointCompletion for n in (9, 10, 11, 12)},
     "Sec. 3.2.1, padding": pad_poses, "Sec. 3.2.2, losses": criterion, "Sec. 3.2.3, Algorithm 1": sample,
     "Sec. 3.2.4, the matrix M": learn_completion, "Sec. 4.2": train,
 }
@@ -1078,8 +1077,7 @@ TABLES = {
 # Sec. 3.2.1, padding: empty poses | Gaussian poses | paper, --padding, or --as_released | –
 # Table 4, mean pose: whose, and how wide, is not said | – | the batch's, the image 6 deviations wide | –
 # eq. 5, eq. 7, MLPs: yes | one linear layer each, logits times √n | release | weights
-# eq. 7, inputs: Q_CK; tokens of keypoints | Q_CK + coarse keypoints; coarse keypoints | release | weights
-# eq. 7, cBox: boxes from K-CA, too | boxes stay | release | weights
+# eq. 7: from Q_CK to tokens, also boxes | from Q_CK + coarse to coarse keypoints, boxes stay | release | weights
 # t in the network: nowhere | changes the encoder's positions, one vector as scale, shift | release | weights
 # Algorithm 1, lines 3-5: once per image | at each step, because of t | release | weights
 # Algorithm 1, steps: how many is not said | 1; of several it throws the last away | 1, or --steps; the last
@@ -1110,10 +1108,7 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
 
 
 def sine_embedding(x: Tensor, dim: int, temperature: float) -> Tensor:
-    """Sine embedding of each coordinate of x (..., n), in units of a full turn → (..., n·dim).
-
-    Feature i of a coordinate is sin (even i) or cos (odd i) of 2π·x / temperature^(2⌊i/2⌋ / dim).
-    """
+    """Each coordinate of x (..., n) in full turns → sin, cos, sin, … of 2π·x / temperature^(2j/dim), (..., n·dim)."""
     i = torch.arange(0, dim, 2, device=x.device)
     angle = 2 * math.pi * x.unsqueeze(-1) / temperature ** (i / dim)                    # (..., n, dim/2)
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(-3)
@@ -1212,10 +1207,9 @@ class DeformableAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Point i of head m starts i+1 cells along the m-th of M rays; all weights start equal."""
-        for layer in (self.sampling_offsets, self.attention_weights):
-            nn.init.zeros_(layer.weight)
-        for layer in (self.attention_weights, self.value_proj, self.output_proj):
-            nn.init.zeros_(layer.bias)
+        for parameter in (self.sampling_offsets.weight, *self.attention_weights.parameters(),
+                          self.value_proj.bias, self.output_proj.bias):
+            nn.init.zeros_(parameter)
         angle = torch.arange(self.heads) * 2 * math.pi / self.heads
         ray = F.normalize(torch.stack([angle.cos(), angle.sin()], -1), p=math.inf, dim=-1)
         steps = torch.arange(1, self.points + 1)
@@ -1246,10 +1240,9 @@ class EncoderLayer(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """s(t), a vector that changes the position of every cell:  position ← position · (s + 1) + s.
+    """s (B, C) of t (B,), a vector that changes the position of every cell:  position ← position · (s + 1) + s.
 
     The release's, not the paper's. One vector is scale and shift, where its code shows that two were meant.
-    Takes t (B,), returns (B, C).
     """
 
     def __init__(self, dim: int):
@@ -1270,9 +1263,8 @@ def box_proposals(grid: Grid) -> tuple[Tensor, Tensor]:
     The side is 0.05 of the image on level 0 and doubles from level to level. Not used, with infinite logits,
     are cells in the padding and boxes of which a number is outside of (0.01, 0.99).
     """
-    sides = torch.cat([torch.full((h * w,), 0.05 * 2 ** l) for l, (h, w) in enumerate(grid.shapes)])
-    sides = sides.to(grid.centres)[:, None].expand(*grid.centres.shape)
-    boxes = torch.cat([grid.centres, sides], -1)
+    sides = torch.cat([torch.full((h * w, 2), 0.05 * 2 ** l) for l, (h, w) in enumerate(grid.shapes)])
+    boxes = torch.cat([grid.centres, sides.to(grid.centres).expand_as(grid.centres)], -1)
     usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1) & ~grid.padded
     return (boxes / (1 - boxes)).log().masked_fill(~usable.unsqueeze(-1), math.inf), usable
 
@@ -1459,9 +1451,7 @@ def recognise(state: dict[str, Tensor]) -> tuple[str, int] | None:
 
 def load_init(model: DiffusionRegPose, source: str) -> None:
     """Start weights by file or name: DiffusionRegPose (all), ED-Pose (all but 18 tensors), a ResNet-50.
-
-    A K-CA that was trained without `learned_share` moves keypoints all the way: its share is 1.
-    """
+    A K-CA that was trained without `learned_share` moves keypoints all the way: its share is 1."""
     path = Path(source) if Path(source).exists() else weights.fetch(source)
     state = weights.load_tensors(path)
     if "layer1.0.conv1.weight" in state:
