@@ -86,7 +86,7 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
     box_layers: int = 2            # of these, layers that see boxes alone; the others see keypoints, too
     box_queries: int = 900         # Q, cells of the memory that become box queries
     queries: int = 100             # G, the paper's N_i (Table 5): people and noisy poses; K-SA depends on it
-    coarse_head: str = "released"  # first keypoints': own; shared with pose_heads[0]; released: so for 14
+    coarse_head: str = "released"  # first keypoints' head: own, shared (pose_heads[0]), released (14: shared)
     # diffusion (Sec. 3.2)
     ksa_kca: bool = True           # noise enters the decoder, t the encoder; off: ED-Pose (Tables 1 and 2)
     scale: float = 6.0             # ζ of eq. 4, signal against noise (Table 3; the paper takes 5)
@@ -396,12 +396,12 @@ class Decoder(nn.Module):
              on x_l without the norm gives reference_{l+1}. Keypoints have a width and height, too: how far
              around them a layer reads the image.
     Learns   Where layer l reads, and where its step to reference_{l+1} starts, is a detached reference_l. Its
-             prediction starts from reference_l with the gradient, so the loss of layer l also teaches head l−1
+             prediction starts from reference_l with the gradient: the loss of layer l also teaches head l−1
              (DINO's "look forward twice"): through tokens a loss goes all the way back, through coordinates
-             one layer. Of all losses only L1 and OKS of the first keypoint layer, an auxiliary loss, see cKpts
-             with the gradient: K-SA and K-CA learn through this one layer, from nothing else. Widths and
-             heights of keypoints are in no prediction: `size_head` and `keypoint_size` never learn, in the
-             release neither.
+             one layer. Of all losses only L1 and OKS of the first keypoint layer, an auxiliary loss, see
+             cKpts with the gradient: K-SA and K-CA learn through this one layer, from nothing else. Widths
+             and heights of keypoints are in no prediction: `size_head` and `keypoint_size` never learn, in
+             the release neither.
     """
 
     def __init__(self, cfg: Config, keypoints: int):
@@ -413,7 +413,7 @@ class Decoder(nn.Module):
         self.box_heads = nn.ModuleList(MLP(dim, dim, dim, 4) for _ in range(cfg.layers))
         self.pose_heads = nn.ModuleList(MLP(dim, dim, dim, 2) for _ in range(cfg.layers - cfg.box_layers))
         self.size_head = MLP(dim, dim, dim, 2)
-        # released models with CrowdPose's 14 keypoints use the first pose head here, too
+        # released models of CrowdPose's 14 keypoints use the first pose head here, too
         shared = cfg.coarse_head == "shared" or cfg.coarse_head == "released" and keypoints == 14
         self.coarse_head = None if shared else MLP(dim, dim, dim, 2)
         self.keypoint_content, self.keypoint_size = nn.Embedding(keypoints, dim), nn.Embedding(keypoints, 2)
@@ -1077,7 +1077,8 @@ TABLES = {
 # Sec. 3.2.1, padding: empty poses | Gaussian poses | paper, --padding, or --as_released | –
 # Table 4, mean pose: whose, and how wide, is not said | – | the batch's, the image 6 deviations wide | –
 # eq. 5, eq. 7, MLPs: yes | one linear layer each, logits times √n | release | weights
-# eq. 7: from Q_CK to tokens, also boxes | from Q_CK + coarse to coarse keypoints, boxes stay | release | weights
+# coarse keypoints' head: – | its own; 14 keypoints: the first pose head | the preset's coarse_head | weights
+# eq. 7: Q_CK to tokens, boxes as well | Q_CK + coarse keypoints to these, boxes stay | release | weights
 # t in the network: nowhere | changes the encoder's positions, one vector as scale, shift | release | weights
 # Algorithm 1, lines 3-5: once per image | at each step, because of t | release | weights
 # Algorithm 1, steps: how many is not said | 1; of several it throws the last away | 1, or --steps; the last

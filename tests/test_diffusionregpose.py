@@ -403,8 +403,8 @@ def some_people(count: int, keypoints: int = 17) -> People:
 
 def noise_of(case: dict, people: list[People]) -> drp.Noise:
     dn = case["rng/dn_label_u"].shape[1]
-    person = [torch.cat([torch.arange(len(one)).repeat(dn // len(one)), torch.from_numpy(case[f"rng/dn_residue_idx{i}"])])
-              for i, one in enumerate(people)]
+    rest = [torch.from_numpy(case[f"rng/dn_residue_idx{i}"]) for i in range(len(people))]
+    person = [torch.cat([torch.arange(len(one)).repeat(dn // len(one)), some]) for one, some in zip(people, rest)]
     labels = torch.where(torch.from_numpy(case["rng/dn_label_u"]) < 0.5, torch.from_numpy(case["rng/dn_label_new"]), 1)
     return drp.Noise(torch.stack(person), labels, 2 * torch.from_numpy(case["rng/dn_box_u"]) - 1)
 
@@ -509,13 +509,15 @@ def shapes_of(output: Output) -> list:
 
 @torch.no_grad()
 def test_tiny_model_gives_the_promised_shapes():
-    model, images, poses, t = tiny().train(), torch.randn(2, 3, 96, 128), torch.rand(2, 10, 17, 2), torch.tensor([3, 999])
+    model, images = tiny().train(), torch.randn(2, 3, 96, 128)
+    poses, t = torch.rand(2, 10, 17, 2), torch.tensor([3, 999])
     result = model(images, None, poses, t, [some_people(2), some_people(0)])
-    last, first, pair = [(2, 10, 2), (2, 10, 4), (2, 10, 17, 2)], [(2, 40, 2), (2, 40, 4), None], [(2, 10, 2), (2, 10, 4), None]
+    last, first = [(2, 10, 2), (2, 10, 4), (2, 10, 17, 2)], [(2, 40, 2), (2, 40, 4), None]
     assert [tuple(result[name].shape) for name in Output._fields] == last
     assert {name: shapes_of(output) for name, output in result["outputs"].items()} == {
         "_0": first, "_1": last, "_2": last, "": last, "_interm": first}
-    assert {name: shapes_of(output) for name, output in result["dn_outputs"].items()} == dict.fromkeys(("_0", "_1", "_2", ""), pair)
+    assert {name: shapes_of(output) for name, output in result["dn_outputs"].items()} == dict.fromkeys(
+        ("_0", "_1", "_2", ""), [(2, 10, 2), (2, 10, 4), None])
     assert model.eval()(images, None, poses, t).keys() == set(Output._fields)
 
 
@@ -600,9 +602,9 @@ def test_k_sa_and_k_ca_learn_from_the_first_keypoint_layer_alone():
     model = tiny(box_layers=2, layers=5).train()
     losses = step_losses(model, torch.randn(2, 3, 96, 128), None, [some_people(2), some_people(1)])
     decoder = model.decoder
-    watched = dict(ksa=decoder.ksa.query.weight, kca=decoder.kca.value.weight, coarse=decoder.coarse_head.layers[0].weight,
-                   head3=decoder.pose_heads[1].layers[0].weight, size=decoder.size_head.layers[0].weight,
-                   sizes=decoder.keypoint_size.weight)
+    watched = dict(ksa=decoder.ksa.query.weight, kca=decoder.kca.value.weight,
+                   coarse=decoder.coarse_head.layers[0].weight, head3=decoder.pose_heads[1].layers[0].weight,
+                   size=decoder.size_head.layers[0].weight, sizes=decoder.keypoint_size.weight)
     taught = {name: set() for name in watched}
     for term, loss in losses.items():
         if loss.requires_grad:
@@ -813,10 +815,12 @@ def recorded_result(case: dict, k: int) -> tuple[dict, dict]:
         return load(name)[..., :2 * k].unflatten(2, (k, 2)) if case[name].any() else None
 
     names = [*(f"_{l}" for l in range(count - 1)), ""]
-    outputs = {name: Output(*(load(f"layer{l}_pred_{what}") for what in ("logits", "boxes")), poses(f"layer{l}_pred_keypoints"))
-               for l, name in enumerate(names)}
+    outputs, noisy = {}, {}
+    for l, name in enumerate(names):
+        pair = [load(f"layer{l}_pred_{what}") for what in ("logits", "boxes")]
+        outputs[name] = Output(*pair, poses(f"layer{l}_pred_keypoints"))
+        noisy[name] = Output(load(f"layer{l}_dn_class_pred"), load(f"layer{l}_dn_bbox_pred"), None)
     outputs["_interm"] = Output(load("interm_pred_logits"), load("interm_pred_boxes"), None)
-    noisy = {name: Output(load(f"layer{l}_dn_class_pred"), load(f"layer{l}_dn_bbox_pred"), None) for l, name in enumerate(names)}
     known = SimpleNamespace(boxes=torch.from_numpy(case["dn_bbox_input"]),
                             known=torch.from_numpy(case["dn_class_input"]) == drp.PERSON)
     return dict(outputs=outputs, dn_outputs=noisy, denoising=known), leaves
@@ -874,12 +878,12 @@ def test_every_loss_term_and_its_gradient_equals_the_release(file):
 
 
 def random_output(batch: int, queries: int = 6, keypoints: int | None = 17) -> Output:
-    poses = torch.rand(batch, queries, keypoints, 2, requires_grad=True) if keypoints else None
-    return Output(torch.randn(batch, queries, 2, requires_grad=True), torch.rand(batch, queries, 4, requires_grad=True), poses)
+    logits, boxes = torch.randn(batch, queries, 2, requires_grad=True), torch.rand(batch, queries, 4, requires_grad=True)
+    return Output(logits, boxes, torch.rand(batch, queries, keypoints, 2, requires_grad=True) if keypoints else None)
 
 
 def random_result(batch: int) -> dict:
-    outputs = {"_0": random_output(batch, keypoints=None), "": random_output(batch), "_interm": random_output(batch, keypoints=None)}
+    outputs = dict(zip(("_0", "", "_interm"), (random_output(batch, keypoints=k) for k in (None, 17, None))))
     return dict(outputs=outputs, dn_outputs={}, denoising=None)
 
 
@@ -1172,7 +1176,8 @@ def test_a_training_step_equals_the_release(file):
     close(denoising.reference, torch.from_numpy(case["dn_query_bbox_unsigmoid"]).sigmoid(), 1e-5)
     close(denoising.content[..., ::16], case["dn_noised_labels_embed_stride"], 1e-6)
     dn = denoising.group.shape[1]
-    assert ((denoising.group[:, :, None] != denoising.group[:, None]).numpy() == case["attn_mask_box"][:, :dn, :dn]).all()
+    blocked = denoising.group[:, :, None] != denoising.group[:, None]
+    assert (blocked.numpy() == case["attn_mask_box"][:, :dn, :dn]).all()
     for name in ("logits", "boxes"):
         close(result[name], case[f"out/pred_{name}"], 1e-4, name)
     close(result["keypoints"].flatten(2), case["out/pred_keypoints"][..., :2 * k], 1e-4, "keypoints")
@@ -1205,7 +1210,8 @@ def check_gradients(model: drp.DiffusionRegPose, case, names: dict):
         if ours[key[5:]] not in idle | biases:
             theirs, gradient = torch.from_numpy(case[key]), learned[ours[key[5:]]]
             step = gradient.shape[1] // theirs.shape[1] if theirs.dim() > 1 else 1
-            close(gradient[..., ::step] / theirs.abs().max(), theirs / theirs.abs().max(), loose.get(ours[key[5:]], 2e-3), key)
+            largest = theirs.abs().max()
+            close(gradient[..., ::step] / largest, theirs / largest, loose.get(ours[key[5:]], 2e-3), key)
 
 
 # ------------------------------------------------------------------------------------------ by itself
@@ -1216,7 +1222,8 @@ def check_gradients(model: drp.DiffusionRegPose, case, names: dict):
     dict(uniform_t=False), dict(ksa_kca=False), dict(dn_queries=0), dict(as_released=True)], ids=str)
 def test_every_ablation_gives_every_parameter_a_finite_gradient(ablation, counts):
     model = drp.build("tiny", "crowdpose" if "scale" in ablation else "coco", **SMALL | ablation).train()
-    targets, pictures = labelled_people(counts, model.skeleton.num_keypoints), [torch.rand(3, 64, w) for w in (64, 48, 40)]
+    targets = labelled_people(counts, model.skeleton.num_keypoints)
+    pictures = [torch.rand(3, 64, w) for w in (64, 48, 40)]
     for _ in range(2):                                  # the first step leaves zero-started heads behind
         losses = step_losses(model, *drp.pad_images(pictures), targets)
         sum(losses.values()).backward()
@@ -1348,8 +1355,9 @@ def test_a_run_that_is_cut_and_resumed_ends_with_the_same_bits(how, step, puppet
     assert_equal({part: after[part] for part in parts}, {part: expected[part] for part in parts})
 
 
-def test_without_an_average_the_weights_themselves_are_evaluated_and_nothing_else_is_kept(puppets_folder, tmp_path):
-    last = train(puppets_folder, tmp_path / "run", "--epochs", "1", "--batch", "22", "--ema", "0")
+def test_without_an_average_the_weights_themselves_are_evaluated_and_no_copy_is_kept(puppets_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(RunFolder, "draw", lambda *args: None)
+    last = train(puppets_folder, tmp_path / "run", "--epochs", "1", "--batch", "22", "--ema", "0", "--no-keypoint_completion")
     assert "ema" not in last
     assert_equal(torch.load(tmp_path / "run" / "best.pt", weights_only=True)["model"], last["model"])
     assert train(puppets_folder, tmp_path / "run", "--resume", str(tmp_path / "run"), "--epochs", "2")["step"] == 2
@@ -1405,8 +1413,8 @@ def test_the_auxiliary_heatmap_loss_teaches_what_is_before_the_decoder():
 
 
 def test_the_auxiliary_heatmap_loss_knows_the_padding():
-    """Of pictures 128x64 and 64x128, padded to squares: keypoints are fractions of the pictures, heatmaps of the squares.
-    An untaught head says 0 everywhere, so the loss is the square of what it should say."""
+    """Of pictures 128x64 and 64x128, padded to squares: keypoints are fractions of the pictures, heatmaps of the
+    squares. An untaught head says 0 everywhere, so the loss is the square of what it should say."""
     model, people = drp.build("tiny").train(), labelled_people([2, 1])
     images, padded = drp.pad_images([torch.rand(3, 64, 128), torch.rand(3, 128, 64)])
     loss = step_losses(model, images, padded, people)["loss_heatmaps"].item()
