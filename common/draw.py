@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -218,25 +218,6 @@ def draw_predictions(data: PoseDataset, predictions: Sequence[Prediction], count
         guess = draw_people(sample.image, p.keypoints[good], p.keypoint_scores[good], data.skeleton,
                             person_scores=p.scores[good])
         pairs.append(contact_sheet([truth, guess], 2, gap=2))
-    return contact_sheet(pairs, columns=3, cell=720)
-
-
-def draw_completion(data: PoseDataset, complete: Callable, count: int = 9) -> Image.Image:
-    """The first images in which complete(keypoints (P, K, 3), boxes xyxy (P, 4)) labels further keypoints: the labels
-    left, the completed ones right, where what is new is hollow."""
-    pairs = []
-    for i in range(len(data)):
-        if len(pairs) == count:
-            break
-        sample, after = data[i], complete(data[i].keypoints, data[i].boxes)
-        labelled = sample.keypoints[..., 2] > 0
-        new = (after[..., 2] > 0) & ~labelled
-        picture = data.load(i)[0] if new.any() else None
-        if picture is None:
-            continue
-        sides = [np.concatenate([xy[..., :2], v[..., None]], 2)
-                 for xy, v in ((sample.keypoints, SOLID * labelled), (after, SOLID * labelled + HOLLOW * new))]
-        pairs.append(contact_sheet([draw_people(picture.image, side, None, data.skeleton) for side in sides], 2, gap=2))
     return contact_sheet(pairs, columns=3, cell=720)
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from common.records import Prediction
 from common.splits import open_dataset
-from common.draw import (HOLLOW, LINES, SOLID, colours, contact_sheet, draw_completion, draw_ellipses, draw_people,
+from common.draw import (HOLLOW, LINES, SOLID, colours, contact_sheet, draw_ellipses, draw_people,
                          draw_predictions, plot_curves, side_of, states, ticks)
 from common.skeletons import SKELETONS, get_skeleton
 
@@ -66,20 +66,6 @@ def test_an_ellipse_reaches_two_deviations_from_the_mean_in_each_direction():
     along, across = ((x - 200) * 4 + (y - 200) * 3) / 5, ((y - 200) * 4 - (x - 200) * 3) / 5
     assert 38 < along.max() < 43 and -43 < along.min() < -38 and np.abs(across).max() < 4
     assert draw_ellipses(Image.new("RGB", (40, 20)), np.zeros((3, 0, 17, 2)), COCO).size == (800, 400)
-
-
-def test_completed_people_stand_beside_their_annotation(puppets_folder):
-    data = open_dataset(str(puppets_folder), "train")
-    calls = []
-
-    def complete(keypoints, boxes):
-        assert boxes.shape == (len(keypoints), 4)
-        calls.append(len(keypoints))
-        return np.where(keypoints[..., 2:] > 0, keypoints, np.float32([20, 20, 1]))
-
-    sheet = draw_completion(data, complete, count=2)
-    assert sheet.size[0] > 2 * sheet.size[1] and len(calls) < len(data)
-    assert draw_completion(data, lambda keypoints, boxes: keypoints).size < sheet.size, "nothing new, nothing drawn"
 
 
 @pytest.mark.parametrize("name", SKELETONS)
