@@ -1,9 +1,9 @@
 """QueryPose: sparse multi-person pose regression via spatial-aware part-level queries (NeurIPS 2022).
 
-Idea     A fixed number of learned boxes and queries, one per person, refined in six stages, no anchors and no NMS.
-         A pose is not read from one query. A person has seven part queries; each part draws an attention map over
-         the features in the person's box, gathers them by it, and regresses the few keypoints of its part, with
-         their deviations.
+Idea     A fixed number of learned boxes and queries, one per person, is refined in six stages: no anchors and
+         no NMS. A pose is not read from one query but from seven part queries. Each draws an attention map
+         over the features in the person's box, gathers them by it, and regresses the few keypoints of its
+         part, and how sure it is of them.
 Flow     image (B,3,H,W) → ResNet-50, HRNet or Swin-L → neck → maps of stride 4, 8, 16, 32 → 6 ×
          [BoxStage: boxes (B,Q,4), logits (B,Q) → KeypointStage in each box: keypoints, sigmas (B,Q,K,2)]
 Read     BoxStage (eq. 1) → SPEGM (Sec. 3.2) → SIM (eq. 3) → KeypointStage (eq. 2) → QueryPose.forward
@@ -14,16 +14,16 @@ Letters  B images  Q person queries (the paper's N)  R = B·Q rows, a box each  
          A attention maps (R,M,cells)  μ̂ keypoints and σ̂ deviations, relative to the box  C̄ class score
 Units    boxes are x1, y1, x2, y2 in pixels of the network's input, never clipped; keypoints of the model are
          relative to the box of their stage: 0 its centre, ±0.5 its sides; `People` are pixels of the input
-Tables   at the end of the main text: equation → function, the rows of the paper's tables, departures from paper
-         and release
-Forms    full (Fig. 3b), the paper's: the keypoint decoder updates the instance query and gives it to the next box
-         stage. Light (`--no-full`, Fig. 3a): it leaves it as it is, as in the weights that were released
+Forms    full (Fig. 3b), the paper's: the keypoint decoder updates the instance query, for the next box stage.
+         Light (`--no-full`, Fig. 3a): it leaves the query as it is; the released weights are of this form
+Tables   at the end of the main text: equation → function, the rows of the paper's tables, departures from
+         paper and release
 
     python querypose.py                                 what each preset is: parameters, GFLOPs
     python querypose.py --train                         learn puppets, synthetic people drawn on first use
     python querypose.py --train --data data/coco --preset hrnet_w32 --init pose_hrnet_w32_384x288.pth
     python eval.py querypose-hrnet_w32 --images photo.jpg       the authors' weights on your photo
-    python eval.py runs/<run> --images photo.jpg --process      and where the parts look, how sure each joint is
+    python eval.py runs/<run> --images photo.jpg --process      and where the parts look, how sure they are
 """
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ from common.nets.hrnet import HRNet
 from common.nets.resnet import ConvNorm, ResNet
 from common.nets.swin import Swin
 from common.predict import predict_all
-from common.ranks import Ranks, autocast, distribute, init_ranks, mean_over_ranks, rank_zero_first, say, seed_all
+from common.ranks import (Ranks, autocast, distribute, init_ranks, mean_over_ranks, rank_zero_first, say,
+                          seed_all)
 from common.records import Prediction, Sample, gather_people
 from common.run import Ema, Run
 from common.skeletons import Skeleton, get_skeleton, words
@@ -65,7 +66,7 @@ from kernels.dispatch import plain
 
 # ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. ---------
 
-RESNETS = {"r50": (64, (3, 4, 6, 3)), "r26": (24, (2, 2, 2, 2))}        # width of res2, blocks in res2 to res5
+RESNETS = {"r50": (64, (3, 4, 6, 3)), "r26": (24, (2, 2, 2, 2))}      # width of res2, blocks in res2 to res5
 HRNETS = {"hrnet_w32": 32, "hrnet_w48": 48}
 INTERACTIONS = ("spegm", "mhsa", "channel", "spatial", "pool")
 UPDATES = ("sim", "sum", "concat", "none")
@@ -75,8 +76,8 @@ AT_INFERENCE = ("prune",)              # fields that `eval.py --set` may change
 @dataclass(frozen=True)
 class Config(RunConfig):       # which adds data, accum (micro-batches), amp, processes, workers, eval_*, seed
     # model (Sec. 3; numbers without a source are the release's)
-    backbone: str = "r50"          # r50, hrnet_w32, hrnet_w48, swin_l (Table 4), or r26, a narrow one for tiny
-    frozen_norm: bool = True       # batch norms of the backbone keep their statistics; off to train from nothing
+    backbone: str = "r50"          # r50, hrnet_w32, hrnet_w48, swin_l (Table 4), or the narrow r26 of tiny
+    frozen_norm: bool = True       # the backbone's batch norms are constants; off to train from nothing
     freeze: bool = True            # a ResNet's stem and first stage stay as they start
     dim: int = 256                 # C, channels of maps and instance queries
     heads: int = 8                 # attention heads; divides dim and part_dim
@@ -89,15 +90,15 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
     convs: int = 6                 # stacked 3×3 convolutions of the keypoint stage (Sec. 3.2 has no number)
     conv_width: int = 512          # channels between them
     # the paper's ablations (Tables 1 to 3); the defaults are its model
-    full: bool = True              # a keypoint stage updates the instance query (Fig. 3b); off: the light form
+    full: bool = True              # keypoint stages update the instance query (Fig. 3b); off: the light form
     iterate: bool = True           # and the next box stage gets it; off: another reading of Fig. 3a (Table 3)
     query: str = "part"            # what looks at the box's features: part, or one instance query (Table 1)
-    interaction: str = "spegm"     # spegm, mhsa, dynamic MLP over channel or spatial (Table 1), pool (Table 2b)
-    update: str = "sim"            # part queries of the last stage come in by sim, sum, concat or none (Table 2a)
+    interaction: str = "spegm"     # spegm, mhsa, dynamic MLP: channel or spatial (Table 1), pool (Table 2b)
+    update: str = "sim"            # how part queries go from stage to stage: sim, sum, concat, none (Table 2a)
     part_dim: int = 128            # D, channels of a part query (Table 2c)
     scheme: str = "c"              # parts (Fig. 4, Table 2d): a keypoints, b head in one, c seven, d five
     init: str = "resnet50"         # start weights: file or name; QueryPose, or a ResNet, HRNet or Swin
-    # optimisation (Sec. 4.1: AdamW, rates, batch, 280k steps over 57k images; the last three are the release's)
+    # optimisation (Sec. 4.1: AdamW, rates, batch, 280k steps over 57k images; the last three: release)
     epochs: int = 79               # passes over the training images; 40 are the 1× schedule of the ablations
     drop_epochs: str = "62,74"     # learning rate ×0.1 from each of these epochs on (220k, 260k); 1×: 31,37
     batch: int = 16                # images per optimiser step, over all GPUs and micro-batches
@@ -110,12 +111,12 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
     # pictures (Sec. 4.1)
     short_side: int = 800          # pixels of an image's shorter side, unless the longer gets too long
     long_side: int = 1333          # pixels of the longer side at most (release)
-    multiscale: bool = True        # train at short sides of 0.6 to 1 of that, half of the time after a random crop
+    multiscale: bool = True        # short sides of 0.6 to 1 of that, half of the time after a random crop
     # who gets a pose
-    prune: bool = True             # AP is computed from the poses that can be among the 20 best; light form only
-    matched: bool = False          # training computes poses of matched queries alone; not with --full --iterate
+    prune: bool = True             # AP is computed from poses that can be among the 20 best; light form only
+    matched: bool = False          # training computes poses of matched queries; not with --full --iterate
     # aids to learn from nothing: ours, not the paper's; the presets of the paper do without them
-    spread: bool = False           # boxes start spread out at half the image's size; off: each as the whole image
+    spread: bool = False           # boxes start spread out, of half the image's size; off: as the whole image
     schedule: str = "constant"     # constant or cosine
     ema: float = 0.0               # decay of the weight average that is evaluated; 0: the weights themselves
     ema_warmup: int = 0            # optimiser steps over which the decay grows to that
@@ -125,8 +126,8 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
         super().__post_init__()
         check_choice(self, backbone=(*RESNETS, *HRNETS, "swin_l"), query=("part", "instance"),
                      interaction=INTERACTIONS, update=UPDATES, scheme="abcd", schedule=("constant", "cosine"))
-        check_range(self, 1, math.inf, "dim heads ffn dynamic stages queries box_roi pose_roi convs conv_width "
-                    "part_dim epochs batch short_side long_side")
+        check_range(self, 1, math.inf, "dim heads ffn dynamic stages queries box_roi pose_roi convs "
+                    "conv_width part_dim epochs batch short_side long_side")
         check_range(self, 1e-6, math.inf, "lr lr_flow clip")
         check_range(self, 0, math.inf, "lr_backbone weight_decay warmup ema_warmup")
         check_range(self, 0, 1, "ema")
@@ -141,20 +142,22 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
 
 
 def _presets() -> dict[str, Config]:
-    """Backbones of Table 4, each in the full form, the paper's, and in the light one, the released weights'."""
+    """Backbones of Table 4, each in the paper's full form and in the light one of the released weights."""
     r50 = Config(eval_batch=1)                                  # padding would move the results a little
     w32 = replace(r50, backbone="hrnet_w32", frozen_norm=False, freeze=False, full=False,
                   init="pose_hrnet_w32_384x288.pth")            # heatmap pre-training (Sec. 4.3)
     w48 = replace(w32, backbone="hrnet_w48", init="pose_hrnet_w48_384x288.pth")
     swin = replace(w32, backbone="swin_l", full=True, init="swin_large_patch4_window7_224_22k.pth")
     # minutes on a laptop, from nothing: small everything, all the aids, poses of matched queries alone
-    tiny = Config(backbone="r26", frozen_norm=False, freeze=False, dim=80, heads=4, ffn=192, dynamic=24, stages=2,
-                  queries=10, spread=True, pose_roi=8, convs=2, conv_width=96, full=False, part_dim=64,
-                  matched=True, init="", epochs=10, batch=16, lr=1e-3, lr_backbone=1e-3, lr_flow=1e-3,
-                  schedule="cosine", warmup=60, drop_epochs="", ema=0.995, ema_warmup=100, short_side=128,
-                  long_side=128, multiscale=False, processes=2, workers=0, eval_every=10, eval_batch=50)
-    return {"tiny": tiny, "r50": r50, "r50-light": replace(r50, full=False), "hrnet_w32": w32,
-            "hrnet_w32-full": replace(w32, full=True), "hrnet_w48": w48, "hrnet_w48-full": replace(w48, full=True),
+    tiny = Config(backbone="r26", frozen_norm=False, freeze=False, dim=80, heads=4, ffn=192, dynamic=24,
+                  stages=2, queries=10, spread=True, pose_roi=8, convs=2, conv_width=96, full=False,
+                  part_dim=64, matched=True, init="", epochs=10, batch=16, lr=1e-3, lr_backbone=1e-3,
+                  lr_flow=1e-3, schedule="cosine", warmup=60, drop_epochs="", ema=0.995, ema_warmup=100,
+                  short_side=128, long_side=128, multiscale=False, processes=2, workers=0, eval_every=10,
+                  eval_batch=50)
+    return {"tiny": tiny, "r50": r50, "r50-light": replace(r50, full=False),
+            "hrnet_w32": w32, "hrnet_w32-full": replace(w32, full=True),
+            "hrnet_w48": w48, "hrnet_w48-full": replace(w48, full=True),
             "swin_l": swin, "swin_l-light": replace(swin, full=False)}
 
 
@@ -214,9 +217,10 @@ class DynamicMLP(nn.Module):
 
 
 def box_level(boxes: Tensor) -> Tensor:
-    """The map that a box is pooled from: 0 (stride 4) below 112 pixels, 1 below 224, ... ; boxes (R, 4) → (R,).
+    """The map that a box is pooled from: 0 (stride 4) below 112 px, 1 below 224, ...; boxes (R, 4) → (R,).
 
-    FPN eq. 1. A box that is not finite gets some map: the loss has to show it, not an impossible index.
+    FPN's rule (Lin et al., CVPR 2017). A box that is not finite gets some map: the check of the losses is to
+    end the run, not an impossible index.
     """
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1).clamp(min=0).nan_to_num()
     return (4 + torch.log2(area.sqrt() / 224 + 1e-8)).floor().clamp(2, 5).long() - 2
@@ -226,9 +230,11 @@ MAX_LOG_SCALE = math.log(100000 / 16)          # a stage makes a box at most 625
 
 
 def move_boxes(boxes: Tensor, delta: Tensor) -> Tensor:
-    """Δ of eq. 1: boxes (..., 4) moved by half of (dx, dy) in units of their size, made exp(dw, dh) times as large."""
+    """Δ of eq. 1: boxes (..., 4) move by half of delta's (dx, dy) in units of their size, and become exp(dw, dh)
+    times as large."""
     size, centre = boxes[..., 2:] - boxes[..., :2], (boxes[..., :2] + boxes[..., 2:]) / 2
-    centre, half = centre + delta[..., :2] / 2 * size, delta[..., 2:].clamp(max=MAX_LOG_SCALE).exp() * size / 2
+    centre = centre + delta[..., :2] / 2 * size
+    half = delta[..., 2:].clamp(max=MAX_LOG_SCALE).exp() * size / 2
     return torch.cat([centre - half, centre + half], -1)
 
 
@@ -265,14 +271,14 @@ class BoxStage(nn.Module):
         self.delta_tower, self.delta = nn.Sequential(*layer(), *layer(), *layer()), nn.Linear(dim, 4)
 
     def forward(self, maps: list[Tensor], queries: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rows = boxes.flatten(0, 1)                                                              # (R, 4)
-        roi = roi_align(maps, image_of_rows(boxes), rows, box_level(rows.detach()), self.bins)  # (R, bins², C)
+        rows = boxes.detach().flatten(0, 1)                                         # (R, 4)
+        roi = roi_align(maps, image_of_rows(boxes), rows, box_level(rows), self.bins)       # (R, bins², C)
         queries = self.norm1(queries + self.attention(queries))
         queries = self.norm2(queries + self.dynamic(queries.flatten(0, 1), roi).view_as(queries))
         queries = self.ffn(queries)
         logits = self.score(self.score_tower(queries)).squeeze(-1)
         delta = self.delta(self.delta_tower(queries)).to(boxes.dtype)
-        return queries, logits, move_boxes(boxes, delta)                                        # eq. 1
+        return queries, logits, move_boxes(boxes, delta)                            # eq. 1
 
 
 # ---- Keypoint decoder: how the parts look at the features in a box (Sec. 3.2, Table 1) --------------------
@@ -284,7 +290,7 @@ class SPEGM(nn.Module):
     """Spatial part embedding generation module (Sec. 3.2, Fig. 2c). It looks at no query:
 
         U = ReLU(norm(deconv(ROI)))                   (R, C, 2n, 2n)
-        A = softmax(conv(U))                          (R, M, 4n²): a part's map, which sums to 1 over all cells
+        A = softmax(conv(U))                          (R, M, 4n²): a map for each part, of sum 1
         E_P = Linear(A ⊗ Uᵀ)                          (R, M, D): the features where the part looks
 
     The norm is a batch norm over all boxes of the batch; with `--matched` over the matched ones.
@@ -308,7 +314,8 @@ class CrossAttention(nn.Module):
 
     def __init__(self, cfg: Config, parts: int):
         super().__init__()
-        self.attention = nn.MultiheadAttention(cfg.part_dim, cfg.heads, kdim=cfg.dim, vdim=cfg.dim, batch_first=True)
+        self.attention = nn.MultiheadAttention(cfg.part_dim, cfg.heads, kdim=cfg.dim, vdim=cfg.dim,
+                                               batch_first=True)
 
     def forward(self, roi: Tensor, queries: Tensor) -> Tensor:
         cells = rearrange(roi, "r c h w -> r (h w) c")
@@ -341,7 +348,8 @@ class Pool(nn.Module):
 
 
 def make_interaction(cfg: Config, parts: int) -> nn.Module:
-    kinds = dict(spegm=SPEGM, mhsa=CrossAttention, channel=DynamicInteraction, spatial=DynamicInteraction, pool=Pool)
+    kinds = dict(spegm=SPEGM, mhsa=CrossAttention, channel=DynamicInteraction, spatial=DynamicInteraction,
+                 pool=Pool)
     return kinds[cfg.interaction](cfg, parts)
 
 
@@ -392,12 +400,13 @@ def keypoint_parts(skeleton: Skeleton, scheme: str) -> list[list[int]]:
     """Indices of the keypoints of each part, by their names (Fig. 4): what is no limb is the head.
 
     a every keypoint alone;  b the head together, the rest alone;  c head, shoulders, hips, arms and legs;
-    d head, and arms and legs with their shoulder or hip. A word may be longer than the limb: left_forefinger1.
+    d head, and arms and legs with their shoulder or hip. Words may be longer than these: left_forefinger1.
     """
     parts: dict[object, list[int]] = {}
     for k, name in enumerate(skeleton.keypoints):
         read = words(name)
-        limb = next((limb for limb, joints in LIMBS.items() if any(j in word for j in joints for word in read)), "head")
+        limb = next((limb for limb, joints in LIMBS.items()
+                     if any(joint in word for joint in joints for word in read)), "head")
         side = next((word[0] for word in read if word in ("left", "right", "l", "r")), "")
         if scheme == "d":
             limb = dict(shoulders="arm", hips="leg").get(limb, limb)
@@ -407,32 +416,35 @@ def keypoint_parts(skeleton: Skeleton, scheme: str) -> list[list[int]]:
 
 
 class PartHead(nn.Module):
-    """Coordinates μ̂ = W x / |x| + b and deviations σ̂ = sigmoid(V x + c) of a part's joints: (R, D) → twice (R, k, 2)."""
+    """Coordinates μ̂ = W x / |x| + b and deviations σ̂ = sigmoid(V x + c) of the k joints of a part.
+
+    x (R, D) → twice (R, k, 2)
+    """
 
     def __init__(self, dim: int, keypoints: int):
         super().__init__()
         self.coordinates, self.sigmas = nn.Linear(dim, 2 * keypoints), nn.Linear(dim, 2 * keypoints)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        coordinates = F.linear(x, self.coordinates.weight) / x.norm(dim=-1, keepdim=True) + self.coordinates.bias
+        coordinates = F.linear(x, self.coordinates.weight) / x.norm(dim=-1, keepdim=True)
+        coordinates = coordinates + self.coordinates.bias
         return coordinates.unflatten(-1, (-1, 2)), self.sigmas(x).sigmoid().unflatten(-1, (-1, 2))
 
 
 class KeypointStage(nn.Module):
     """One stage of the keypoint decoder (Sec. 3.1 to 3.3, Fig. 2c-e):
 
-        ROI_pose = RoIAlign(P_2, b)                   14 × 14 cells of the finest map, then six 3×3 convolutions
+        ROI_pose = RoIAlign(P_2, b)                   14 × 14 cells of the finest map, then 3×3 convolutions
         Q_I ← FFN(DyMLP_channel(Q_I, ROI_pose))       in the full form (Fig. 3b)
         E_P = SPEGM(ROI_pose)                         each part looks where it wants
         Q_P ← SIM(Q_P, E_P)                           what earlier stages knew comes in (eq. 3)
         Q_P ← MHSA(Q_P)                               the M parts of one person see each other
-        μ̂, σ̂ = Linear(Q_P)                            one layer per part                               (eq. 2)
+        μ̂, σ̂ = Linear(Q_P)                            one layer per part                             (eq. 2)
 
     Takes    finest map P_2 (B, C, h, w);  image (R,) of each box (R, 4);  queries Q_I (R, C);
              parts Q_P (R, M, D) or (1, M, D)
     Returns  keypoints and sigmas (R, K, 2), relative to the box; the new queries and parts
-    As released: E_P gets a linear view of Q_I, a different one for each part. It is what tells an instance query
-    (Table 1) about its person.
+    As released: E_P is the sum of what SPEGM gives and of a linear view of Q_I, another one for each part.
     """
 
     def __init__(self, cfg: Config, parts: list[list[int]]):
@@ -451,11 +463,11 @@ class KeypointStage(nn.Module):
         self.attention, self.norm = SelfAttention(part_dim, cfg.heads), nn.LayerNorm(part_dim)
         self.ffn = FeedForward(part_dim, cfg.ffn)
         self.heads = nn.ModuleList(PartHead(part_dim, len(part)) for part in parts)
-        order = torch.tensor(sum(parts, [])).argsort()                      # part by part → the skeleton's order
+        order = torch.tensor(sum(parts, [])).argsort()                  # part by part → the skeleton's order
         self.register_buffer("order", order, persistent=False)
 
     def roi(self, finest: Tensor, image: Tensor, boxes: Tensor) -> Tensor:
-        """ROI_pose (R, C, n, n): the features in each box on the finest map, after the convolutions (Sec. 3.2)."""
+        """ROI_pose (R, C, n, n): the features in each box of the finest map, after the convolutions."""
         cells = roi_align([finest], image, boxes, torch.zeros_like(image), self.bins)
         x = rearrange(cells, "r (h w) c -> r c h w", h=self.bins)
         for conv in self.convs:
@@ -468,13 +480,14 @@ class KeypointStage(nn.Module):
         if self.full:
             cells = rearrange(roi, "r c h w -> r (h w) c")
             queries = self.query_ffn(self.query_norm(queries + self.dynamic(queries, cells)))
-        view = torch.stack([layer(queries) for layer in self.residual], 1)          # of Q_I, for each part (R, M, D)
-        asking = view if self.query == "instance" else parts.expand_as(view)        # SPEGM and Pool do not ask
-        embedding = self.look(roi, asking) + view                                   # E_P
-        parts = self.update(embedding, parts)
-        parts = self.ffn(self.norm(parts + self.attention(parts)))
-        keypoints, sigmas = zip(*(head(x) for head, x in zip(self.heads, parts.unbind(1))))
-        return torch.cat(keypoints, 1)[:, self.order], torch.cat(sigmas, 1)[:, self.order], queries, parts    # eq. 2
+        view = torch.stack([layer(queries) for layer in self.residual], 1)      # of Q_I, per part (R, M, D)
+        asking = view if self.query == "instance" else parts.expand_as(view)    # SPEGM does not ask
+        embedding = self.look(roi, asking) + view                               # E_P
+        parts = self.update(embedding, parts)                                   # SIM
+        parts = self.ffn(self.norm(parts + self.attention(parts)))              # MHSA
+        pose = (head(x) for head, x in zip(self.heads, parts.unbind(1)))        # Linear
+        keypoints, sigmas = (torch.cat(x, 1)[:, self.order] for x in zip(*pose))
+        return keypoints, sigmas, queries, parts                                # eq. 2
 
 
 # ---- The model (Fig. 2, Fig. 3) ---------------------------------------------------------------------------
@@ -488,7 +501,7 @@ class Output(NamedTuple):
     sigmas: Tensor         # (B, Q, K, 2) σ̂ in (0, 1), relative to the box; 1 for queries that get no pose
 
 
-Choose = Callable[[list[Output]], Tensor]        # what the box stages found → (B, Q) True where a pose is needed
+Choose = Callable[[list[Output]], Tensor]      # what the box stages found → (B, Q) True: needs a pose
 
 
 class QueryPose(nn.Module):
@@ -499,15 +512,16 @@ class QueryPose(nn.Module):
         self.cfg, self.skeleton = cfg, skeleton
         self.backbone, self.neck = backbone_and_neck(cfg)
         whole = torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(cfg.queries, 1)
-        self.boxes = nn.Parameter(spread_boxes(cfg.queries) if cfg.spread else whole)   # cx, cy, w, h in fractions
-        self.queries = nn.Parameter(torch.randn(cfg.queries, cfg.dim))                  # Q_I of the first stage
-        whole_person = [list(range(skeleton.num_keypoints))]
-        parts = keypoint_parts(skeleton, cfg.scheme) if cfg.query == "part" else whole_person
-        self.parts = nn.Parameter(torch.randn(len(parts), cfg.part_dim))                # Q_P of the first stage
+        # what the first stage starts from: boxes (cx, cy, w, h in fractions of the image), Q_I and Q_P
+        self.boxes = nn.Parameter(spread_boxes(cfg.queries) if cfg.spread else whole)
+        self.queries = nn.Parameter(torch.randn(cfg.queries, cfg.dim))
+        everything = [list(range(skeleton.num_keypoints))]
+        parts = keypoint_parts(skeleton, cfg.scheme) if cfg.query == "part" else everything
+        self.parts = nn.Parameter(torch.randn(len(parts), cfg.part_dim))
         box_stage, keypoint_stage = BoxStage(cfg), KeypointStage(cfg, parts)
         self.box_stages = nn.ModuleList(copy.deepcopy(box_stage) for _ in range(cfg.stages))
         self.keypoint_stages = nn.ModuleList(copy.deepcopy(keypoint_stage) for _ in range(cfg.stages))
-        self.flow = RealNVP()                                                           # of the loss alone
+        self.flow = RealNVP()                                                       # of the loss alone
         reset_parameters(self)
 
     def first_boxes(self, sizes: Tensor) -> Tensor:
@@ -516,35 +530,35 @@ class QueryPose(nn.Module):
         return torch.cat([centre - half, centre + half], 1) * sizes.repeat(1, 2)[:, None]
 
     def forward(self, images: Tensor, sizes: Tensor, choose: Choose | None = None) -> list[Output]:
-        """Images (B, 3, H, W), normalised, of sizes (B, 2) (w, h) in pixels before padding → an Output per stage.
+        """Images (B, 3, H, W), normalised, of sizes (B, 2) (w, h) before padding → what each stage says.
 
-        Q_I runs through box and keypoint stages in turn, Q_P through the keypoint stages (Fig. 3b). No gradient
-        goes from a stage's boxes into the stage before, nor from poses into boxes.
+        Q_I runs through box and keypoint stages in turn, Q_P through keypoint stages (Fig. 3b). No gradient
+        goes from the boxes of a stage into the stage before, nor from poses into boxes.
         """
         maps = self.neck(self.backbone(images))
-        boxes, queries, parts = self.first_boxes(sizes), self.queries.expand(len(images), -1, -1), self.parts[None]
-        if choose and not plain():        # fast form: 4 times as fast where a quarter of them needs a pose
+        boxes, queries = self.first_boxes(sizes), self.queries.expand(len(images), -1, -1)
+        if choose and not plain():      # fast form: 4 times as fast where a quarter of them needs a pose
             return pose_chosen(self, maps, boxes, queries, choose)
 
-        outputs, image = [], image_of_rows(boxes)
+        outputs, parts, image = [], self.parts[None], image_of_rows(boxes)
         for box_stage, keypoint_stage in zip(self.box_stages, self.keypoint_stages):
-            queries, logits, boxes = box_stage(maps, queries, boxes)                                      # eq. 1
-            keypoints, sigmas, updated, new_parts = keypoint_stage(
-                maps[0], image, boxes.detach().flatten(0, 1), queries.flatten(0, 1), parts)               # eq. 2
+            queries, logits, boxes = box_stage(maps, queries, boxes)                                # eq. 1
+            rows = boxes.detach().flatten(0, 1), queries.flatten(0, 1)
+            keypoints, sigmas, updated, new_parts = keypoint_stage(maps[0], image, *rows, parts)    # eq. 2
             pose = (x.unflatten(0, logits.shape) for x in (keypoints, sigmas))
             outputs.append(Output(logits, boxes, *pose))
             boxes = boxes.detach()
-            if self.cfg.iterate:
+            if self.cfg.iterate:                                    # Fig. 3b
                 queries = updated.view_as(queries)
-            if self.cfg.update != "none":
+            if self.cfg.update != "none":                           # Table 2a
                 parts = new_parts
         return outputs
 
 
 # ---- Matching and losses (Sec. 3.4) -----------------------------------------------------------------------
 #
-# A set of pairs is (image, query, person): three index tensors of one length; `person` counts through all people of the
-# batch in image order.
+# A set of pairs is (image, query, person): three index tensors of one length; `person` counts through all
+# people of the batch in image order.
 
 Pairs = tuple[Tensor, Tensor, Tensor]
 WEIGHTS = dict(ce=2.0, bbox=5.0, giou=2.0, kps=1.0)             # λ_cls, λ_L1, λ_giou, and that of L_QP
@@ -580,7 +594,7 @@ def match_cost(logits: Tensor, boxes: Tensor, people: People) -> Tensor:
 
 @torch.no_grad()
 def match(outputs: list[Output], people: list[People]) -> list[Pairs]:
-    """The cheapest one-to-one assignment of people to queries, for each stage on its own (Hungarian method)."""
+    """The cheapest one-to-one assignment of people to queries, for each stage alone (Hungarian method)."""
     everybody = gather_people(people)
     costs = torch.stack([match_cost(output.logits, output.boxes, everybody) for output in outputs])
     costs = costs.nan_to_num(1e6, 1e6, -1e6).cpu().numpy()       # NaN is the loss's to show, not a crash here
@@ -603,8 +617,8 @@ def focal_loss(logits: Tensor, positive: Tensor) -> Tensor:
 
 
 def pose_in_box(boxes: Tensor, people: People) -> tuple[Tensor, Tensor]:
-    """The targets μ_g of eq. 4: the people's keypoints (P, K, 2) in sizes of boxes (P, 4), one for each, seen from the
-    centre; and (P, K), 1 for those that are labelled and in the box, which alone have a loss (Sec. 3.4).
+    """The targets μ_g of eq. 4: the people's keypoints in boxes (P, 4), one for each, in sizes of the box and
+    seen from its centre, (P, K, 2); and (P, K), 1 where labelled and in the box: the others have no loss.
 
     A box without width has it at 1/1000 pixel.
     """
@@ -614,28 +628,28 @@ def pose_in_box(boxes: Tensor, people: People) -> tuple[Tensor, Tensor]:
 
 
 def likelihood_loss(mu: Tensor, sigma: Tensor, target: Tensor, visible: Tensor, log_prob: Callable) -> Tensor:
-    """Residual log-likelihood estimation, −log P(x | ROI_pose) at x = μ_g, of each coordinate              (eq. 4)
+    """Residual log-likelihood estimation: −log P(x | ROI_pose) of each coordinate at x = μ_g          (eq. 4)
 
-        x = x̄ σ̂ + μ̂  with x̄ ~ P_φ, the flow's density, so  P(x) = P_φ(x̄) / σ̂                      (Sec. 3.4)
+        x = x̄ σ̂ + μ̂  with x̄ ~ P_φ, the flow's density;  so  P(x) = P_φ(x̄) / σ̂                (Sec. 3.4)
         −log P = [log σ̂ − log P_φ(x̄)] + [log(σ̂ √(2π)) + |x − μ̂| / (√2 σ̂)]
 
-    Why two brackets: a flow that is still wrong would pull the poses anywhere. RLE (Li et al., ICCV 2021) multiplies
-    it by a fixed density, the second bracket, which makes poses and deviations learn from the first step on; the flow
-    learns what is left. That density is a Laplace one of scale √2 σ̂, but for a constant: with a Gaussian's √(2π) for
-    its 2√2 it sums to 2/√π = 1.13, which no gradient sees.
+    Why two brackets: a flow that has not learned yet would pull the poses anywhere. So RLE (Li et al., ICCV
+    2021) multiplies it by a fixed density, the second bracket, from which poses and deviations learn at once,
+    while the flow learns what is left to explain. The fixed one is a Laplace density of scale √2 σ̂ but for a
+    constant, which no gradient sees: with a Gaussian's √(2π) in place of 2√2 it sums to 2/√π = 1.13.
 
     Takes    mu, sigma, target (P, K, 2) relative to the box;  visible (P, K);  log_prob (..., 2) → (...)
-    Returns  (P, K, 2), 0 where not visible; may be negative, as densities exceed 1
-    As released: x̄ = (μ̂ − x) / σ̂, where the paper's x = x̄ σ̂ + μ̂ has (x − μ̂) / σ̂: the flow learns the mirrored
-    density, and released flows need it so. P_φ is one density of both coordinates and counts once for each; σ̂
-    counts in both brackets.
+    Returns  (P, K, 2), 0 where not visible; may be negative, as a density may exceed 1
+    As released: x̄ = (μ̂ − x) / σ̂, where x = x̄ σ̂ + μ̂ has (x − μ̂) / σ̂; the flow learns the mirrored
+    density, as the released ones have. P_φ is one density of both coordinates, and counts once for each of
+    them; log σ̂ counts in both brackets.
     """
     sigma = sigma.clamp(min=SMALLEST_SIGMA)
     # what is not visible sits at μ̂: 0 times a number that is not finite would not be 0
     target = torch.where(visible[..., None] > 0, target, mu.detach())
     flow = sigma.log() - log_prob((mu - target) / sigma)[..., None]
     laplace = (sigma * math.sqrt(2 * math.pi)).log() + (target - mu).abs() / (math.sqrt(2) * sigma + 1e-9)
-    return visible[..., None] * (flow + laplace)                                                             # eq. 4
+    return visible[..., None] * (flow + laplace)                                                    # eq. 4
 
 
 def stage_losses(output: Output, pairs: Pairs, people: People, log_prob: Callable) -> dict[str, Tensor]:
@@ -646,7 +660,7 @@ def stage_losses(output: Output, pairs: Pairs, people: People, log_prob: Callabl
     positive[image, query] = 1
     boxes = boxes[image, query]
     target, visible = pose_in_box(boxes.detach(), true)
-    likelihood = likelihood_loss(mu[image, query], sigma[image, query], target, visible, log_prob)        # eq. 4
+    likelihood = likelihood_loss(mu[image, query], sigma[image, query], target, visible, log_prob)  # eq. 4
     return dict(ce=focal_loss(logits, positive), bbox=box_distance(boxes, true).sum(),
                 giou=(1 - generalized_iou(boxes, true.boxes)).sum(), kps=likelihood.sum() / mu.shape[-2])
 
@@ -655,8 +669,8 @@ def criterion(outputs: list[Output], people: list[People], log_prob: Callable) -
     """All weighted loss terms by their names in the release, to be summed: L_total = L_QI + L_QP (Sec. 3.4).
 
     For every stage (_0, _1, ..., the last without suffix), matched on its own, per person of the batch:
-    2·L_cls + 5·L_L1 + 2·L_giou, which is L_QI, and the mean over the K keypoints, visible or not, of eq. 4, which is
-    L_QP. Computed in float32. No people give 0 with a zero gradient, but for L_cls.
+    L_QI = 2·L_cls + 5·L_L1 + 2·L_giou, and L_QP, the mean of eq. 4 over the K keypoints, visible or not.
+    Computed in float32. No people give 0 with a zero gradient, but for L_cls.
     """
     everybody, losses = gather_people(people), {}
     count = mean_over_ranks(torch.tensor(float(len(everybody)), device=everybody.boxes.device)).clamp(min=1)
@@ -671,8 +685,8 @@ def criterion(outputs: list[Output], people: list[People], log_prob: Callable) -
 
 
 def pose_scores(output: Output) -> tuple[Tensor, Tensor]:
-    """Score of each person, C̄ Σ_k (1 − σ̂_k) / K with C̄ = sigmoid(logit), and 1 − σ̂_k of each keypoint, where σ̂_k
-    is the mean of its deviations in x and y: (..., Q), (..., Q, K)."""
+    """Score of each person (..., Q), C̄ Σ_k (1 − σ̂_k) / K with C̄ = sigmoid(logit); and 1 − σ̂_k of each
+    keypoint (..., Q, K), where σ̂_k is the mean of its deviations in x and y."""
     certain = 1 - output.sigmas.mean(-1)
     return output.logits.sigmoid() * certain.mean(-1), certain
 
@@ -686,8 +700,8 @@ def keypoints_px(keypoints: Tensor, boxes: Tensor) -> Tensor:
 def to_prediction(output: Output, image_id: int | str, input_px: tuple, size_px: tuple) -> Prediction:
     """The queries of one image, without the dimension B, as people in its pixels; sizes are (w, h).
 
-    There is no NMS and no threshold: most people have a score near 0. Queries without a pose go, and those with nothing
-    of their box in the image. Half a pixel less: the targets had it more (`people_to_learn`).
+    There is no NMS and no threshold: most have a score near 0. Left out are queries without a pose, and those
+    with nothing of their box in the image. Half a pixel less: the targets had it more (`people_to_learn`).
     """
     scale = np.divide(size_px, input_px)
     keypoints = keypoints_px(output.keypoints, output.boxes).numpy() * scale - 0.5
@@ -701,7 +715,7 @@ STRIDE = 32                # of the coarsest map: images are padded to multiples
 
 
 def pad_images(pictures: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Pictures (3, h, w) → zero-padded (B, 3, H, W) at the right and bottom, and the sizes w, h (B, 2) before."""
+    """Pictures (3, h, w) → padded by 0 at the right and bottom (B, 3, H, W), and sizes w, h (B, 2) before."""
     sizes = torch.tensor([[p.shape[2], p.shape[1]] for p in pictures])
     width, height = ((sizes.amax(0) + STRIDE - 1) // STRIDE * STRIDE).tolist()
     images = torch.zeros(len(pictures), 3, height, width)
@@ -721,9 +735,9 @@ def detect(model: QueryPose, pictures: list[Tensor], best: bool = False) -> Outp
 
 
 def predict(model: QueryPose, batch: dict, best: bool = False) -> list[Prediction]:
-    """People of a batch {images: list of (3, h, w) from `input_image`, image_ids, sizes_px}: one Prediction per image.
+    """People of a batch {images: list of (3, h, w) from `input_image`, image_ids, sizes_px}, one each.
 
-    Every query is somebody; with `best` the 20 of the highest scores, and some more.
+    All queries are people; with `best` the 20 of the highest scores, and some more.
     """
     people, output = [], detect(model, batch["images"], best)
     for i, picture in enumerate(batch["images"]):
@@ -735,16 +749,17 @@ def predict(model: QueryPose, batch: dict, best: bool = False) -> list[Predictio
 def evaluate(model: QueryPose, data: PoseDataset, cfg: Config, ranks: Ranks) -> tuple[dict, list[Prediction]]:
     """Metrics and predictions of a dataset; the images are shared among the processes, all get the result.
 
-    With `--no-prune` every query has a pose and there is the AP of boxes, too (Table 3), which wants them all.
-    Departs from the release: it passes results through a soft-NMS that takes the boxes' lower sides for scores. Many
-    boxes end with a negative height, and COCO's evaluation ignores such poses instead of counting them as wrong. The
-    published AP with a star (W32 72.3, W48 73.4), and with it the paper's, seems made that way; from a plain
-    evaluation as here expect the one without (69.8, 71.0).
+    With `--no-prune` every query has a pose, and there is the AP of boxes (Table 3), which wants them all.
+    Departs from the release: it passes results through a soft-NMS that takes boxes' lower sides for scores.
+    Many boxes end with a negative height, and COCO's evaluation ignores such poses instead of counting them
+    as wrong. The published AP with a star (W32 72.3, W48 73.4), and with it the paper's, seems made that way;
+    from a plain evaluation as here expect the one without (69.8, 71.0).
     """
-    # fast form, 4 times as fast: poses of those alone who can be among the 20 that COCO counts; the AP is the same
+    # fast form: COCO counts 20 people of an image. Poses of those alone who can be among them are the same AP
+    # in a quarter of the time, where 25 of 100 can
     best = cfg.prune and not (cfg.full and cfg.iterate) and data.metric != "posetrack" and not plain()
-    found = predict_all(partial(predict, fuse(model), best=best), data, partial(input_image, cfg=cfg), cfg.eval_batch,
-                        cfg.workers, ranks, join=list)
+    found = predict_all(partial(predict, fuse(model), best=best), data, partial(input_image, cfg=cfg),
+                        cfg.eval_batch, cfg.workers, ranks, join=list)
     return metrics.evaluate(found, data, boxes=not cfg.prune, areas_of_boxes=True), found
 
 
@@ -766,8 +781,8 @@ def input_image(image: Image.Image, cfg: Config) -> Tensor:
 
 
 def people_to_learn(sample: Sample) -> Sample:
-    """Without crowd regions and boxes outside of the image; people without keypoints stay. Keypoints get half a pixel
-    more: from now on the first column's centre is 0.5."""
+    """Without crowd regions and boxes outside of the image; people without keypoints stay. Keypoints get half
+    a pixel more: from now on the first column's centre is 0.5."""
     boxes = sample.boxes.clip(0, np.tile(np.float32(sample.size), 2))
     keep = ~sample.iscrowd & (boxes[:, 2:] > boxes[:, :2]).all(1)
     shifted = sample.keypoints + np.float32([0.5, 0.5, 0])
@@ -782,8 +797,8 @@ def hide_outside(sample: Sample, x: int, y: int, w: int, h: int) -> Sample:
 
 
 def augment(sample: Sample, cfg: Config, rng: np.random.Generator) -> Sample:
-    """Crop half of the images, resize. For `short_side` 800 with the lengths of the release: short sides 480, 512,
-    ..., 800; before a crop 400, 500 or 600; sides of crops 384 to 600."""
+    """Crop half of the images, resize. For `short_side` 800 with the lengths of the release: short sides 480,
+    512, ..., 800; before a crop 400, 500 or 600; sides of crops 384 to 600."""
     full = cfg.short_side
     if not cfg.multiscale:
         return transforms.resize(sample, input_size(sample.size, full, cfg.long_side))
@@ -802,8 +817,9 @@ def to_people(sample: Sample) -> People:
     sample = hide_outside(sample, 0, 0, *sample.size)
     labelled = torch.from_numpy(sample.keypoints[..., 2:] > 0).float()
     size = torch.tensor(sample.size, dtype=torch.float32).expand(len(labelled), 2)
-    return People(torch.from_numpy(sample.keypoints[..., :2]) * labelled, labelled.squeeze(-1),
-                  torch.from_numpy(sample.boxes), torch.from_numpy(sample.areas), size, image_id=sample.image_id)
+    keypoints = torch.from_numpy(sample.keypoints[..., :2]) * labelled
+    return People(keypoints, labelled.squeeze(-1), torch.from_numpy(sample.boxes),
+                  torch.from_numpy(sample.areas), size, image_id=sample.image_id)
 
 
 class TrainImages(torch.utils.data.Dataset):
@@ -824,7 +840,8 @@ class TrainImages(torch.utils.data.Dataset):
         if self.data.skeleton.flip is not None and rng.random() < 0.5:
             sample = transforms.hflip(sample, self.data.skeleton.flip)
         sample = augment(people_to_learn(sample), self.cfg, rng)
-        return transforms.normalise(transforms.to_tensor(sample.image)), to_people(sample), sample.image_id, skipped
+        image = transforms.normalise(transforms.to_tensor(sample.image))
+        return image, to_people(sample), sample.image_id, skipped
 
 
 # ---- Training (Sec. 4.1) ----------------------------------------------------------------------------------
@@ -852,7 +869,8 @@ def train(cfg: Config, args) -> None:
     """Train, evaluate, keep all in the run folder. Runs alone or under torchrun; Ctrl-C saves and leaves."""
     ranks = init_ranks(args.device, cfg)
     if cfg.frozen_norm and not (cfg.init or args.saved):
-        raise UserError("frozen norms need start weights: add --init resnet50 (or another), or --no-frozen_norm")
+        raise UserError("frozen norms need start weights: add --init resnet50 (or another), or "
+                        "--no-frozen_norm")
     data, held_out = open_splits(cfg, ranks)
     seed_all(cfg.seed)                                              # equal start weights on every process
     model = QueryPose(cfg, data.skeleton)
@@ -882,7 +900,7 @@ def train(cfg: Config, args) -> None:
             with autocast(ranks.device, cfg.amp):
                 outputs = net(images, sizes.to(ranks.device), choose)
             losses = criterion(outputs, people, model.flow.log_prob)
-            losses["unused"] = 0 * model.parts.sum()                # several processes want a gradient of everything
+            losses["unused"] = 0 * model.parts.sum()                # several processes wait for its gradient
             scaler.scale(sum(losses.values()) / cfg.accum).backward()
             if run.more_micro_batches(losses):
                 continue
@@ -908,113 +926,130 @@ def train(cfg: Config, args) -> None:
 # ---- Tables -----------------------------------------------------------------------------------------------
 
 EQUATIONS = {           # equation, section or figure of the paper → where it stands here
-    "eq. 1": BoxStage, "eq. 1, DyMLP": DynamicMLP, "eq. 1, Δ": move_boxes, "eq. 2": KeypointStage, "eq. 3": SIM,
-    "eq. 4": likelihood_loss, "eq. 4, μ_g": pose_in_box, "Sec. 3.1, Fig. 3": QueryPose.forward,
-    "Sec. 3.2, A and E_P": SPEGM, "Sec. 3.4, x = x̄ σ̂ + μ̂": likelihood_loss, "Sec. 3.4, bipartite matching": match,
+    "eq. 1": BoxStage, "eq. 1, DyMLP": DynamicMLP, "eq. 1, Δ": move_boxes, "eq. 2": KeypointStage,
+    "eq. 3": SIM, "eq. 4": likelihood_loss, "eq. 4, μ_g": pose_in_box, "Sec. 3.1, Fig. 3": QueryPose.forward,
+    "Sec. 3.2, A and E_P": SPEGM, "Sec. 3.4, x = x̄ σ̂ + μ̂": likelihood_loss, "Sec. 3.4, matching": match,
     "Sec. 3.4, L_QI and L_total": criterion, "Sec. 3.4, pose score": pose_scores, "Fig. 4": keypoint_parts,
     "Sec. 4.1": train,
 }
 
-# Rows of the paper's tables: what, AP in the paper, flags of the paper's preset, flags of the tiny preset. On puppets
-# the rows of Tables 1 and 2 are in the light form, which is tiny's. Each command is
+# Rows of the paper's tables: what, AP in the paper, flags of the paper's preset, flags of the tiny preset (light
+# form, unless they say --full). The command of a row:
 #
-#     python querypose.py --train --data data/coco --preset <the table's> <the table's flags> <the row's flags>
+#     python querypose.py --train --data data/coco --preset <table's preset> <table's flags> <row's flags>
 #
-# Open in the paper, and assumed here: what an instance query is (one part with all keypoints, whose query is a linear
-# view of Q_I); attention or a dynamic MLP of part queries is without iteration in Table 1, whose last row has the figures
-# of Table 2a's None; the baseline of Table 2b has one vector, the mean of ROI_pose after its convolutions, from which
-# all keypoints are regressed. Table 5 is measured by COCO's server, on annotations that are not public.
-SCHEDULE = "--epochs 40 --drop_epochs 31,37"                    # the 1× of Sec. 4.2
-ASKS = dict(IQ="--query instance ", PQ="")
+# Open in the paper, and assumed here. An instance query is one part with all keypoints, and what asks is a linear
+# view of Q_I. Table 1 is without iteration of part queries: its last row has the figures of Table 2a's None.
+# The baseline of Table 2b regresses all keypoints from one vector, the mean of ROI_pose after its convolutions.
+# Not here: Table 5, measured by COCO's server on annotations that are not public.
+ONE_TIME = "--epochs 40 --drop_epochs 31,37"                    # the 1× schedule (Sec. 4.2)
+POOLED = "--query instance --interaction pool --update none"
+NO_PUPPETS = "its backbone is too large for puppets"
+
+
+def same(flags: str) -> dict[str, str]:
+    """Flags of a row for the paper's preset and for tiny."""
+    return dict(flags=flags, puppets=flags)
+
+
 TABLES = {
-    "1": Table("How a query gets at the features in its box: one instance query (IQ), part queries (PQ)",
-               preset="r50", flags=f"{SCHEDULE} --update none", puppets="--update none", metric="AP", rows=[
-        *(Row(f"{who}, {name}", figure, f"{ASKS[who]}--interaction {kind}", f"{ASKS[who]}--interaction {kind}",
-              versus=versus)
-          for who, name, kind, figure, versus in [
-              ("IQ", "MHSA", "mhsa", 60.7, 0), ("PQ", "MHSA", "mhsa", 62.6, 1),
-              ("IQ", "DyMLP_channel", "channel", 60.4, 0), ("PQ", "DyMLP_channel", "channel", 63.0, 3),
-              ("IQ", "DyMLP_spatial", "spatial", 60.5, 0), ("PQ", "DyMLP_spatial", "spatial", 62.8, 5)]),
-        Row("IQ, Spatial Attn.: one map", 60.2, "--query instance", "--query instance"),
-        Row("PQ, SPEGM (Sec. 3.2)", 63.8, versus=7, default=True)]),
-    "2a": Table("How part queries go from stage to stage", preset="r50", flags=SCHEDULE, metric="AP", rows=[
-        Row("None", 63.8, "--update none", "--update none"),
-        Row("Summation", 64.2, "--update sum", "--update sum", versus=1),
-        Row("Concatenation", 64.1, "--update concat", "--update concat", versus=1),
-        Row("Selective Iter. (eq. 3)", 64.9, versus=1, default=True)]),
-    "2b": Table("The modules", preset="r50", flags=SCHEDULE, metric="AP", rows=[
-        Row("Baseline: convolutions, global average pooling, coordinates", 59.2,
-            "--query instance --interaction pool --update none", "--query instance --interaction pool --update none"),
-        Row("+ SPEGM (Sec. 3.2)", 63.8, "--update none", "--update none", versus=1),
-        Row("+ SIM (eq. 3)", 64.9, versus=2, default=True)]),
-    "2c": Table("Width of a part query; on puppets half of it", preset="r50", flags=SCHEDULE, metric="AP", rows=[
-        Row("d_p 32", 64.1, "--part_dim 32", "--part_dim 16"), Row("d_p 64", 64.4, "--part_dim 64", "--part_dim 32"),
-        Row("d_p 128", 64.9, default=True), Row("d_p 256", 64.7, "--part_dim 256", "--part_dim 128", versus=3)]),
-    "2d": Table("Division into parts (Fig. 4)", preset="r50", flags=SCHEDULE, metric="AP", rows=[
-        Row("(a) 17 parts: every keypoint", 64.7, "--scheme a", "--scheme a"),
-        Row("(b) 13 parts: the head together", 64.6, "--scheme b", "--scheme b"),
-        Row("(c) 7 parts: what is rigid together", 64.9, versus=1, default=True),
-        Row("(d) 5 parts: head and four limbs", 64.5, "--scheme d", "--scheme d", versus=3)]),
-    "3": Table("Way of the instance query (Fig. 3)", preset="r50", flags=SCHEDULE, puppets="--no-matched",
-               metric="AP", rows=[
-        Row("(a) through box decoders only: its caption", 64.1, "--no-full", ""),
-        Row("(a) the keypoint decoder updates it, and nobody gets it: another reading", 64.1, "--no-iterate",
-            "--full --no-iterate"),
-        Row("(b) through both in turn", 64.9, "", "--full", versus=1, default=True)]),
-    "3box": Table("Way of the instance query (Fig. 3), AP of boxes", preset="r50", flags=f"{SCHEDULE} --no-prune",
-                  puppets="--no-matched --no-prune", metric="box_AP", rows=[
-        Row("(a) through box decoders only", 55.3, "--no-full", ""),
-        Row("(b) through both in turn", 56.9, "", "--full", versus=1, default=True)]),
-    "4": Table("COCO mini-val, 2×; the release's plain evaluation is lower, see Departures", preset="r50", metric="AP",
-               rows=[Row(f"{name}", figure, flags, None, missing="its backbone is not for puppets")
-                     for name, figure, flags in [
-                         ("ResNet-50", 68.7, "--preset r50"), ("HRNet-W32", 72.4, "--preset hrnet_w32-full"),
-                         ("HRNet-W48", 73.6, "--preset hrnet_w48-full"), ("Swin-L", 73.3, "--preset swin_l")]]),
-    "6": Table("CrowdPose test, trained on train and val", preset="hrnet_w48-full", flags="--data data/crowdpose",
-               metric="AP", rows=[
-        Row("HRNet-W48", 72.1, "--preset hrnet_w48-full", None, missing="its backbone is not for puppets; the paper "
-            "gives neither the parts nor the schedule of CrowdPose"),
-        Row("Swin-L", 72.7, "--preset swin_l", None, missing="as above")]),
+    "1": Table(
+        "Who looks at the features in the box, an instance query (IQ) or part queries (PQ), and how",
+        preset="r50", flags=f"{ONE_TIME} --update none", puppets="--update none", metric="AP", rows=[
+            Row("IQ, MHSA", 60.7, **same("--query instance --interaction mhsa")),
+            Row("PQ, MHSA", 62.6, **same("--interaction mhsa"), versus=1),
+            Row("IQ, DyMLP_channel", 60.4, **same("--query instance --interaction channel")),
+            Row("PQ, DyMLP_channel", 63.0, **same("--interaction channel"), versus=3),
+            Row("IQ, DyMLP_spatial", 60.5, **same("--query instance --interaction spatial")),
+            Row("PQ, DyMLP_spatial", 62.8, **same("--interaction spatial"), versus=5),
+            Row("IQ, Spatial Attn. (one map)", 60.2, **same("--query instance")),
+            Row("PQ, SPEGM (Sec. 3.2)", 63.8, versus=7, default=True)]),
+    "2a": Table(
+        "How part queries go from stage to stage", preset="r50", flags=ONE_TIME, metric="AP", rows=[
+            Row("None", 63.8, **same("--update none")),
+            Row("Summation", 64.2, **same("--update sum"), versus=1),
+            Row("Concatenation", 64.1, **same("--update concat"), versus=1),
+            Row("Selective Iter. (eq. 3)", 64.9, versus=1, default=True)]),
+    "2b": Table(
+        "The modules", preset="r50", flags=ONE_TIME, metric="AP", rows=[
+            Row("Baseline: convolutions, global average pooling, coordinates", 59.2, **same(POOLED)),
+            Row("+ SPEGM (Sec. 3.2)", 63.8, **same("--update none"), versus=1),
+            Row("+ SIM (eq. 3)", 64.9, versus=2, default=True)]),
+    "2c": Table(
+        "Width of a part query; on puppets half of it", preset="r50", flags=ONE_TIME, metric="AP", rows=[
+            Row("d_p 32", 64.1, "--part_dim 32", "--part_dim 16"),
+            Row("d_p 64", 64.4, "--part_dim 64", "--part_dim 32", versus=1),
+            Row("d_p 128", 64.9, versus=2, default=True),
+            Row("d_p 256", 64.7, "--part_dim 256", "--part_dim 128", versus=3)]),
+    "2d": Table(
+        "Division into parts (Fig. 4)", preset="r50", flags=ONE_TIME, metric="AP", rows=[
+            Row("(a) 17 parts: every keypoint", 64.7, **same("--scheme a")),
+            Row("(b) 13 parts: the head together", 64.6, **same("--scheme b"), versus=1),
+            Row("(c) 7 parts: what is rigid together", 64.9, versus=1, default=True),
+            Row("(d) 5 parts: head and four limbs", 64.5, **same("--scheme d"), versus=3)]),
+    "3": Table(
+        "Way of the instance query (Fig. 3)", preset="r50", flags=ONE_TIME, puppets="--no-matched",
+        metric="AP", rows=[
+            Row("(a) through the box decoders alone, as its caption says", 64.1, "--no-full", ""),
+            Row("(a) read otherwise: the keypoint decoder updates it for itself", 64.1, "--no-iterate",
+                "--full --no-iterate"),
+            Row("(b) through both in turn", 64.9, "", "--full", versus=1, default=True)]),
+    "3box": Table(
+        "The same, AP of boxes", preset="r50", flags=f"{ONE_TIME} --no-prune",
+        puppets="--no-matched --no-prune", metric="box_AP", rows=[
+            Row("(a) through the box decoders alone", 55.3, "--no-full", ""),
+            Row("(b) through both in turn", 56.9, "", "--full", versus=1, default=True)]),
+    "4": Table(
+        "COCO mini-val; the paper's evaluation seems to be the release's, see `evaluate`", preset="r50",
+        metric="AP", rows=[
+            Row("ResNet-50", 68.7, "--preset r50", None, missing=NO_PUPPETS),
+            Row("HRNet-W32", 72.4, "--preset hrnet_w32-full", None, missing=NO_PUPPETS),
+            Row("HRNet-W48", 73.6, "--preset hrnet_w48-full", None, missing=NO_PUPPETS),
+            Row("Swin-L", 73.3, "--preset swin_l", None, missing=NO_PUPPETS)]),
+    "6": Table(
+        "CrowdPose test, trained on train and val; its schedule is not stated", preset="hrnet_w48-full",
+        flags="--data data/crowdpose", metric="AP", rows=[
+            Row("HRNet-W48", 72.1, "--preset hrnet_w48-full", None, missing=NO_PUPPETS),
+            Row("Swin-L", 72.7, "--preset swin_l", None, missing=NO_PUPPETS)]),
 }
 
-# Departures. Each: what: paper | release | here | why ("weights": the released ones need it; "recipe": training
-# alone, as the release does)
+# Departures. Each: what: paper | release | here | why ("weights": the released ones need it; "recipe": it is
+# training alone, as the release does)
 #
-# eq. 1, after DyMLP_channel: – | norms and a feed-forward block | release | weights
-# eq. 2, MHSA: – | norms and a feed-forward block | release | weights
+# eq. 1 and 2, after MHSA and DyMLP: – | norms and feed-forward blocks | release | weights
 # eq. 2, Linear: linear | coordinates are W x / |x| + b | release | weights
 # eq. 4, x̄: (x − μ̂) / σ̂ | (μ̂ − x) / σ̂ | release | weights: the flow is not symmetric
-# eq. 4, weights of the densities: – | P_φ counts once per coordinate, log σ̂ in both brackets | release | recipe
-# eq. 4, σ̂: – | down to 0, where it is infinite | at least 1e-6 of the box | a sigmoid can underflow
+# eq. 4, shares: – | P_φ counts for each coordinate, log σ̂ in both brackets | release | recipe
+# eq. 4, σ̂: – | down to 0, where the loss is infinite | at least 1e-6 of the box | a sigmoid can underflow
 # Sec. 3.2, stacked 3×3 convolutions: no number | six, 512 wide | release | weights
-# Sec. 3.2, E_P: from ROI_pose alone | plus a linear view of Q_I for each part | release | weights
-# Fig. 3b, update of Q_I: by the keypoint decoder | FFN(DyMLP_channel(Q_I, ROI_pose)) | release | its later code
-#     updates the queries of matched people alone in training, and nobody's in prediction; here all, as its first code
-# Fig. 3: full | light in the weights that are released | both, `--no-full` | weights
-# Table 1, MHSA: attends to ROI_pose | no code | cross-attention of the part queries | the words allow it
-# Table 1, IQ: an instance query | no code | a linear view of Q_I, D wide, as one part | the heads are D wide
-# Sec. 3.4, first boxes: – | learned, at the start the whole image, with a gradient of the first stage | release | –
-# Sec. 4.1, poses in training: all queries | later code: matched ones, part queries go on by position in the list of
-#     matches | all, or `--matched`, where part queries stay with their query | SPEGM's norm then sees matched boxes
-# Sec. 4.1, batch norm over several GPUs: – | of each GPU's 2 images | of all GPUs' | two images say little; on one
-#     GPU it is of a micro-batch
-# Sec. 4.1, HRNet's batch norms: – | learn | release; `--frozen_norm` keeps their statistics | recipe
-# Sec. 4.1, schedule: 280k steps over 57k images | R50 140k, others 280k, over 64k images | paper, in epochs | the
-#     ablations have 140k (1×)
-# Sec. 4.1, images: 57k | 64k: also those in which nobody has a keypoint | paper | –
-# Sec. 4.1, batches: – | wide and high images apart | mixed | the order of images is one for all methods
+# Sec. 3.2, E_P: of ROI_pose alone | plus a linear view of Q_I for each part | release | weights
+# Fig. 3b, how Q_I is updated: – | FFN(DyMLP_channel(Q_I, ROI_pose)) | release | its later code updates
+#     matched queries in training, and none in prediction; here all of them always, as in its first code
+# Fig. 3, the form: full | light in the weights, full in the later code | both | weights
+# Table 1, MHSA: – | no code | part queries attend to the cells (cross-attention) | the words allow it
+# Table 1, IQ: instance query | no code | a linear view of it, as wide as a part query | so are the heads
+# Sec. 3.4, first boxes: – | learned, whole images at the start | release | recipe
+# Sec. 4.1, who has a pose in training: all | later code: matched queries, whose part queries go on by their
+#     position in the list | all, or with --matched matched ones; part queries stay with their query | memory
+#     and time; SPEGM's norm then sees matched boxes alone
+# Sec. 4.1, batch norm: – | of each GPU's 2 images | of all GPUs' images (SyncBatchNorm) | 2 images say
+#     little; one GPU, or a process on a CPU, has that of its micro-batch
+# Sec. 4.1, batch norm of HRNet: – | learns | release; --frozen_norm keeps its statistics | recipe
+# Sec. 4.1, schedule: 280k steps (2×), ablations 1× | R50 140k, others 280k | paper, as epochs of 57k images | –
+# Sec. 4.1, images: 57k | 64k, also those in which nobody has a keypoint | paper | no pose to learn from
+# Sec. 4.1, batches: – | wide and high images apart | mixed | one order of images for all methods
 # Sec. 4.1, clip, decay, warm-up: – | 1.0, 1e-4, 1000 steps from 1/100 | release | recipe
-# micro-batches: – | none | each is divided by its own people, so --accum 2 is not exactly the gradient of the batch | –
-# Sec. 4.1, evaluation: – | results pass a soft-NMS that was meant for boxes | plain | see `evaluate`
-# Table 6, parts of CrowdPose: – | no code | by the names of its keypoints: seven, head and neck one | –
+# micro-batches: – | none | each divided by its own people: --accum 2 is not exactly the batch's gradient | –
+# Sec. 4.1, evaluation: – | results pass a misused soft-NMS | plain | see `evaluate`
+# Table 6, parts of 14 keypoints: – | no code | seven, by their names: head and neck are one | –
 
-# ---- Appendix: necks, RoIAlign, flow, fast forms, released names, pictures, summary: not for a first reading ----
+# ---- Appendix: necks, RoIAlign, flow, fast forms, released names, pictures, summary. Not needed at first.
 
 # Necks over the backbones of common/nets (ResNet, HRNet, Swin-L): maps of stride 4, 8, 16, 32.
 
 
 class FPN(nn.Module):
-    """Feature pyramid of ResNets and Swin: every map gets the coarser ones, nearest cell, and a 3×3 convolution."""
+    """Feature pyramid of ResNets and Swin: maps get the coarser ones, nearest cell, and a 3×3 convolution."""
 
     def __init__(self, channels: list[int], dim: int):
         super().__init__()
@@ -1037,7 +1072,8 @@ class HRFPN(nn.Module):
     def __init__(self, channels: list[int], dim: int, laterals: bool):
         super().__init__()
         self.reduce = nn.Conv2d(sum(channels), dim, 1)
-        self.lateral = nn.ModuleList(nn.Conv2d(c, dim, 1, bias=False) for c in channels[1:]) if laterals else []
+        own = channels[1:] if laterals else []
+        self.lateral = nn.ModuleList(nn.Conv2d(c, dim, 1, bias=False) for c in own)
         self.output = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1, bias=not laterals) for _ in channels)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
@@ -1074,7 +1110,7 @@ def roi_align(maps: list[Tensor], image: Tensor, boxes: Tensor, level: Tensor, b
 
 
 def bilinear(x: Tensor, image: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """Maps x (B, C, h, w) read between their cells, at columns u and rows v (R, n) of each image (R,): (R, n, n, C).
+    """Maps x (B, C, h, w) read between cells, at columns u and rows v (R, n) of an image (R,): (R, n, n, C).
 
         x(u, v) = Σ_ij (1 − |u − i|) (1 − |v − j|) x_ij   over the two columns i and rows j next to it
 
@@ -1092,7 +1128,7 @@ def bilinear(x: Tensor, image: Tensor, u: Tensor, v: Tensor) -> Tensor:
 
 
 def roi_align_formula(maps: list[Tensor], image: Tensor, boxes: Tensor, level: Tensor, bins: int) -> Tensor:
-    """A cell is the mean of four samples, at 1/4 and 3/4 of its sides, each read between four cells of the map:
+    """A bin is the mean of four samples, at 1/4 and 3/4 of its sides, each read between four cells of the map:
 
         one bin of a box          ┌─────────────┐     +  samples
         on the map's cells ·   ·  │·   ·   ·   ·│  ·
@@ -1102,11 +1138,11 @@ def roi_align_formula(maps: list[Tensor], image: Tensor, boxes: Tensor, level: T
                                ·  │·   ·   ·   ·│  ·
                                   └─────────────┘
     """
-    fraction = torch.arange(0.5, 2 * bins, device=boxes.device, dtype=boxes.dtype) / (2 * bins)       # of a side
+    fraction = torch.arange(0.5, 2 * bins, device=boxes.device, dtype=boxes.dtype) / (2 * bins)
     out = boxes.new_zeros(len(boxes), 2 * bins, 2 * bins, maps[0].shape[1])
     for l, x in enumerate(maps):
         rows = (level == l).nonzero().squeeze(1)
-        low, high = (boxes[rows] / (4 * 2 ** l) - 0.5).unflatten(1, (2, 2)).unbind(1)       # corners, in cells
+        low, high = (boxes[rows] / (4 * 2 ** l) - 0.5).unflatten(1, (2, 2)).unbind(1)     # corners in cells
         samples = low[..., None] + (high - low)[..., None] * fraction                       # (r, xy, 2·bins)
         u, v = samples.nan_to_num().unbind(1)
         out[rows] = bilinear(x, image[rows], u, v)
@@ -1128,14 +1164,15 @@ def samples_of_bins(low: Tensor, extent: Tensor, size: Tensor, bins: int) -> tup
     left = torch.minimum(c.long(), size - 1)
     right = torch.minimum(left + 1, size - 1)
     weight = torch.stack([(1 - (c - left)) * known, (c - left) * known], -1)
-    return torch.stack([left, right], -1).unflatten(1, (bins, 2)).flatten(2), weight.unflatten(1, (bins, 2)).flatten(2)
+    cells = torch.stack([left, right], -1)
+    return tuple(rearrange(one, "r (n s) side -> r n (s side)", s=2) for one in (cells, weight))
 
 
 def roi_align_bag(maps: list[Tensor], image: Tensor, boxes: Tensor, level: Tensor, bins: int) -> Tensor:
-    """The same without a sample in memory: a cell is a weighted sum of 16 rows of a table of all cells of the maps."""
+    """The same without a sample in memory: a bin is a weighted sum of 16 rows of a table of all cells."""
     table = torch.cat([rearrange(x, "b c h w -> (b h w) c") for x in maps])
     sides = torch.tensor([x.shape[:1:-1] for x in maps], device=boxes.device)
-    start = torch.tensor([0, *(x[:, 0].numel() for x in maps)], device=boxes.device).cumsum(0)    # row of a map
+    start = torch.tensor([0, *(x[:, 0].numel() for x in maps)], device=boxes.device).cumsum(0)  # row of a map
     (width, height), corners = sides[level].unbind(1), boxes / (4 * 2 ** level)[:, None] - 0.5
     (x1, y1), (w, h) = corners[:, :2].unbind(1), (corners[:, 2:] - corners[:, :2]).unbind(1)
     x, weight_x = samples_of_bins(x1, w, width, bins)
@@ -1163,8 +1200,8 @@ class RealNVP(nn.Module):
         super().__init__()
 
         def net(*last: nn.Module) -> nn.Module:
-            return nn.Sequential(nn.Linear(2, hidden), nn.LeakyReLU(), nn.Linear(hidden, hidden), nn.LeakyReLU(),
-                                 nn.Linear(hidden, 2), *last)
+            return nn.Sequential(nn.Linear(2, hidden), nn.LeakyReLU(), nn.Linear(hidden, hidden),
+                                 nn.LeakyReLU(), nn.Linear(hidden, 2), *last)
 
         self.s = nn.ModuleList(net(nn.Tanh()) for _ in range(layers))
         self.t = nn.ModuleList(net() for _ in range(layers))
@@ -1200,45 +1237,48 @@ class RealNVP(nn.Module):
 # Poses of some queries alone: `--matched` in training, `--prune` where AP is computed.
 
 
-def box_stages_first(model: QueryPose, maps: list[Tensor], boxes: Tensor, queries: Tensor) -> tuple[list[Tensor], list]:
-    """All box stages, which need no pose in the light form → Q_I (B, Q, C) of each stage, an Output without pose of
-    each."""
+def box_stages_first(model: QueryPose, maps: list[Tensor], boxes: Tensor,
+                     queries: Tensor) -> tuple[list[Tensor], list[Output]]:
+    """All box stages, where none needs a pose → of each Q_I (B, Q, C), and an Output without poses."""
     every, found = [], []
     for box_stage in model.box_stages:
         queries, logits, boxes = box_stage(maps, queries, boxes)
+        nothing = boxes.new_zeros(*logits.shape, model.skeleton.num_keypoints, 2)
         every.append(queries)
-        found.append(Output(logits, boxes, boxes.new_zeros(*logits.shape, model.skeleton.num_keypoints, 2),
-                            boxes.new_ones(*logits.shape, model.skeleton.num_keypoints, 2)))
+        found.append(Output(logits, boxes, nothing, nothing + 1))
         boxes = boxes.detach()
     return every, found
 
 
 def pose_rows(model: QueryPose, finest: Tensor, queries: list[Tensor], found: list[Output],
               rows: Tensor) -> list[Output]:
-    """The keypoint stages on rows (R,) of the B·Q queries. A query keeps its part queries from stage to stage."""
-    parts, outputs = model.parts[None], []
-    image = image_of_rows(found[0].boxes)[rows]
-    for keypoint_stage, q, one in zip(model.keypoint_stages, queries, found):
-        keypoints, sigmas, _, new_parts = keypoint_stage(
-            finest, image, one.boxes.detach().flatten(0, 1)[rows], q.flatten(0, 1)[rows], parts)
+    """`found` with poses of rows (R,) of the B·Q queries. A query keeps its part queries all the way."""
+    parts, outputs, image = model.parts[None], [], image_of_rows(found[0].boxes)[rows]
+    for keypoint_stage, q_i, one in zip(model.keypoint_stages, queries, found):
+        chosen = one.boxes.detach().flatten(0, 1)[rows], q_i.flatten(0, 1)[rows]
+        keypoints, sigmas, _, new_parts = keypoint_stage(finest, image, *chosen, parts)
         pose = (empty.to(x.dtype).flatten(0, 1).index_copy(0, rows, x).view_as(empty)
                 for empty, x in zip(one[2:], (keypoints, sigmas)))
         outputs.append(Output(one.logits, one.boxes, *pose))
-        parts = parts if model.cfg.update == "none" else new_parts
+        if model.cfg.update != "none":
+            parts = new_parts
     return outputs
 
 
-def pose_chosen(model: QueryPose, maps: list[Tensor], boxes: Tensor, queries: Tensor, choose: Choose) -> list[Output]:
-    """QueryPose.forward where boxes need no poses: poses of the chosen queries alone, the same numbers for these, but
-    for SPEGM's batch norm in training, which then sees these alone."""
+def pose_chosen(model: QueryPose, maps: list[Tensor], boxes: Tensor, queries: Tensor,
+                choose: Choose) -> list[Output]:
+    """QueryPose.forward where boxes need no poses, with poses of the chosen queries alone.
+
+    For these the numbers are the same, but in training, where SPEGM's batch norm then sees these alone.
+    """
     every, found = box_stages_first(model, maps, boxes, queries)
     rows = choose(found).flatten().nonzero().squeeze(1)
-    rows = rows if len(rows) else rows.new_zeros(1)                        # batch norm needs something to see
+    rows = rows if len(rows) else rows.new_zeros(1)                     # batch norm needs something to see
     return pose_rows(model, maps[0], every, found, rows)
 
 
 def matched_queries(outputs: list[Output], people: list[People]) -> Tensor:
-    """(B, Q) True where a query is matched in any stage, which are those that a pose is learned from."""
+    """(B, Q) True where a query is matched in any stage: poses are learned from these alone."""
     needed = torch.zeros_like(outputs[0].logits, dtype=torch.bool)
     for image, query, _ in match(outputs, people):
         needed[image, query] = True
@@ -1248,15 +1288,16 @@ def matched_queries(outputs: list[Output], people: list[People]) -> Tensor:
 def best_poses(model: QueryPose, images: Tensor, sizes: Tensor, counted: int = 20, first: int = 25) -> Output:
     """The last stage, with poses of those alone who can be among the `counted` people of the highest scores.
 
-    A pose's score is at most its class score C̄. So the queries of the highest C̄ are posed first; then those whose C̄
-    reaches the score that the last of the counted has so far; nobody else can be among them.
+    A pose's score is at most the class score C̄ of its query. So the `first` queries of the highest C̄ are
+    posed, then those whose C̄ reaches the score of the last who counts so far. No other can be better than her.
     """
     maps = model.neck(model.backbone(images))
     boxes, queries = model.first_boxes(sizes), model.queries.expand(len(images), -1, -1)
     every, found = box_stages_first(model, maps, boxes, queries)
-    size, last = sizes.repeat(1, 2)[:, None], found[-1]
-    shown = (last.boxes.clamp(min=0).minimum(size).unflatten(-1, (2, 2)).diff(dim=-2) > 0).all(-1).squeeze(-1)
-    score = last.logits.sigmoid() * shown                                  # as `to_prediction`, (B, Q)
+    last, size = found[-1], sizes.repeat(1, 2)[:, None].to(boxes.dtype)
+    clipped = last.boxes.clamp(min=0).minimum(size)
+    shown = (clipped[..., 2:] > clipped[..., :2]).all(-1)               # (B, Q); `to_prediction` has no others
+    score = last.logits.sigmoid() * shown
 
     def pose(wanted: Tensor) -> Output:
         rows = wanted.flatten().nonzero().squeeze(1)
@@ -1267,16 +1308,15 @@ def best_poses(model: QueryPose, images: Tensor, sizes: Tensor, counted: int = 2
     output = pose(early)
     least = (pose_scores(output)[0] * shown).topk(counted).values[:, -1:]
     late = ~early & shown & (score >= least)
-    more = pose(late)
-    return Output(last.logits, last.boxes, *(torch.where(late[..., None, None], b, a)
-                                             for a, b in zip(output[2:], more[2:])))
+    both = (torch.where(late[..., None, None], more, some) for some, more in zip(output[2:], pose(late)[2:]))
+    return Output(last.logits, last.boxes, *both)
 
 
 # Start values, inference, building, the released weights.
 
 
 def spread_boxes(count: int) -> Tensor:
-    """Boxes (count, 4) as cx, cy, w, h in fractions: half of the image, centres spread evenly by the golden ratio."""
+    """Boxes (count, 4), cx, cy, w, h in fractions: half of the image, spread evenly by the golden ratio."""
     i = torch.arange(count) + 0.5
     centre = torch.stack([i / count, i * (math.sqrt(5) - 1) / 2 % 1], 1)
     return torch.cat([0.25 + centre / 2, torch.full((count, 2), 0.5)], 1)
@@ -1284,7 +1324,7 @@ def spread_boxes(count: int) -> Tensor:
 
 @torch.no_grad()
 def reset_parameters(model: QueryPose) -> None:
-    """Start values of the release: Xavier in both decoders; zero where it sets a bias at all. Freezes what it does."""
+    """Start values of the release: Xavier in both decoders, zero where it sets a bias. Freezes what it freezes."""
     for parameter in [*model.box_stages.parameters(), *model.keypoint_stages.parameters()]:
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
@@ -1323,10 +1363,12 @@ def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config) -> dict:
 TRUNK, BOX_STAGE, KEYPOINT_STAGE = (rf"^{part}\." for part in (
     r"backbone\.bottom_up", r"head\.head_series\.(\d+)", r"head\.pose_head_series\.(\d+)"))
 RENAME = [            # released name → ours, first match wins; what matches nothing keeps its name
-    (TRUNK + r"stem\.conv1\.norm\.", "backbone.stem.norm."), (TRUNK + r"stem\.conv1\.", "backbone.stem.conv."),
+    (TRUNK + r"stem\.conv1\.norm\.", "backbone.stem.norm."),
+    (TRUNK + r"stem\.conv1\.", "backbone.stem.conv."),
     (TRUNK + r"(res\d\.\d+\.\w+)\.norm\.", r"backbone.\1.norm."),
     (TRUNK + r"(res\d\.\d+\.\w+)\.weight", r"backbone.\1.conv.weight"),
-    (TRUNK + r"(.*)bn(\d)\.", r"backbone.\1conv\2.norm."), (TRUNK + r"(.*)conv(\d)\.", r"backbone.\1conv\2.conv."),
+    (TRUNK + r"(.*)bn(\d)\.", r"backbone.\1conv\2.norm."),
+    (TRUNK + r"(.*)conv(\d)\.", r"backbone.\1conv\2.conv."),
     *((TRUNK + theirs + rf"\.{i}\.", rf"backbone.{ours}.{name}.")
       for theirs, ours in {r"(layer1\.\d+)\.downsample": r"\1.shortcut", r"transition1\.0": "transition1.0",
                            r"transition1\.1\.0": "transition1.1", r"transition2\.2\.0": "transition2",
@@ -1352,18 +1394,21 @@ RENAME = [            # released name → ours, first match wins; what matches n
     *((KEYPOINT_STAGE + rf"inst_convs\.{2 * i}\.", rf"keypoint_stages.\1.convs.{i}.") for i in range(6)),
     *((KEYPOINT_STAGE + theirs, rf"keypoint_stages.\1.{ours}") for theirs, ours in {
         r"pose_decoder_inst_interact\.dynamic_layer\.": "dynamic.generate.",
-        r"pose_decoder_inst_interact\.out_layer\.": "dynamic.out.", r"pose_decoder_inst_interact\.": "dynamic.",
-        r"inst_norm\.": "query_norm.", r"norm2\.": "query_ffn.norm.", r"linear([12])\.": r"query_ffn.linear\2.",
-        r"part_embed_generator\.upsample\.0\.": "look.upsample.", r"part_embed_generator\.upsample\.1\.": "look.norm.",
+        r"pose_decoder_inst_interact\.out_layer\.": "dynamic.out.",
+        r"pose_decoder_inst_interact\.": "dynamic.", r"inst_norm\.": "query_norm.",
+        r"norm2\.": "query_ffn.norm.", r"linear([12])\.": r"query_ffn.linear\2.",
+        r"part_embed_generator\.upsample\.0\.": "look.upsample.",
+        r"part_embed_generator\.upsample\.1\.": "look.norm.",
         r"part_embed_generator\.LSA_conv\.": "look.attention.", r"part_embed_generator\.fc\.": "look.out.",
         r"updater\.fc([12])\.": r"update.linear\2.", r"updater\.norm_fc1\.": "update.norm.",
         r"kps_self_attn\.in_proj_": "attention.in_proj.", r"kps_self_attn\.": "attention.",
         r"self_attn_norm\.": "norm.", r"norm2_l\.": "ffn.norm.", r"linear([12])_l\.": r"ffn.linear\2.",
         r"residual_filter\.": "residual."}.items()),
 ]
-IGNORED = {r"\.updater\.(fc3|norm_fc3)\.": "never used", r"^backbone\.(fpn_conv\.4|lateral_conv\.0)\.": "never used",
+IGNORED = {r"\.updater\.(fc3|norm_fc3)\.": "never used",
+           r"^backbone\.(fpn_conv\.4|lateral_conv\.0)\.": "never used",
            r"\.relative_position_index$": "computed here", r"^criterion\.flow\.flow\.mask$": "a constant"}
-TORCHVISION = [(r"^layer1\.", "res2."), (r"^layer2\.", "res3."), (r"^layer3\.", "res4."), (r"^layer4\.", "res5."),
+TORCHVISION = [*((rf"^layer{i}\.", f"res{i + 1}.") for i in range(1, 5)),
                (r"^conv1\.", "stem.conv1."), (r"^bn1\.", "stem.conv1.norm.")]
 INSIDE_BLOCK = [(r"bn(\d)\.", r"conv\1.norm."), (r"downsample\.0\.", "shortcut."),
                 (r"downsample\.1\.", "shortcut.norm.")]
@@ -1379,13 +1424,14 @@ def convert_official(state: dict[str, Tensor], config: Config) -> dict[str, Tens
 
 
 def recognise(state: dict[str, Tensor]) -> tuple[str, int] | None:
-    """(preset, number of keypoints) of a released QueryPose checkpoint, by its tensors; None for something else."""
+    """(preset, number of keypoints) of a released QueryPose checkpoint, by its tensors; None for others."""
     if not {"part_query.weight", "init_proposal_boxes.weight"} <= state.keys():
         return None
     full = "head.pose_head_series.0.inst_norm.weight" in state
     heads = [value for name, value in state.items()
              if re.match(r"head\.pose_head_series\.0\.fc_coord\.\d+\.linear\.bias", name)]
-    signs = {"stem.conv1.weight": "r50", "patch_embed.proj.weight": "swin_l", "transition1.0.0.weight": "hrnet_w"}
+    signs = {"stem.conv1.weight": "r50", "patch_embed.proj.weight": "swin_l",
+             "transition1.0.0.weight": "hrnet_w"}
     net = next((net for sign, net in signs.items() if f"backbone.bottom_up.{sign}" in state), None)
     if net == "hrnet_w":
         net += str(len(state["backbone.bottom_up.transition1.0.0.weight"]))
@@ -1405,16 +1451,17 @@ def build(preset: str, skeleton: str | Skeleton = "coco", **overrides) -> QueryP
 def backbone_names(state: dict[str, Tensor], resnet: bool) -> dict[str, Tensor]:
     """Names of a backbone's own file → those of a QueryPose release."""
     state = {name: value for name, value in state.items() if not re.search(FOREIGN, name)}
-    if resnet:                                                     # of torchvision, or of detectron2 as they are
+    if resnet:                                                 # of torchvision, or of detectron2 as they are
         state = weights.rename(weights.rename(state, TORCHVISION), INSIDE_BLOCK)
     prefix = "backbone.bottom_up."
     return {prefix + name.removeprefix(prefix): value for name, value in state.items()}
 
 
 def load_init(model: QueryPose, source: str) -> None:
-    """Start weights by file or name: QueryPose (all), a ResNet of torchvision or detectron2, an HRNet, a Swin."""
+    """Start weights by file or name: QueryPose (all), ResNet (torchvision's or detectron2's), HRNet, Swin."""
     path = Path(source) if Path(source).exists() else weights.fetch(source)
-    state, lacking = weights.load_tensors(path), {r"num_batches_tracked$": "counts batches of another training"}
+    state = weights.load_tensors(path)
+    lacking = {r"num_batches_tracked$": "counts batches of another training"}
     if "part_query.weight" not in state:
         state = backbone_names(state, isinstance(model.backbone, ResNet))
     state = convert_official(state, model.cfg)
@@ -1422,15 +1469,15 @@ def load_init(model: QueryPose, source: str) -> None:
         lacking |= {f"^{re.escape(name)}$": "not in a backbone's file" for name in model.state_dict()
                     if name not in state and re.search(LACKING, name)}
     weights.load_strict(model, state, lacking)
-    print(f"start weights from {path}: {len(state)} of {len(model.state_dict())} tensors")
+    say(f"start weights from {path}: {len(state)} of {len(model.state_dict())} tensors")
 
 
 # Pictures: where the parts of a person look (Fig. 5 and 6), and how sure its joints are.
 
 
 def draw_attention(image: Image.Image, box: list[float], attention: np.ndarray) -> list[Image.Image]:
-    """The inside of a box, and once more under each part's map (M, n, n): the brightest cell is the largest."""
-    side = (192, 192)                                  # whatever the size of the box, and black outside of the image
+    """The image in a box, and again under each part's map (M, n, n): the brightest cell is the largest."""
+    side = (192, 192)                              # whatever the size of the box; black outside of the image
     crop = image.transform(side, Image.Transform.EXTENT, box, Image.Resampling.BILINEAR)
     shades = (255 * attention / attention.max((1, 2), keepdims=True)).astype(np.uint8)
     heat, shown = Image.new("RGB", side, draw.RIGHT[0]), [crop]
@@ -1442,13 +1489,15 @@ def draw_attention(image: Image.Image, box: list[float], attention: np.ndarray) 
 
 @torch.no_grad()
 def show_process(model: QueryPose, image: Image.Image, threshold: float) -> dict[str, list[Image.Image]]:
-    """For eval.py --process, of people above the threshold: `sigma`, the image with an ellipse of two deviations σ̂ at
-    each keypoint, and with SPEGM `attention`, the last stage's maps A, a row per person: her box, then a map per part.
+    """For eval.py --process, of people above the threshold: `sigma`, the image with an ellipse of two
+    deviations σ̂ at each keypoint, and, with SPEGM and if there is anybody, `attention`, the last stage's maps A:
+    a row per person, her box, then a map per part.
     """
     maps, size, picture = [], torch.tensor(image.size), input_image(image, model.cfg)
     shows = model.cfg.interaction == "spegm"
     if shows:
-        hook = model.keypoint_stages[-1].look.attention.register_forward_hook(lambda *call: maps.append(call[-1]))
+        watched = model.keypoint_stages[-1].look.attention
+        hook = watched.register_forward_hook(lambda *call: maps.append(call[-1]))
     output = Output(*(x[0] for x in detect(model, [picture])))
     boxes = output.boxes * (size / torch.tensor(picture.shape[:0:-1])).repeat(2)
     rows = (pose_scores(output)[0] >= max(threshold, 1e-6)).nonzero().squeeze(1)
@@ -1462,7 +1511,8 @@ def show_process(model: QueryPose, image: Image.Image, threshold: float) -> dict
         hook.remove()
     if shows and len(rows):
         attention = maps[-1].float().flatten(2).softmax(-1).view(maps[-1].shape).cpu().numpy()
-        tiles = [tile for row in rows.tolist() for tile in draw_attention(image, boxes[row].tolist(), attention[row])]
+        tiles = [tile for row in rows.tolist()
+                 for tile in draw_attention(image, boxes[row].tolist(), attention[row])]
         shown["attention"] = [draw.contact_sheet(tiles, 1 + attention.shape[1], 192)]
     return shown
 
