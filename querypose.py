@@ -9,7 +9,7 @@ Flow     image (B,3,H,W) → ResNet-50, HRNet or Swin-L → neck → maps of str
 Read     BoxStage (eq. 1) → SPEGM (Sec. 3.2) → SIM (eq. 3) → KeypointStage (eq. 2) → QueryPose.forward
          → likelihood_loss (eq. 4) → criterion → train
 Letters  B images  Q person queries (the paper's N)  R = B·Q rows, a box each  K keypoints  M parts  h heads
-         L levels  P people of an image  C (d), D (d_p) channels of an instance query, of a part query
+         S stages  P people of an image  C (d), D (d_p) channels of an instance query, of a part query
          Q_I instance queries (B,Q,C)  Q_P part queries (R,M,D)  E_P part embeddings (R,M,D)
          A attention maps (R,M,cells)  μ̂ keypoints and σ̂ deviations, relative to the box  C̄ class score
 Units    boxes are x1, y1, x2, y2 in pixels of the network's input, never clipped; keypoints of the model are
@@ -61,7 +61,6 @@ from common.run import Ema, Run
 from common.skeletons import Skeleton, get_skeleton, words
 from common.splits import open_crowd, open_splits
 from common.tables import Row, Table
-from common.weights import count_parameters
 from kernels.dispatch import plain
 
 # ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. ---------
@@ -537,7 +536,8 @@ class QueryPose(nn.Module):
         """
         maps = self.neck(self.backbone(images))
         boxes, queries = self.first_boxes(sizes), self.queries.expand(len(images), -1, -1)
-        if choose and not plain():      # fast form: 4 times as fast where a quarter of them needs a pose
+        if choose and not plain():
+            # fast form: 4 times as fast where a quarter of the queries needs a pose; a step of tiny 1.5 times
             return pose_chosen(self, maps, boxes, queries, choose)
 
         outputs, parts, image = [], self.parts[None], image_of_rows(boxes)
@@ -749,7 +749,8 @@ def predict(model: QueryPose, batch: dict, best: bool = False) -> list[Predictio
 def evaluate(model: QueryPose, data: PoseDataset, cfg: Config, ranks: Ranks) -> tuple[dict, list[Prediction]]:
     """Metrics and predictions of a dataset; the images are shared among the processes, all get the result.
 
-    With `--no-prune` every query has a pose, and there is the AP of boxes (Table 3), which wants them all.
+    APM and APL judge people by their boxes, as the release is scored. With `--no-prune` every query has a pose,
+    and there is the AP of boxes (Table 3), which wants them all.
     Departs from the release: it passes results through a soft-NMS that takes boxes' lower sides for scores.
     Many boxes end with a negative height, and COCO's evaluation ignores such poses instead of counting them
     as wrong. The published AP with a star (W32 72.3, W48 73.4), and with it the paper's, seems made that way;
@@ -933,14 +934,14 @@ EQUATIONS = {           # equation, section or figure of the paper → where it 
     "Sec. 4.1": train,
 }
 
-# Rows of the paper's tables: what, AP in the paper, flags of the paper's preset, flags of the tiny preset (light
-# form, unless they say --full). The command of a row:
+# Rows of the paper's tables: what, AP in the paper, flags of the paper's preset, flags of the tiny preset, which
+# is in the light form unless they say --full. The command of a row:
 #
 #     python querypose.py --train --data data/coco --preset <table's preset> <table's flags> <row's flags>
 #
-# Open in the paper, and assumed here. An instance query is one part with all keypoints, and what asks is a linear
-# view of Q_I. Table 1 is without iteration of part queries: its last row has the figures of Table 2a's None.
-# The baseline of Table 2b regresses all keypoints from one vector, the mean of ROI_pose after its convolutions.
+# Open in the paper, and assumed here. An instance query is one part with all keypoints; what asks is a linear view
+# of Q_I. Table 1 is without iteration of part queries: its last row has the figures of Table 2a's None. The
+# baseline of Table 2b regresses all keypoints from one vector, the mean of ROI_pose after its convolutions.
 # Not here: Table 5, measured by COCO's server on annotations that are not public.
 ONE_TIME = "--epochs 40 --drop_epochs 31,37"                    # the 1× schedule (Sec. 4.2)
 POOLED = "--query instance --interaction pool --update none"
@@ -1130,13 +1131,13 @@ def bilinear(x: Tensor, image: Tensor, u: Tensor, v: Tensor) -> Tensor:
 def roi_align_formula(maps: list[Tensor], image: Tensor, boxes: Tensor, level: Tensor, bins: int) -> Tensor:
     """A bin is the mean of four samples, at 1/4 and 3/4 of its sides, each read between four cells of the map:
 
-        one bin of a box          ┌─────────────┐     +  samples
-        on the map's cells ·   ·  │·   ·   ·   ·│  ·
-                                  │  +       +  │
-                               ·  │·   ·   ·   ·│  ·
-                                  │  +       +  │
-                               ·  │·   ·   ·   ·│  ·
-                                  └─────────────┘
+        ·   ·   ·   ·   ·       ·  cells of the map
+          ┌───────────┐
+          │  +     +  │         +  samples of one bin of a box
+        · │ ·   ·   · │ ·
+          │  +     +  │
+          └───────────┘
+        ·   ·   ·   ·   ·
     """
     fraction = torch.arange(0.5, 2 * bins, device=boxes.device, dtype=boxes.dtype) / (2 * bins)
     out = boxes.new_zeros(len(boxes), 2 * bins, 2 * bins, maps[0].shape[1])
@@ -1289,19 +1290,20 @@ def best_poses(model: QueryPose, images: Tensor, sizes: Tensor, counted: int = 2
     """The last stage, with poses of those alone who can be among the `counted` people of the highest scores.
 
     A pose's score is at most the class score C̄ of its query. So the `first` queries of the highest C̄ are
-    posed, then those whose C̄ reaches the score of the last who counts so far. No other can be better than her.
+    posed, then those whose C̄ reaches the score of the last who counts so far. No other can be better.
     """
     maps = model.neck(model.backbone(images))
     boxes, queries = model.first_boxes(sizes), model.queries.expand(len(images), -1, -1)
     every, found = box_stages_first(model, maps, boxes, queries)
     last, size = found[-1], sizes.repeat(1, 2)[:, None].to(boxes.dtype)
     clipped = last.boxes.clamp(min=0).minimum(size)
-    shown = (clipped[..., 2:] > clipped[..., :2]).all(-1)               # (B, Q); `to_prediction` has no others
-    score = last.logits.sigmoid() * shown
+    shown = (clipped[..., 2:] > clipped[..., :2]).all(-1)               # `to_prediction` leaves out the others
+    score = last.logits.float().sigmoid() * shown
 
     def pose(wanted: Tensor) -> Output:
         rows = wanted.flatten().nonzero().squeeze(1)
-        return pose_rows(model, maps[0], every, found, rows)[-1] if len(rows) else last
+        output = pose_rows(model, maps[0], every, found, rows)[-1] if len(rows) else last
+        return Output(*(x.float() for x in output))                     # half precision would round the scores
 
     counted, first = (min(n, score.shape[1]) for n in (counted, first))
     early = torch.zeros_like(shown).scatter(1, score.topk(first).indices, True)
@@ -1309,7 +1311,7 @@ def best_poses(model: QueryPose, images: Tensor, sizes: Tensor, counted: int = 2
     least = (pose_scores(output)[0] * shown).topk(counted).values[:, -1:]
     late = ~early & shown & (score >= least)
     both = (torch.where(late[..., None, None], more, some) for some, more in zip(output[2:], pose(late)[2:]))
-    return Output(last.logits, last.boxes, *both)
+    return Output(output.logits, output.boxes, *both)
 
 
 # Start values, inference, building, the released weights.
@@ -1532,7 +1534,7 @@ def summary() -> str:
             model = build(preset).eval()
         height = min(model.cfg.short_side, 480)
         width = min(height * 4 // 3, model.cfg.long_side)
-        every, learned = sum(p.numel() for p in model.parameters()) / 1e6, count_parameters(model) / 1e6
+        every, learned = sum(p.numel() for p in model.parameters()) / 1e6, weights.count_parameters(model) / 1e6
         rows.append(f"{preset:16}{f'{width}x{height}':>9}{every:>11.2f} M{learned:>9.2f} M"
                     f"{flops(model, width, height) / 1e9:>9.1f}")
     return "\n".join(rows)
