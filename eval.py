@@ -172,7 +172,7 @@ def boxes_in_pictures(names: list[str], args: argparse.Namespace, device: torch.
         print("each picture as a whole is taken for one person: --boxes FILE.json or --detector CHECKPOINT say where "
               "people are")
         return lambda picture, name: whole_image(picture.size)
-    people = read_results(args.boxes)
+    people, _ = read_results(args.boxes)
     if not any(key.split("#")[0] in (name, Path(name).stem) for key in people for name in names):
         raise UserError(f"{args.boxes} has boxes for {', '.join(sorted(people)[:3])}, ..., but for none of the "
                         f"pictures ({', '.join(names[:3])}): its image_id has to be a picture's name")
@@ -195,7 +195,7 @@ def evaluate_dataset(module: ModuleType, model: nn.Module, args: argparse.Namesp
     """Print the table of metrics, errors per keypoint and images per second; write results.json."""
     with rank_zero_first(ranks):
         data = open_dataset(args.data, args.split or default_splits(args.data)[1], model.skeleton,
-                            parse_numbers(args.sigmas))
+                            parse_numbers(args.sigmas), args.category)
     if ranks.rank == 0:
         print(data.report())
         make_folder(args.out)                   # before the work, not after it
@@ -211,8 +211,8 @@ def evaluate_dataset(module: ModuleType, model: nn.Module, args: argparse.Namesp
     print(metrics.format_table(metrics.keypoint_errors(predictions, data)))
     print("(errors of the people found, as fractions of √area; close: OKS term of at least 0.5)\n")
     print(metrics.format_table(table))
-    for where in boxes:
-        print(where)
+    for line in [*map(str, boxes), *data.caveats()]:
+        print(line)
     print(f"{len(data)} images in {seconds:.1f} s, {len(data) / seconds:.1f} a second with loading and metrics, on "
           f"{ranks.world} x {ranks.device.type}; results.json and predictions.png are in {args.out}")
 
@@ -250,7 +250,7 @@ def output_names(pictures: list[Path]) -> list[str]:
 def frames_of(path: Path) -> list[Image.Image]:
     """The frames of a GIF, or the one picture of another file, upright and RGB. Raises BadImage."""
     if path.suffix.lower() != ".gif":
-        return [load_image(path, rotate=True)]
+        return [load_image(path)]
     try:
         with Image.open(path) as gif:
             return [frame.convert("RGB") for frame in ImageSequence.Iterator(gif)]
@@ -269,7 +269,7 @@ def clips_of(frames: list[Image.Image], path: Path, pictures: list[Path], folder
         for side, j in enumerate((i - 1, i + 1)):
             if 0 <= j < len(pictures) and pictures[j].parent == path.parent:
                 with contextlib.suppress(BadImage):                 # which is said when its own turn comes
-                    rim[side] = load_image(pictures[j], rotate=True)
+                    rim[side] = load_image(pictures[j])
     row = [rim[0], *frames, rim[1]]
     if any(near is not None and near.size != frames[0].size for near in row):
         tqdm.write(f"{path}: a frame beside it has another size, so this one takes its place")
@@ -347,6 +347,7 @@ def main() -> None:
                         "a method lists its own as AT_INFERENCE")
     parser.add_argument("--data", default="", help="puppets or a dataset's folder (default: what it was trained for)")
     parser.add_argument("--split", default="", help="val, test, train, ood or crowd (default: the papers' own)")
+    parser.add_argument("--category", default="", help="of the data, where several have keypoints (default: what fits)")
     parser.add_argument("--sigmas", default="", help="OKS sigmas of your own keypoints, with commas")
     parser.add_argument("--images", nargs="+", default=[], help="pictures, GIFs or folders to draw people on")
     parser.add_argument("--boxes", default="", help="top-down methods: where people are, as COCO results (JSON)")

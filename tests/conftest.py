@@ -38,3 +38,13 @@ def fixed_seeds():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+QUICK = ("boxes", "cli", "datasets", "heatmaps", "layers", "metrics", "oks", "posetrack", "ranks", "skeletons", "tables",
+         "transforms", "weights")       # all tests of these files; in others those that are marked
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem.removeprefix("test_") in QUICK and not item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.quick)

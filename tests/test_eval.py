@@ -24,7 +24,7 @@ from common.errors import UserError
 from common.records import Prediction
 from common.splits import open_dataset
 from data import puppets
-from tests.helpers import TINY
+from tests.helpers import TINY, reference
 from tests.test_detrpose import official_state
 
 evaluation = importlib.import_module("eval")                 # `import eval` would hide Python's own
@@ -147,9 +147,9 @@ def test_an_unreadable_image_of_the_dataset_is_named_and_counts_as_empty(run, pu
 
 
 @pytest.fixture(scope="module")
-def official(reference, tmp_path_factory) -> Path:
+def official(tmp_path_factory) -> Path:
     """A file as the authors publish them: preset n, its own tensor names, random weights."""
-    manifest = json.loads((reference / "detrpose" / "manifest_n.json").read_text())
+    manifest = json.loads(reference("detrpose/manifest_n.json").read_text())
     state = official_state(manifest, 0)
     state |= {"transformer.up": torch.tensor([0.5]), "transformer.reg_scale": torch.tensor([4.0])}
     path = tmp_path_factory.mktemp("cache") / "detrpose_hgnetv2_n.pth"

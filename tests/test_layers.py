@@ -13,7 +13,7 @@ ORDER = ["common.errors",
          "common.datasets", "common.transforms", "common.cli",
          "common.posetrack", "common.draw", "common.boxes", "common.predict",
          "data.puppets", "common.splits", "common.metrics",
-         "common.run", "common.tables", *METHODS, "eval"]
+         "common.run", "common.tables", "common.stable_diffusion", *METHODS, "eval"]
 
 
 def modules() -> dict[str, Path]:

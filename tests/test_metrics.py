@@ -14,20 +14,13 @@ from common.metrics import (box_ap, coco_eval, evaluate, format_table, keypoint_
 from common.oks import oks, oks_matrix, oks_nms, pose_similarity, rescore
 from common.records import Prediction
 from common.skeletons import SKELETONS, get_skeleton
-from tests.helpers import REFERENCE
+from tests.helpers import REFERENCE, golden, reference
 
 COCO, SIGMAS = get_skeleton("coco"), np.array(get_skeleton("coco").sigmas)
-GOLDEN = REFERENCE / "metrics"
-CASES = sorted(path.stem.removeprefix("golden_") for path in GOLDEN.glob("golden_*_*.npz")
-               if not path.stem.startswith("golden_topdown"))
-
-
-def cases_or_skip(names: list) -> list:
-    return names or [pytest.param("", marks=pytest.mark.skip(f"no golden files in {GOLDEN}: set POSE_REFERENCE"))]
 
 
 def read(name: str):
-    return json.loads((GOLDEN / name).read_text())
+    return json.loads(reference(f"metrics/{name}").read_text())
 
 
 def dataset_of(truth: dict, folder: Path) -> PoseDataset:
@@ -40,23 +33,24 @@ def dataset_of(truth: dict, folder: Path) -> PoseDataset:
 
 # ---------------------------------------------------------------- golden files
 
-@pytest.mark.parametrize("case", cases_or_skip(CASES))
-def test_average_precision_equals_the_official_tools(case):
-    golden, (name, kind) = np.load(GOLDEN / f"golden_{case}.npz"), case.removesuffix("_dtbbox").rsplit("_", 1)
+@golden("metrics/golden_*_keypoints.npz", "metrics/golden_*_dtbbox.npz", "metrics/golden_*_bbox.npz")
+def test_average_precision_equals_the_official_tools(file):
+    case = file.stem.removeprefix("golden_")
+    stored, (name, kind) = np.load(file), case.removesuffix("_dtbbox").rsplit("_", 1)
     truth, found, crowdpose = read(f"{name}_gt.json"), read(f"{name}_dt.json"), name.startswith("crowdpose")
     if kind == "keypoints" and not case.endswith("_dtbbox"):
         found = [{k: v for k, v in d.items() if k != "bbox"} for d in found]
     sigmas = SKELETONS["crowdpose" if crowdpose else "coco"].sigmas
     run = coco_eval(with_crowdpose_areas(truth) if crowdpose else truth, found, kind, sigmas)
     for array in ("precision", "recall", "scores"):
-        np.testing.assert_array_equal(run.eval[array], golden[array])
-    np.testing.assert_array_equal(matches(run), golden["matches"])
+        np.testing.assert_array_equal(run.eval[array], stored[array])
+    np.testing.assert_array_equal(matches(run), stored["matches"])
     if kind == "bbox":
         stats = list(box_ap(truth, found, crowdpose).values())
     else:
         stats = list(keypoint_ap(truth, found, sigmas, crowdpose).values())
         stats = stats[:3] + [0, 0] + stats[3:] if crowdpose else stats      # two slots stay empty
-    np.testing.assert_allclose(stats, golden["stats"], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(stats, stored["stats"], rtol=0, atol=1e-12)
 
 
 def matches(run) -> np.ndarray:
@@ -67,28 +61,28 @@ def matches(run) -> np.ndarray:
     return np.array(rows, dtype=np.int64)
 
 
-@pytest.mark.parametrize("case", cases_or_skip([c for c in CASES if c.endswith("_keypoints")]))
-def test_our_oks_equals_the_official_one(case):
-    golden, name = np.load(GOLDEN / f"golden_{case}.npz"), case.removesuffix("_keypoints")
+@golden("metrics/golden_*_keypoints.npz")
+def test_our_oks_equals_the_official_one(file):
+    stored, name = np.load(file), file.stem.removeprefix("golden_").removesuffix("_keypoints")
     truth, found = read(f"{name}_gt.json"), read(f"{name}_dt.json")
     skeleton = SKELETONS["crowdpose" if name.startswith("crowdpose") else "coco"]
     truth = with_crowdpose_areas(truth) if skeleton.name == "crowdpose" else truth
     people = {a["id"]: a for a in truth["annotations"]}
-    _, d, g = golden["oks_image_dt_gt"].T
+    _, d, g = stored["oks_image_dt_gt"].T
     pred = np.array([found[i - 1]["keypoints"] for i in d]).reshape(len(d), -1, 3)[..., :2]
     target = np.array([people[i]["keypoints"] for i in g]).reshape(len(g), -1, 3)
     value = oks(pred, target, np.array([people[i]["area"] for i in g]), skeleton.sigmas)
     labelled = (target[..., 2] > 0).any(1)                      # of the others COCO takes the distance to their boxes
     assert labelled.any()
-    np.testing.assert_allclose(value[labelled], golden["oks"][labelled], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(value[labelled], stored["oks"][labelled], rtol=0, atol=1e-12)
 
 
-RULES = {rule["name"]: rule for rule in read("rules.json")} if (GOLDEN / "rules.json").exists() else {}
+RULES = {rule["name"]: rule for rule in read("rules.json")} if (REFERENCE / "metrics" / "rules.json").exists() else {}
 
 
-@pytest.mark.parametrize("name", cases_or_skip(list(RULES)))
+@pytest.mark.parametrize("name", RULES or ["none"])
 def test_every_rule_of_the_official_tool_holds(name):
-    rule = RULES[name]
+    rule = RULES[name] if RULES else read("rules.json")
     run = coco_eval(rule["gt"], rule["dt"], rule["iouType"], SIGMAS)
     boxes = rule["iouType"] == "bbox"
     stats = box_ap(rule["gt"], rule["dt"]) if boxes else keypoint_ap(rule["gt"], rule["dt"], SIGMAS)
@@ -102,8 +96,7 @@ def test_every_rule_of_the_official_tool_holds(name):
 
 
 def test_a_dataset_is_free_of_the_traps_and_changes_no_sound_file(tmp_path):
-    if not RULES:
-        pytest.skip(f"no golden files in {GOLDEN}: set POSE_REFERENCE")
+    read("rules.json")
     mended = dict(ann_id_zero=1, stale_num_keypoints=-1,            # the latter: nobody to find
                   regular_before_ignored=0.8 + 0.2 * 51 / 101)      # two people, one missed at 2 of 10 thresholds
     for name, rule in RULES.items():
@@ -113,29 +106,29 @@ def test_a_dataset_is_free_of_the_traps_and_changes_no_sound_file(tmp_path):
             assert ap == pytest.approx(mended.get(name, rule["stats"]["AP"]), abs=1e-12), name
 
 
-@pytest.mark.parametrize("file", cases_or_skip([path.name for path in GOLDEN.glob("golden_wholebody*.npz")]))
+@golden("metrics/golden_wholebody*.npz")
 def test_wholebody_equals_xtcocotools(file):
-    golden, name = np.load(GOLDEN / file), file.removeprefix("golden_").removesuffix(".npz")
+    stored, name = np.load(file), file.stem.removeprefix("golden_")
     truth, found = read(f"{name}_gt.json"), read(f"{name}_dt.json")
     for part, stats in wholebody_ap(truth, found).items():
-        np.testing.assert_allclose(list(stats.values()), golden[f"keypoints_{part}_stats"], rtol=0, atol=1e-12)
+        np.testing.assert_allclose(list(stats.values()), stored[f"keypoints_{part}_stats"], rtol=0, atol=1e-12)
     joined = [dict(image_id=d["image_id"], score=d["score"], keypoints=metrics.wholebody_keypoints(d))
               for d in found]
     assert wholebody_ap(truth, joined) == wholebody_ap(truth, found)
 
 
-@pytest.mark.parametrize("file", cases_or_skip([path.name for path in GOLDEN.glob("golden_topdown_nms*.npz")]))
+@golden("metrics/golden_topdown_nms*.npz")
 def test_rescoring_and_oks_nms_equal_mmpose(file):
-    golden = np.load(GOLDEN / file)
-    scores = rescore(golden["bbox_scores"], golden["keypoint_scores"])
-    np.testing.assert_allclose(scores, golden["instance_scores"], rtol=1e-12)
-    areas = golden["bbox_scales"].prod(-1)
-    np.testing.assert_allclose(areas, golden["areas"], rtol=1e-12)
-    similarity = pose_similarity(golden["keypoints"], areas, SIGMAS)
-    np.testing.assert_allclose(similarity, golden["oks_matrix"], atol=1e-6)                 # a float32 golden
-    for key in [key for key in golden.files if key.startswith("keep_oks_nms")]:
-        kept = oks_nms(golden["keypoints"], scores, areas, SIGMAS, float(key.rsplit("_", 1)[1]))
-        assert kept == golden[key].tolist(), key
+    stored = np.load(file)
+    scores = rescore(stored["bbox_scores"], stored["keypoint_scores"])
+    np.testing.assert_allclose(scores, stored["instance_scores"], rtol=1e-12)
+    areas = stored["bbox_scales"].prod(-1)
+    np.testing.assert_allclose(areas, stored["areas"], rtol=1e-12)
+    similarity = pose_similarity(stored["keypoints"], areas, SIGMAS)
+    np.testing.assert_allclose(similarity, stored["oks_matrix"], atol=1e-6)                 # a float32 golden
+    for key in [key for key in stored.files if key.startswith("keep_oks_nms")]:
+        kept = oks_nms(stored["keypoints"], scores, areas, SIGMAS, float(key.rsplit("_", 1)[1]))
+        assert kept == stored[key].tolist(), key
 
 
 # ---------------------------------------------------------------- without the golden files

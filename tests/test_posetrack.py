@@ -15,9 +15,8 @@ from common.splits import open_dataset
 from common.posetrack import Frame, Person, frames_of, mean_ap
 from common.skeletons import POSETRACK
 from data import puppets
-from tests.helpers import REFERENCE
+from tests.helpers import golden, reference
 
-FILES = sorted((REFERENCE / "posetrack").glob("golden_poseval*.json"))
 RNG = np.random.default_rng(0)
 
 
@@ -47,7 +46,7 @@ def cases(file: Path):
         yield content["gt"], content[f"pred_{kind}"], content[f"result_{kind}"]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@golden("posetrack/golden_poseval*.json")
 def test_every_number_of_the_official_evaluator(file):
     for truth, found, expected in cases(file):
         result = mean_ap(pairs(truth, found))
@@ -62,9 +61,8 @@ def test_every_number_of_the_official_evaluator(file):
         assert result["frames"] == expected["frames"]
 
 
-@pytest.mark.skipif(len(FILES) < 2, reason="needs both files of the PoseTrack reference")
 def test_joints_that_are_found_but_never_annotated_count_in_no_mean():
-    edge, both = (json.loads((REFERENCE / "posetrack" / name).read_text())
+    edge, both = (json.loads(reference(f"posetrack/{name}").read_text())
                   for name in ("golden_poseval_edge.json", "golden_poseval.json"))
     name = next(name for name, content in both["pred"].items() if "annolist" in content)
     first = {"annolist": both["pred"][name]["annolist"][:1]}

@@ -7,12 +7,11 @@ from PIL import Image
 from common import transforms as T
 from common.errors import UserError
 from common.records import Sample
-from tests.helpers import REFERENCE
+from tests.helpers import golden
 
 PAIRS = {17: (0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15),
          14: (1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 12, 13)}
-GOLDEN = sorted((REFERENCE / "detrpose").glob("golden_data_pipeline*.npz"))
-golden_files = pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+golden_files = golden("detrpose/golden_data_pipeline*.npz")
 
 
 def sample_of(image: np.ndarray, boxes: np.ndarray, keypoints: np.ndarray, areas: np.ndarray) -> Sample:
@@ -20,12 +19,12 @@ def sample_of(image: np.ndarray, boxes: np.ndarray, keypoints: np.ndarray, areas
     return Sample(Image.fromarray(image), 1, (w, h), keypoints, boxes, areas, np.zeros(len(boxes), bool))
 
 
-def from_golden(golden, prefix: str = "in_", image: str = "image") -> Sample:
-    return sample_of(golden[image], *(golden[prefix + name] for name in ("boxes", "keypoints", "area")))
+def from_golden(case, prefix: str = "in_", image: str = "image") -> Sample:
+    return sample_of(case[image], *(case[prefix + name] for name in ("boxes", "keypoints", "area")))
 
 
-def mosaic_sources(golden) -> list[Sample]:
-    return [from_golden(golden)] + [from_golden(golden, f"mosaic_src{i}_", f"mosaic_src{i}") for i in (1, 2, 3)]
+def mosaic_sources(case) -> list[Sample]:
+    return [from_golden(case)] + [from_golden(case, f"mosaic_src{i}_", f"mosaic_src{i}") for i in (1, 2, 3)]
 
 
 def random_sample(seed: int, w: int = 50, h: int = 30) -> Sample:
@@ -52,8 +51,8 @@ def assert_target(sample: Sample, golden, prefix: str):
 
 @golden_files
 @pytest.mark.parametrize("case", ["plain", "flip", "pad", "mosaic_final"])
-def test_released_pipeline_gives_the_same_images_and_targets(path, case):
-    golden = np.load(path)
+def test_released_pipeline_gives_the_same_images_and_targets(file, case):
+    golden = np.load(file)
     h, w = golden["resized"].shape[:2]
     sample = from_golden(golden)
     if case == "flip":
@@ -71,8 +70,8 @@ def test_released_pipeline_gives_the_same_images_and_targets(path, case):
 
 
 @golden_files
-def test_released_mosaic_is_ours_in_pixels(path):
-    golden = np.load(path)
+def test_released_mosaic_is_ours_in_pixels(file):
+    golden = np.load(file)
     ours = T.mosaic(mosaic_sources(golden), 32)
     np.testing.assert_array_equal(np.array(ours.image), golden["mosaic_image"])
     np.testing.assert_allclose(ours.boxes, golden["mosaic_boxes"], rtol=1e-6)
@@ -81,8 +80,8 @@ def test_released_mosaic_is_ours_in_pixels(path):
 
 
 @golden_files
-def test_released_colour_steps_are_ours_to_the_last_bit(path):
-    golden = np.load(path)
+def test_released_colour_steps_are_ours_to_the_last_bit(file):
+    golden = np.load(file)
     image = Image.fromarray(golden["image"])
     ours = {"brightness": T.brightness(image, 1.3), "contrast": T.contrast(image, 0.7),
             "saturation": T.saturation(image, 1.4), "hue": T.hue(image, 0.2), "hue_neg": T.hue(image, -0.35)}
@@ -91,8 +90,8 @@ def test_released_colour_steps_are_ours_to_the_last_bit(path):
 
 
 @golden_files
-def test_crowdpose_uses_its_own_pairs_and_the_area_of_053_boxes(path):
-    golden = np.load(path)
+def test_crowdpose_uses_its_own_pairs_and_the_area_of_053_boxes(file):
+    golden = np.load(file)
     boxes = golden["crowd_in_boxes"]
     areas = 0.53 * (boxes[:, 2:] - boxes[:, :2]).prod(1)
     sample = sample_of(golden["image"], boxes, golden["crowd_in_keypoints"], areas)
