@@ -1,9 +1,9 @@
-"""Evaluate a checkpoint of any method on a dataset, or draw its predictions on pictures.
+"""Evaluate a checkpoint of any method on a dataset, or draw its predictions on pictures; from Python, `load` it.
 
     python eval.py runs/<run>/best.pt                           the dataset that it was trained for
     python eval.py runs/<run>/best.pt --data puppets --split ood
     python eval.py runs/<run>/best.pt --data data/coco          another dataset
-    python eval.py best.pt --images photo.jpg folder/ clip.gif  draws people, writes COCO results
+    python eval.py best.pt --images photo.jpg folder/ clip.mp4  draws people, writes COCO results
     python eval.py best.pt --set steps=4 ensemble=true          with more DDIM steps (diffusionregpose)
     python eval.py best.pt --images photo.jpg --process         and how all but detrpose find them
     python eval.py sdpose-body --images photo.jpg --detector detrpose-l       top-down: one person at a time
@@ -13,40 +13,41 @@
     python eval.py detrpose_hgnetv2_l.pth --data data/coco      released weights from a file
     torchrun --nproc_per_node=8 eval.py detrpose-l --data data/coco
 
+    from eval import load
+    pose = load("detrpose-l")                                   or all that the command takes
+    people = pose(["photo.jpg", array, picture])                a list, one entry for each picture
+
 A checkpoint of ours names its method and size; a released one is recognised by its tensors. A top-down method needs
 boxes of people: of --boxes, of --detector, else the annotated ones of a dataset, and of a picture all of it.
 """
 import argparse
-import contextlib
 import importlib
 import json
-import re
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import torch
-from PIL import Image, ImageSequence
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 from common import draw, metrics, weights
-from common.boxes import Boxes, Found, NOBODY, boxes_of, detect, in_image, read_boxes, read_results, true_boxes, whole_image
+from common.boxes import DETECTED, NOBODY, Boxes, Found, boxes_of, detect, in_image, read_boxes, read_results, true_boxes, whole_image
 from common.cli import Parser, parse_numbers, resolve, run_main
 from common.datasets import PoseDataset
 from common.errors import UserError
-from common.ranks import Ranks, init_ranks, rank_zero_first
-from common.records import BadImage, Prediction, load_image
-from common.run import make_folder
+from common.ranks import Ranks, init_ranks, pick_device, rank_zero_first
+from common.records import Prediction, load_image
+from common.run import make_folder, new_folder
+from common.skeletons import Skeleton
 from common.splits import default_splits, open_dataset
+from common.video import Drawing, Shot, find_pictures, in_groups, save_pictures, shots, whole
 from common.weights import read_own
 
 METHODS = ("detrpose", "diffusionregpose", "querypose", "diffusionpose", "sdpose")
 SKELETON_OF = {17: "coco", 14: "crowdpose", 15: "posetrack", 133: "wholebody"}       # of weights alone, by keypoints
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -135,200 +136,128 @@ def with_settings(module: ModuleType, model: nn.Module, settings: list[str]) -> 
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Where people are, for methods that look at one at a time
+# From Python
 # ---------------------------------------------------------------------------------------------------------
 
-
-def load_detector(source: str, device: torch.device) -> Callable[[Image.Image, int | str], Prediction]:
-    """A multi-person method's checkpoint as a function (picture, image id) → its people. Raises UserError."""
-    module, model, _ = load_model(source, "", "")
-    if is_top_down(module):
-        raise UserError(f"--detector {source}: {module.__name__} needs boxes itself; take a multi-person method's")
-    model = module.fuse(model.to(device).eval())
-    return lambda picture, image_id: module.predict(model, module.to_batch([picture], [image_id], model.cfg))[0]
+Picture = str | Path | np.ndarray | Image.Image
 
 
-def is_top_down(module: ModuleType) -> bool:
-    return getattr(module, "TOP_DOWN", False)
+class People:
+    """The P people found in one picture, with K keypoints each, in its pixels.
 
-
-def boxes_in_data(data: PoseDataset, args: argparse.Namespace, ranks: Ranks) -> Boxes:
-    """The people of a dataset to look at: of --boxes or --detector, else the annotated ones."""
-    if args.boxes:
-        return read_boxes(args.boxes, data)
-    if args.detector:
-        with rank_zero_first(ranks):            # it fetches
-            find = load_detector(args.detector, ranks.device)
-        return detect(find, data, ranks, args.detector)
-    return true_boxes(data)
-
-
-def boxes_in_pictures(names: list[str], args: argparse.Namespace, device: torch.device) -> Callable:
-    """A function (picture, name) → the people to look at: of --boxes or --detector, else the whole picture.
-
-    In the file of --boxes a picture is known by its name or its stem, as in the results.json that is written here.
+    keypoints (P, K, 2) x, y;  keypoint_scores (P, K);  scores (P,);  boxes (P, 4) x1, y1, x2, y2 or None;
+    names (K,);  picture, upright, 8-bit RGB
     """
-    if args.detector:
-        find = load_detector(args.detector, device)
-        return lambda picture, name: boxes_of(find(picture, name), args.threshold, picture.size)
-    if not args.boxes:
-        print("each picture as a whole is taken for one person: --boxes FILE.json or --detector CHECKPOINT say where "
-              "people are")
-        return lambda picture, name: whole_image(picture.size)
-    people = read_results(args.boxes)
-    if not any(key.split("#")[0] in (name, Path(name).stem) for key in people for name in names):
-        raise UserError(f"{args.boxes} has boxes for {', '.join(sorted(people)[:3])}, ..., but for none of the "
-                        f"pictures ({', '.join(names[:3])}): its image_id has to be a picture's name")
 
-    def chosen(picture: Image.Image, name: str) -> Found:
-        boxes, scores = people.get(name, people.get(Path(name).stem, NOBODY))
-        good = in_image(boxes, picture.size)
-        if not good.all():
-            tqdm.write(f"{name}: {(~good).sum()} boxes left out, outside of the picture or without area")
-        return boxes[good], scores[good]
-    return chosen
+    def __init__(self, picture: Image.Image, found: Prediction, skeleton: Skeleton):
+        self.picture, self.found, self.skeleton, self.names = picture, found, skeleton, skeleton.keypoints
+        self.keypoints, self.keypoint_scores = found.keypoints, found.keypoint_scores
+        self.scores, self.boxes = found.scores, found.boxes
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def draw(self) -> Image.Image:
+        """The picture with its people, enlarged if it is small."""
+        p = self.found
+        return draw.draw_people(self.picture, p.keypoints, p.keypoint_scores, self.skeleton, p.boxes, p.scores)
+
+    def to_coco(self) -> list[dict]:
+        """A row of COCO's results format for each person; image_id is the file's name, or the number in the list."""
+        return metrics.to_results([self.found])
 
 
-# ---------------------------------------------------------------------------------------------------------
-# A dataset
-# ---------------------------------------------------------------------------------------------------------
+class Pose:
+    """A model as a function of pictures; `load` makes it."""
+
+    def __init__(self, module: ModuleType, model: nn.Module, threshold: float, detector: "Pose | None" = None):
+        self.module, self.model = module, module.fuse(model.eval())
+        self.skeleton, self.threshold, self.detector = model.skeleton, threshold, detector
+        self.top_down, self.clips = is_top_down(module), getattr(module, "CLIPS", False)
+
+    def __call__(self, pictures: Picture | Sequence[Picture], boxes: Sequence | None = None,
+                 threshold: float | None = None, batch: int = 8) -> list[People]:
+        """People of a score of at least `threshold`, a list entry for each picture.
+
+        pictures  paths, arrays (h, w, 3) or (h, w) of uint8 in RGB order, or PIL's; one, or a list of any length
+        boxes     for top-down methods: an array (n, 4) x1, y1, x2, y2 for each picture; without boxes and without a
+                  detector each picture as a whole is one person
+        batch     pictures that go through the network at once
+
+        Raises UserError for what is no picture, and for boxes that are not in theirs.
+        """
+        alone = isinstance(pictures, (str, Path, np.ndarray, Image.Image))
+        pictures = [pictures] if alone else list(pictures)
+        if boxes is not None and not self.top_down:
+            raise UserError(f"{self.module.__name__} finds people by itself: leave boxes out")
+        boxes = [boxes] if alone and boxes is not None and np.ndim(boxes[0]) == 1 else boxes
+        if boxes is not None and len(boxes) != len(pictures):
+            raise UserError(f"there are boxes for {len(boxes)} pictures, and {len(pictures)} pictures")
+        people = []
+        for first in range(0, len(pictures), batch):
+            numbers = range(first, min(first + batch, len(pictures)))
+            loaded = [as_picture(pictures[i]) for i in numbers]
+            names = [Path(pictures[i]).name if isinstance(pictures[i], (str, Path)) else i for i in numbers]
+            found = [self.boxes_in(picture, name, boxes and boxes[i]) for i, picture, name in
+                     zip(numbers, loaded, names)] if self.top_down else None
+            for picture, p in zip(loaded, self.predict(loaded, names, found)):
+                confident = keep_confident(p, self.threshold if threshold is None else threshold)
+                people.append(People(picture, confident, self.skeleton))
+        return people
+
+    def predict(self, pictures: list, names: list, boxes: list[Found] | None) -> list[Prediction]:
+        """All people of one batch. Of DiffusionPose, pictures may be clips: (previous, this, next)."""
+        given = [boxes] if self.top_down else []
+        return self.module.predict(self.model, self.module.to_batch(pictures, names, self.model.cfg, *given))
+
+    def boxes_in(self, picture: Image.Image, name: int | str, boxes: np.ndarray | None = None) -> Found:
+        """Where to look in a picture: in the boxes that are given, in those of the detector, or at all of it."""
+        if boxes is not None:
+            boxes = np.asarray(boxes, float).reshape(-1, 4)
+            if not in_image(boxes, picture.size).all():
+                raise UserError(f"{name}: a box lies outside of the picture of {picture.width}x{picture.height}, or has "
+                                "no area: expected x1, y1, x2, y2")
+            return boxes, np.ones(len(boxes))
+        if self.detector:
+            return boxes_of(self.detector.predict([picture], [name], None)[0], self.detector.threshold, picture.size)
+        return whole_image(picture.size)
 
 
-def evaluate_dataset(module: ModuleType, model: nn.Module, args: argparse.Namespace, ranks: Ranks) -> None:
-    """Print the table of metrics, errors per keypoint and images per second; write results.json."""
-    with rank_zero_first(ranks):
-        data = open_dataset(args.data, args.split or default_splits(args.data)[1], model.skeleton,
-                            parse_numbers(args.sigmas))
-    if ranks.rank == 0:
-        print(data.report())
-        make_folder(args.out)                   # before the work, not after it
-    chosen = {name: getattr(args, name) for name in ("workers", "eval_batch") if getattr(args, name) is not None}
-    boxes = [boxes_in_data(data, args, ranks)] if is_top_down(module) else []
-    start = time.perf_counter()
-    table, predictions = module.evaluate(model, data, resolve(model.cfg, **chosen), ranks, *boxes)
-    seconds = time.perf_counter() - start
-    if ranks.rank > 0:
-        return
-    (args.out / "results.json").write_text(json.dumps(metrics.to_results(predictions)))
-    draw.draw_predictions(data, predictions, count=12).save(args.out / "predictions.png")
-    print(metrics.format_table(metrics.keypoint_errors(predictions, data)))
-    print("(errors of the people found, as fractions of √area; close: OKS term of at least 0.5)\n")
-    print(metrics.format_table(table))
-    for where in boxes:
-        print(where)
-    print(f"{len(data)} images in {seconds:.1f} s, {len(data) / seconds:.1f} a second with loading and metrics, on "
-          f"{ranks.world} x {ranks.device.type}; results.json and predictions.png are in {args.out}")
+def load(source: str | Path, device: str = "auto", threshold: float = 0.5, detector: str = "", method: str = "",
+         preset: str = "", settings: Sequence[str] = ()) -> Pose:
+    """A checkpoint, by all that the command takes, as a function of pictures.
 
+    device     auto, cpu, cuda, cuda:1
+    threshold  smallest score of a person, of those who are found and of those whom the detector finds
+    detector   for top-down methods: a checkpoint that finds people
+    settings   what only prediction reads, e.g. ["steps=4"]
 
-# ---------------------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------------------
-
-
-def find_pictures(paths: list[str]) -> list[Path]:
-    """Files, and the pictures of folders in the order of their names, in which 9 comes before 10: folders are clips.
-
-    Raises UserError if there are none.
+    Raises UserError.
     """
-    def by_number(path: Path) -> list:
-        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
-
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f"there is no picture or folder {path}")
-        inside = [p for p in path.iterdir() if p.suffix.lower() in PICTURES] if path.is_dir() else [path]
-        found += sorted(inside, key=by_number)
-    if not found:
-        raise UserError(f"no pictures in {', '.join(paths)}: looked for {', '.join(sorted(PICTURES))}")
-    return list(dict.fromkeys(found))                   # a file and its folder may both be given
+    module, model, _ = load_model(str(source), method, preset)
+    if detector and not is_top_down(module):
+        raise UserError(f"{module.__name__} finds people by itself: leave the detector out")
+    model = with_settings(module, model, list(settings)).to(pick_device(device))
+    return Pose(module, model, threshold, load_detector(detector, device, threshold) if detector else None)
 
 
-def output_names(pictures: list[Path]) -> list[str]:
-    """What each picture is called in the results: its name, or its whole path where names are not unique."""
-    stems = Counter(path.stem for path in pictures)
-    return [path.name if stems[path.stem] == 1 else path.as_posix() for path in pictures]
+def load_detector(source: str, device: str, threshold: float) -> Pose:
+    """A multi-person method's checkpoint, which finds the people that a top-down method looks at. Raises UserError."""
+    detector = load(source, device, threshold)
+    if detector.top_down:
+        raise UserError(f"--detector {source}: {detector.module.__name__} needs boxes itself; take a multi-person method's")
+    return detector
 
 
-def frames_of(path: Path) -> list[Image.Image]:
-    """The frames of a GIF, or the one picture of another file, upright and RGB. Raises BadImage."""
-    if path.suffix.lower() != ".gif":
-        return [load_image(path, rotate=True)]
-    try:
-        with Image.open(path) as gif:
-            return [frame.convert("RGB") for frame in ImageSequence.Iterator(gif)]
-    except Exception as error:                          # decoders raise all kinds of errors on damaged files
-        raise BadImage(path, str(error) or type(error).__name__) from None
-
-
-def clips_of(frames: list[Image.Image], path: Path, pictures: list[Path], folders: list[str]) -> list[tuple]:
-    """Each frame between those before and after it: of a GIF its own, of a picture in a folder those beside it there.
-
-    The frame itself takes the place of one that is missing, damaged or of another size; the latter two are named.
-    """
-    rim: list = [None, None]
-    if len(frames) == 1 and path.parent in map(Path, folders):
-        i = pictures.index(path)
-        for side, j in enumerate((i - 1, i + 1)):
-            if 0 <= j < len(pictures) and pictures[j].parent == path.parent:
-                with contextlib.suppress(BadImage):                 # which is said when its own turn comes
-                    rim[side] = load_image(pictures[j], rotate=True)
-    row = [rim[0], *frames, rim[1]]
-    if any(near is not None and near.size != frames[0].size for near in row):
-        tqdm.write(f"{path}: a frame beside it has another size, so this one takes its place")
-    return [tuple(near if near is not None and near.size == frame.size else frame for near in row[i:i + 3])
-            for i, frame in enumerate(frames)]
-
-
-def draw_pictures(module: ModuleType, model: nn.Module, args: argparse.Namespace, device: torch.device) -> None:
-    """Draw the people of each picture into args.out; a GIF becomes a GIF, --gif joins everything into one."""
-    if args.process and not hasattr(module, "show_process"):
-        raise UserError(f"{module.__name__} has nothing to show with --process")
-    pictures, out = find_pictures(args.images), make_folder(args.out)
-    if any(out.samefile(path.parent) for path in pictures):
-        raise UserError(f"--out {out} holds the pictures themselves: choose another folder for the drawn ones")
-    model, names = module.fuse(model).to(device), output_names(pictures)
-    look = boxes_in_pictures(names, args, device) if is_top_down(module) else None
-    results, everything, people, bad = [], [], 0, 0
-    bar = tqdm(pictures, "pictures", dynamic_ncols=True, disable=len(pictures) == 1)
-    for path, name in zip(bar, names):
-        try:
-            frames = frames_of(path)
-        except BadImage as error:
-            bad += 1
-            tqdm.write(f"skipped ({bad} so far): {error}")
-            continue
-        ids = [name if len(frames) == 1 else f"{name}#{i}" for i in range(len(frames))]
-        boxes = [[look(*one)] if look else [] for one in zip(frames, ids)]      # a further argument, or none
-        seen = clips_of(frames, path, pictures, args.images) if getattr(module, "CLIPS", False) else frames
-        predictions = [module.predict(model, module.to_batch([what], [i], model.cfg, *([b] for b in found)))[0]
-                       for what, i, found in zip(seen, ids, boxes)]
-        confident = [keep_confident(p, args.threshold) for p in predictions]
-        drawn = [draw.draw_people(frame, p.keypoints, p.keypoint_scores, model.skeleton, p.boxes, p.scores)
-                 for frame, p in zip(frames, confident)]
-        target = out / (path.stem if name == path.name else re.sub(r"\W+", "_", name).strip("_"))
-        save_drawn(drawn, target)
-        process = module.show_process(model, seen[0], args.threshold, *boxes[0]) if args.process else {}
-        for what, shown in process.items():
-            save_drawn(shown, target.with_name(f"{target.name}_{what}"))
-        everything += drawn if args.gif else []
-        people += sum(len(p.scores) for p in confident)
-        results += metrics.to_results(predictions)
-    if bad == len(pictures):
-        raise UserError(f"none of the {bad} pictures could be read")
-    if everything:
-        draw.save_gif(everything, out / "all.gif")
-    (out / "results.json").write_text(json.dumps(results))
-    print(f"{people} people of score {args.threshold:g} or more in {len(pictures) - bad} pictures"
-          f"{f', {bad} could not be read' if bad else ''}; drawn into {out}")
-
-
-def save_drawn(drawn: list[Image.Image], target: Path) -> None:
-    """One picture as PNG, several as GIF."""
-    if len(drawn) > 1:
-        draw.save_gif(drawn, target.with_name(target.name + ".gif"))
-    else:
-        drawn[0].save(target.with_name(target.name + ".png"))
+def as_picture(picture: Picture) -> Image.Image:
+    """Raises BadImage, and UserError for an array that is no picture."""
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.ndim == 3 and picture.shape[2] != 3:
+            raise UserError(f"expected a picture (h, w, 3) of uint8 in RGB order, got {picture.shape} of {picture.dtype}")
+        return Image.fromarray(picture).convert("RGB")
+    if not isinstance(picture, (str, Path, Image.Image)):
+        raise UserError(f"expected a path, an array or a picture of PIL, got {type(picture).__name__}")
+    return load_image(picture)
 
 
 def keep_confident(p: Prediction, threshold: float) -> Prediction:
@@ -337,10 +266,143 @@ def keep_confident(p: Prediction, threshold: float) -> Prediction:
                       None if p.boxes is None else p.boxes[good])
 
 
+def is_top_down(module: ModuleType) -> bool:
+    return getattr(module, "TOP_DOWN", False)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A dataset
 # ---------------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
+def boxes_in_data(pose: Pose, data: PoseDataset, args: argparse.Namespace, ranks: Ranks) -> Boxes:
+    """The people of a dataset to look at: of --boxes or --detector, else the annotated ones."""
+    if args.boxes:
+        return read_boxes(args.boxes, data)
+    if pose.detector:
+        return detect(lambda picture, name: pose.detector.predict([picture], [name], None)[0], data, ranks, args.detector)
+    return true_boxes(data)
+
+
+def evaluate_dataset(pose: Pose, model: nn.Module, args: argparse.Namespace, ranks: Ranks) -> None:
+    """Print the table of metrics, errors per keypoint and images per second; write them and results.json."""
+    with rank_zero_first(ranks):
+        data = open_dataset(args.data, args.split or default_splits(args.data)[1], pose.skeleton,
+                            parse_numbers(args.sigmas), args.category)
+    if ranks.rank == 0:
+        print(data.report())
+        out = folder_for(args)                  # before the work, not after it
+    chosen = {name: getattr(args, name) for name in ("workers", "eval_batch") if getattr(args, name) is not None}
+    boxes = [boxes_in_data(pose, data, args, ranks)] if pose.top_down else []
+    start = time.perf_counter()
+    table, predictions = pose.module.evaluate(model, data, resolve(model.cfg, **chosen), ranks, *boxes)
+    seconds = time.perf_counter() - start
+    if ranks.rank > 0:
+        return
+    lines = [metrics.format_table(metrics.keypoint_errors(predictions, data)),
+             "(errors of the people found, as fractions of √area; close: OKS term of at least 0.5)\n",
+             metrics.format_table(table), *map(str, boxes), *data.caveats()]
+    print("\n".join(lines))
+    for name, text in {"results.json": json.dumps(metrics.to_results(predictions)),
+                       "table.txt": "\n".join([f"{args.checkpoint} on {args.data}", data.report(), *lines, ""])}.items():
+        with whole(out / name) as part:
+            part.write_text(text, encoding="utf-8")
+    save_pictures([draw.draw_predictions(data, predictions, count=12)], out / "predictions")
+    print(f"{len(data)} images in {seconds:.1f} s, {len(data) / seconds:.1f} a second with loading and metrics, on "
+          f"{ranks.world} x {ranks.device.type}; table.txt, results.json and predictions.png are in {out}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pictures and videos
+# ---------------------------------------------------------------------------------------------------------
+
+
+def boxes_in_pictures(pose: Pose, names: list[str], args: argparse.Namespace) -> Callable[[Shot], Found]:
+    """A function of a shot: the people to look at, of --boxes or --detector, else the whole picture.
+
+    In the file of --boxes a picture is known by its name or its stem, as in the results.json that is written here;
+    a row with `frame` is about that frame of a video, one without about all of them.
+    """
+    if not args.boxes:
+        if not pose.detector:
+            print("each picture as a whole is taken for one person: --boxes FILE.json or --detector CHECKPOINT say "
+                  "where people are")
+        return lambda shot: pose.boxes_in(shot.frame.picture, shot.source.name)
+    people, _ = read_results(args.boxes)
+    ids = {key[0] if isinstance(key, tuple) else key for key in people}
+    if not any(key in (name, Path(name).stem) for key in ids for name in names):
+        raise UserError(f"{args.boxes} has boxes for {', '.join(sorted(ids)[:3])}, ..., but for none of the "
+                        f"pictures ({', '.join(names[:3])}): its image_id has to be a picture's name")
+
+    def chosen(shot: Shot) -> Found:
+        keys = [shot.source.name, Path(shot.source.name).stem]
+        key = next((key for key in [*((name, shot.frame.number) for name in keys), *keys] if key in people), None)
+        boxes, scores = people.get(key, NOBODY)
+        good = in_image(boxes, shot.frame.picture.size)
+        if not good.all():
+            tqdm.write(f"{shot.source.name}: {(~good).sum()} boxes left out, outside of the picture or without area")
+        return boxes[good], scores[good]
+    return chosen
+
+
+def draw_pictures(pose: Pose, args: argparse.Namespace, trained_for: str) -> None:
+    """Draw the people of each picture and video, and list them; whatever a video's length, a few frames are in memory."""
+    if args.process and not hasattr(pose.module, "show_process"):
+        raise UserError(f"{pose.module.__name__} has nothing to show with --process")
+    sources = find_pictures(args.images)
+    out = folder_for(args)
+    if trained_for == "puppets":
+        print("these weights have seen drawn puppets alone: in photos they find little")
+    if any(out.samefile(source.path.parent) for source in sources):
+        raise UserError(f"--out {out} holds the pictures themselves: choose another folder for the drawn ones")
+    look = boxes_in_pictures(pose, [source.name for source in sources], args) if pose.top_down else None
+    people = pictures = bad = 0
+    best = 0.0
+    bar = tqdm(total=len(sources), desc="pictures", unit="picture", dynamic_ncols=True, disable=None)
+    with Drawing(out, args.gif) as drawing, bar:
+        for group in in_groups(shots(sources), args.eval_batch or 8):
+            for shot in group:
+                bar.update()
+                if shot.error:
+                    bad += 1
+                    tqdm.write(f"skipped ({bad} so far): {shot.error}")
+                elif shot.clip and not shot.frame.number:
+                    bar.total += max(0, shot.clip.total - 1)
+            group = [shot for shot in group if shot.frame]
+            if not group:
+                continue
+            seen = [shot.around if pose.clips else shot.frame.picture for shot in group]
+            boxes = [look(shot) for shot in group] if look else None
+            for i, (shot, p) in enumerate(zip(group, pose.predict(seen, [shot.source.name for shot in group], boxes))):
+                sure = keep_confident(p, args.threshold)
+                best, people, pictures = max([best, *p.scores]), people + len(sure.scores), pictures + (not shot.frame.number)
+                drawing.add(shot, People(shot.frame.picture, sure, pose.skeleton).draw(),
+                            metrics.to_results([sure if shot.clip else p]))
+                if args.process and not shot.frame.number:
+                    more = pose.module.show_process(pose.model, seen[i], args.threshold, *([boxes[i]] if boxes else []))
+                    for what, shown in more.items():
+                        save_pictures(shown, out / f"{shot.source.target}_{what}")
+        if bad == len(sources):
+            raise UserError(f"none of the {bad} pictures could be read")
+    if not people and best:
+        print(f"the best score is {best:.2f}: --threshold {max(0.01, best / 2):.2f} would show something")
+    print(f"{people} people of score {args.threshold:g} or more in {pictures} pictures"
+          f"{f', {bad} could not be read' if bad else ''}; drawn into {out}")
+
+
+def folder_for(args: argparse.Namespace) -> Path:
+    """--out, or a new folder that is named after the checkpoint."""
+    if args.out:
+        return make_folder(args.out)
+    path = Path(args.checkpoint)
+    name = path.parent.name if path.name in ("best.pt", "last.pt") else path.stem if path.suffix else path.name
+    return new_folder(f"eval-{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> Parser:
     parser = Parser(description=__doc__)
     parser.add_argument("checkpoint", help="a run's .pt file or folder, a released file, or a released name")
     parser.add_argument("--method", default="", help=f"of a released file: {', '.join(METHODS)} (default: guessed)")
@@ -350,19 +412,23 @@ def main() -> None:
                         "a method lists its own as AT_INFERENCE")
     parser.add_argument("--data", default="", help="puppets or a dataset's folder (default: what it was trained for)")
     parser.add_argument("--split", default="", help="val, test, train, ood or crowd (default: the papers' own)")
+    parser.add_argument("--category", default="", help="of the data, where several have keypoints (default: what fits)")
     parser.add_argument("--sigmas", default="", help="OKS sigmas of your own keypoints, with commas")
-    parser.add_argument("--images", nargs="+", default=[], help="pictures, GIFs or folders to draw people on")
+    parser.add_argument("--images", nargs="+", default=[], help="pictures, GIFs, videos or folders to draw people on")
     parser.add_argument("--boxes", default="", help="top-down methods: where people are, as COCO results (JSON)")
     parser.add_argument("--detector", default="", help="top-down methods: a checkpoint that finds people")
     parser.add_argument("--threshold", type=float, default=0.5, help="smallest score that is drawn (default 0.5)")
     parser.add_argument("--gif", action="store_true", help="also join the drawn pictures into all.gif")
     parser.add_argument("--process", action="store_true", help="also draw how the method gets there, if it can show it")
-    parser.add_argument("--out", type=Path, default=Path("runs/eval"), help="folder for what is written")
+    parser.add_argument("--out", type=Path, help="folder for what is written (default: a new one in runs/)")
     parser.add_argument("--workers", type=int, help="image loading processes per GPU (default: the model's own)")
-    parser.add_argument("--eval_batch", type=int, help="images of the dataset at once (default: the model's own)")
+    parser.add_argument("--eval_batch", type=int, help="images at once (default: the model's own; of --images 8)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    args = parser.parse_args()
+    return parser
 
+
+def main() -> None:
+    args = build_parser().parse_args()
     ranks = init_ranks(args.device)
     with rank_zero_first(ranks):                # it fetches
         module, model, trained_for = load_model(args.checkpoint, args.method, args.preset)
@@ -371,14 +437,17 @@ def main() -> None:
     if args.boxes and args.detector:
         raise UserError("--boxes and --detector both say where people are: give one of them")
     model = with_settings(module, model, args.set).to(ranks.device).eval()
+    with rank_zero_first(ranks):                # it fetches
+        detector = load_detector(args.detector, str(ranks.device), DETECTED) if args.detector else None
+    pose = Pose(module, model, args.threshold, detector)
     if args.images:
         if ranks.rank == 0:                             # pictures are too few to share
-            draw_pictures(module, model, args, ranks.device)
+            draw_pictures(pose, args, trained_for)
         return
     args.data = args.data or trained_for
     if not args.data:
         raise UserError("these weights do not say what to evaluate them on: add --data FOLDER, or --images PICTURE")
-    evaluate_dataset(module, model, args, ranks)
+    evaluate_dataset(pose, model, args, ranks)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@
 
 Units    boxes are x1, y1, x2, y2 in pixels of the image, except `bbox` in COCO results: x, y, w, h.
 """
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from common.datasets import PoseDataset, numbers
+from common.datasets import PoseDataset, id_key, load_json, numbers
 from common.errors import UserError
 from common.ranks import Ranks, gather_lists
 from common.records import Prediction
@@ -31,7 +30,7 @@ class Boxes(NamedTuple):
     people: dict[str, Found]
 
     def of(self, image_id: int | str) -> Found:
-        return self.people.get(str(image_id), NOBODY)
+        return self.people.get(id_key(image_id), NOBODY)
 
     def total(self) -> int:
         return sum(len(scores) for _, scores in self.people.values())
@@ -64,7 +63,7 @@ def true_boxes(data: PoseDataset) -> Boxes:
     for sample in (data[i] for i in range(len(data))):
         seen = ~sample.iscrowd & (sample.keypoints[..., 2] > 0).any(1)
         boxes = sample.boxes[seen].astype(float).clip(0, np.tile(sample.size, 2) - 1)
-        people[str(sample.image_id)] = boxes, np.ones(len(boxes))
+        people[id_key(sample.image_id)] = boxes, np.ones(len(boxes))
     return Boxes("annotated (ground truth)", people)
 
 
@@ -78,29 +77,27 @@ def people_to_learn(data: PoseDataset, most: int = 0, seed: int = 0) -> np.ndarr
     return people
 
 
-def read_results(path: str) -> dict[str, Found]:
-    """COCO results → people by image id as text. Without `score` it is 1; other categories than 1 are left out.
+def read_results(path: str) -> tuple[dict[str, Found], int]:
+    """COCO results → people by image id as text, and how many rows were left out. Without `score` it is 1.
 
+    Of several categories the people are number 1; a file with one category is taken whatever its number.
     Raises UserError for a file that is no such list, or that holds no boxes.
     """
-    try:
-        results = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read the boxes {path}: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"{path} is not complete JSON: boxes come as COCO results, [{{image_id, bbox, score}}, ...]"
-                        ) from None
+    results = load_json(Path(path))
+    results = [r for r in results if isinstance(r, dict)] if isinstance(results, list) else []
+    categories = {id_key(r.get("category_id", 1)) for r in results}
     rows: dict[str, list] = {}
-    for r in results if isinstance(results, list) else ():
-        person = isinstance(r, dict) and "image_id" in r and r.get("category_id", 1) == 1
-        row = numbers([*np.ravel(r.get("bbox")), r.get("score", 1.0)], 5) if person else None
-        if row is not None:
-            rows.setdefault(str(r["image_id"]), []).append(row)
+    for r in results:
+        person = "image_id" in r and (len(categories) == 1 or id_key(r.get("category_id", 1)) == "1")
+        box, score = numbers(r.get("bbox"), 4), numbers(r.get("score", 1.0), 1)
+        if person and box is not None and score is not None:
+            rows.setdefault(id_key(r["image_id"]), []).append([*box, *score])
     if not rows:
         raise UserError(f"{path} holds no person boxes: expected COCO results, [{{image_id, bbox: [x, y, w, h], "
-                        "score}, ...] of category 1")
-    people = {key: np.stack(of_image) for key, of_image in rows.items()}
-    return {key: (np.c_[p[:, :2], p[:, :2] + p[:, 2:4]], p[:, 4]) for key, p in people.items()}
+                        "score}, ...] of one category or of category 1")
+    people = {key: np.array(of_image) for key, of_image in rows.items()}
+    found = {key: (np.c_[p[:, :2], p[:, :2] + p[:, 2:4]], p[:, 4]) for key, p in people.items()}
+    return found, len(results) - sum(map(len, rows.values()))
 
 
 def read_boxes(path: str, data: PoseDataset) -> Boxes:
@@ -108,7 +105,7 @@ def read_boxes(path: str, data: PoseDataset) -> Boxes:
 
     Raises UserError for a file that is none, and for one about other images.
     """
-    people, sizes = read_results(path), {str(data[i].image_id): data[i].size for i in range(len(data))}
+    (people, dropped), sizes = read_results(path), {id_key(data[i].image_id): data[i].size for i in range(len(data))}
     known = people.keys() & sizes.keys()
     if not known:
         raise UserError(f"{path} has boxes for {len(people)} images ({', '.join(sorted(people)[:3])}, ...), and none of "
@@ -119,7 +116,7 @@ def read_boxes(path: str, data: PoseDataset) -> Boxes:
         good = in_image(boxes, sizes[key]) & np.isfinite(scores)
         chosen[key], outside = (boxes[good], scores[good]), outside + int((~good).sum())
     notes = {"of other images": sum(len(scores) for key, (_, scores) in people.items() if key not in known),
-             "outside of their image, or without area": outside}
+             "outside of their image, or without area": outside, "of other categories, or without a box": dropped}
     left_out = "".join(f", {count} {what} left out" for what, count in notes.items() if count)
     return Boxes(f"{path} ({len(known)} of {len(sizes)} images{left_out})", chosen)
 
@@ -144,5 +141,5 @@ def detect(find: Callable[[Image.Image, int | str], Prediction], data: PoseDatas
         sample, _ = data.load(i)                                    # the loop over the crops names what is unreadable
         if sample is not None:
             people = boxes_of(find(sample.image, sample.image_id), DETECTED, sample.size)
-            found.append((str(sample.image_id), people))
+            found.append((id_key(sample.image_id), people))
     return Boxes(f"found by {name}, score {DETECTED:g} or more", dict(gather_lists(found)))

@@ -6,14 +6,16 @@ flag's help. Precedence: preset < resumed checkpoint < command line.
 import argparse
 import contextlib
 import difflib
+import errno
 import inspect
 import logging
 import math
+import multiprocessing
 import os
 import re
 import signal
-import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -24,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import UserError
-from common.ranks import AMP, pick_device
+from common.ranks import AMP, STOP_SIGNALS, pick_device
 from common.weights import load_checkpoint
 from kernels.dispatch import KernelError
 
@@ -35,6 +37,7 @@ ConfigT = TypeVar("ConfigT")
 class RunConfig:
     """What a run needs and no paper is about. A preset changes the default of any field."""
     data: str = "puppets"          # puppets (made on first use) or a dataset's folder, see data/README.md
+    category: str = ""             # the category to learn, where several in the file have keypoints of their own
     sigmas: str = ""               # OKS sigmas of your own keypoints, e.g. 0.03,0.08,0.08
     accum: int = 1                 # micro-batches per optimiser step
     amp: str = "no"                # no, bf16 or fp16 (old GPUs); a CPU always runs float32
@@ -43,11 +46,12 @@ class RunConfig:
     eval_every: int = 1            # epochs between evaluations
     eval_batch: int = 32           # images per evaluation batch
     seed: int = 0                  # all random numbers follow from it
+    patience: int = 120            # seconds that processes wait in a step for one that died or hangs
 
     def __post_init__(self):
         """Raises UserError for values that no run could use."""
         check_choice(self, amp=AMP)
-        check_range(self, 1, math.inf, "accum processes eval_every eval_batch")
+        check_range(self, 1, math.inf, "accum processes eval_every eval_batch patience")
         check_range(self, 0, math.inf, "workers seed")
         parse_numbers(self.sigmas)
 
@@ -57,23 +61,57 @@ def run_main(main: Callable[[], None]) -> None:
 
     Exit code 0 is also that of a training which was asked to stop, saved and left: nothing went wrong.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")       # names of files may have any bytes
     try:
         main()
+    except BrokenPipeError:                                     # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (UserError, KernelError, OSError, torch.OutOfMemoryError) as error:
         message = str(error).rsplit("UserError: ", 1)[-1]       # a loader process puts its traceback before it
         if isinstance(error, torch.OutOfMemoryError):
-            message = f"{message.split('. ')[0]}: choose a smaller --batch, for training also a larger --accum"
-        time.sleep(5 * (int(os.environ.get("RANK", 0)) > 0))    # rank 0 may say the same, which then ends us
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)
+            message = f"{message.split('. ')[0]}: {SMALLER}"
+        if isinstance(error, OSError) and error.errno == errno.EMFILE:
+            message = f"{message}: allow more open files (ulimit -n), or use fewer --workers"
+        leave(message)
     except RuntimeError as error:
-        if not (dist.is_initialized() and re.search("Connection (closed|reset) by peer", str(error))):
+        text = str(error)
+        if "DataLoader worker" in text:
+            with contextlib.suppress(SystemExit):
+                leave(f"a loader process was killed: was the memory full? Use fewer --workers or a smaller --batch; {RESUME}")
+            for process in multiprocessing.active_children():
+                process.kill()
+            os._exit(2)                                         # the loader would complain again on its way out
+        if "Too many open files" in text:
+            leave("too many open files: allow more (ulimit -n), or use fewer --workers")
+        if re.search("can't allocate memory|not enough memory", text):
+            leave(f"the memory is full: {SMALLER}")
+        if re.search("Timed out waiting|timed out", text):
+            leave(f"a process did not answer for --patience seconds: it hangs, or died elsewhere; {RESUME}")
+        if not (dist.is_initialized() and re.search("Connection (closed|reset) by peer", text)):
             raise
         sys.exit(1)                                             # another process has ended, and said why
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        for process in multiprocessing.active_children():       # loaders ignore SIGTERM, and would be waited for
+            if process.daemon:
+                process.kill()
     if dist.is_initialized():                                   # not after an error: the others may wait for us
         dist.destroy_process_group()
+
+
+SMALLER = "choose a smaller --batch, for training also a larger --accum"
+RESUME = "a training goes on with --resume"
+
+
+def leave(message: str) -> None:
+    """One line, and exit code 2."""
+    time.sleep(5 * (int(os.environ.get("RANK", 0)) > 0))        # rank 0 may say the same, which then ends us
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 def run_method(config_class: type[ConfigT], presets: dict[str, ConfigT], about: str, train: Callable,
@@ -234,35 +272,38 @@ def launch(train: Callable, config: RunConfig, args: argparse.Namespace) -> None
     alone = processes == 1 or sys.platform != "linux" or "LOCAL_RANK" in os.environ
     if alone or pick_device(args.device).type != "cpu":
         return train(config, args)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     args.saved = None                                           # sent along, its tensors would be shared memory
-    group = torch.multiprocessing.start_processes(
-        _one_of_many, (train, config, args, processes, port), processes, join=False, start_method="spawn")
+    asked: list[int] = []
+    with tempfile.TemporaryDirectory() as meeting:              # a file to meet at: a free port may be taken meanwhile
+        group = torch.multiprocessing.start_processes(
+            _one_of_many, (train, config, args, processes, f"{meeting}/here"), processes, join=False,
+            start_method="spawn")
 
-    def pass_on(number: int, frame: Any) -> None:
-        for child in group.pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, number)
+        def pass_on(number: int, frame: Any) -> None:
+            asked.append(number)
+            for child in group.pids():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, pass_on)
-    try:
-        while not group.join():
-            pass
-    except torch.multiprocessing.ProcessExitedException as error:
-        if error.signal_name:
-            raise UserError(f"a process was ended by {error.signal_name}: was the memory full? Go on with --resume, "
-                            "a smaller --batch or --processes 1") from None
-        sys.exit(error.exit_code)                               # it has said why
+        for number in STOP_SIGNALS:
+            signal.signal(number, pass_on)
+        try:
+            while not group.join():
+                pass
+        except torch.multiprocessing.ProcessExitedException as error:
+            if error.signal_name and asked:
+                print("stopped before the first step: nothing to save", file=sys.stderr)
+                sys.exit(128 + asked[0])
+            if error.signal_name:
+                raise UserError(f"a process was ended by {error.signal_name}: was the memory full? Go on with --resume, "
+                                "a smaller --batch or --processes 1") from None
+            sys.exit(error.exit_code)                           # it has said why
 
 
 def _one_of_many(rank: int, train: Callable, config: RunConfig, args: argparse.Namespace, world: int,
-                 port: int) -> None:
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                       MASTER_PORT=str(port))
+                 meeting: str) -> None:
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), POSE_MEETING=f"file://{meeting}")
     torch.set_num_threads(max(1, torch.get_num_threads() // world))
 
     def main() -> None:

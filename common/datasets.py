@@ -10,17 +10,22 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from common.errors import UserError
-from common.records import BOX_TO_AREA, BadImage, Sample, load_image
-from common.skeletons import SKELETONS, Skeleton, get_skeleton, skeleton_from_category, words
+from common.records import BOX_TO_AREA, BadImage, Sample, load_image, white_of
+from common.skeletons import SKELETONS, Skeleton, get_skeleton, keypoint_names, skeleton_from_category, words
+
+MOST = 20                   # predictions of an image that COCO's and CrowdPose's evaluation look at
 
 
 # ---------------------------------------------------------------- one annotation file
@@ -32,7 +37,9 @@ def load_json(path: Path) -> dict | list:
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not complete JSON: {error.msg} at line {error.lineno}, character {error.pos} "
                         f"of {len(error.doc)}; the file looks damaged or cut off, fetch it again") from None
-    except (UnicodeDecodeError, OSError) as error:
+    except RecursionError:
+        raise UserError(f"cannot read {path}: it is nested too deeply for an annotation file") from None
+    except (ValueError, OSError) as error:  # not UTF-8, numbers of thousands of digits
         raise UserError(f"cannot read {path}: {error}") from None
 
 
@@ -54,9 +61,33 @@ def numbers(values, count: int | None = None) -> np.ndarray | None:
     """A flat float64 array, or None if these are no numbers, or not `count` of them. Absent values become NaN."""
     try:
         row = np.array(values, np.float64).ravel()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return row if count in (None, len(row)) else None
+
+
+def id_key(value) -> str:
+    """An id as text, so that 17, 17.0 and "17" are one."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value)
+
+
+class Texts:
+    """Many strings in two arrays: a list would be copied, page by page, into every loader worker."""
+
+    def __init__(self, texts: Iterable[str]):
+        parts = [text.encode("utf-8", "surrogatepass") for text in texts]
+        self.bytes, self.ends = np.frombuffer(b"".join(parts), np.uint8), np.cumsum([0, *map(len, parts)])
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, n: int) -> str:
+        return self.bytes[self.ends[n]:self.ends[n + 1]].tobytes().decode("utf-8", "surrogatepass")
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[n] for n in range(len(self)))
 
 
 def keypoint_fields(skeleton: str | None) -> tuple[str, ...]:
@@ -86,23 +117,27 @@ class PoseDataset:
     dicts would be copied, page by page, into every loader worker.
 
     Takes    name ('coco', 'crowdpose', ...), split, the annotation files (their content is joined), the folders
-             that may hold the images, a skeleton or None for the file's own, sigmas or None for the skeleton's
+             that may hold the images, a skeleton or None for the file's own, sigmas or None for the skeleton's,
+             category: the name of the category with the keypoints, where a file has several; root: the data set's
+             folder, by default the first of `folders`; nothing outside it is read
     """
 
     def __init__(self, name: str, split: str, files: Sequence[Path], folders: Sequence[Path],
-                 skeleton: str | dict | Skeleton | None = None, sigmas: Sequence[float] | None = None):
-        self.name, self.split, self.files = name, split, list(files)
+                 skeleton: str | dict | Skeleton | None = None, sigmas: Sequence[float] | None = None,
+                 category: str = "", root: Path | None = None):
+        self.name, self.split, self.files, self.root = name, split, list(files), root or folders[0]
         self.notes: dict[str, list] = {}                    # what was skipped or mended -> ids
         self.bad: Counter[str] = Counter()                  # messages of `load`, see `remember`
         contents = self._read_files()
         images = [image for content in contents for image in content["images"]]
         people = [person for content in contents for person in content["annotations"]]
         index = self._read_images(images, folders)
-        people, own = self._keypoint_people(people, contents[0].get("categories") or [])
-        self.skeleton = self._choose_skeleton(people, own, skeleton, sigmas)
+        wanted = get_skeleton(skeleton) if skeleton is not None else None
+        people, own = self._keypoint_people(people, contents[0].get("categories"), wanted, category)
+        self.skeleton = self._choose_skeleton(people, own, wanted, sigmas)
         self.metric = name if name == "crowdpose" else "wholebody" if self.skeleton.name == "wholebody" else "coco"
         self._read_people(people, index)
-        self.rows = np.arange(len(self.ids))                # the images of this view, see `training`
+        self.rows = np.flatnonzero(self.present)            # the images of this view, see `training`
         self.notes = {reason: (len(ids), ids[:3]) for reason, ids in self.notes.items()}
 
     # ------------------------------------------------ reading
@@ -116,77 +151,125 @@ class PoseDataset:
             self.notes.setdefault(reason, []).extend(ids)
 
     def _read_images(self, images: list, folders: Sequence[Path]) -> dict[str, int]:
-        """Fill ids, file_names, sizes and crowd_index, sorted by id. Returns the position of each id, as text.
-
-        Ids are compared as text, because some files have 17 in one place and "17" in another.
-        """
+        """Fill ids, file_names, paths, present, sizes and crowd_index, sorted by id. Returns the position of each id."""
         by_id = {}
         for image in images:
             if not isinstance(image, dict) or "id" not in image or not image.get("file_name"):
                 self._note("images skipped: no id or no file_name", [str(image)[:40]])
-            elif str(image["id"]) in by_id:
-                self._note("images skipped: their id appeared before", [image["id"]])
+            elif id_key(image["id"]) in by_id:
+                self._note("images skipped: their id appeared before", [id_key(image["id"])[:40]])
             else:
-                by_id[str(image["id"])] = image
+                by_id[id_key(image["id"])] = image
         if not by_id:
             raise UserError(f"{self.files[0]} lists no images")
-        whole = all(type(image["id"]) is int and abs(image["id"]) < 2**63 for image in by_id.values())
-        by_id = dict(sorted(by_id.items(), key=lambda item: item[1]["id"] if whole else item[0]))
+        whole = all(re.fullmatch(r"-?\d{1,18}", key) for key in by_id)
+        by_id = dict(sorted(by_id.items(), key=lambda item: int(item[0]) if whole else item[0]))
         images = list(by_id.values())
-        self.ids = np.array([image["id"] for image in images] if whole else list(by_id))
+        self.ids = np.array([int(key) for key in by_id]) if whole else Texts(by_id)
         prefix = "HumanArt/" if self.name == "humanart" else ""             # its names begin at the parent folder
         names = [str(image["file_name"]).replace("\\", "/").removeprefix(prefix) for image in images]
-        self.file_names = np.array(names)
-        self.image_folder = self._find_images(folders)
-        self.name = "ood" if self.image_folder.name == "val2017oil" else self.name
+        self.file_names = Texts(names)
+        self._find_images(names, folders)
+        times = Counter(names)
+        self._note("images that share their file with another id", [name for name in names if times[name] > 1])
         self.sizes = np.array([self._size_of(image, n) for n, image in enumerate(images)], np.int64)
         crowding = [numbers(image.get("crowdIndex"), 1) for image in images]
         self.crowd_index = np.array([np.nan if x is None else x[0] for x in crowding])
         return {key: n for n, key in enumerate(by_id)}
 
-    def _find_images(self, folders: Sequence[Path]) -> Path:
-        """The folder that holds the first images; looking for all of 118 000 would take too long."""
-        first = self.file_names[:20]
-        present = {folder: [(folder / name).is_file() for name in first] for folder in folders}
-        best = max(folders, key=lambda folder: sum(present[folder]))
-        if not any(present[best]):
-            raise UserError(f"the images of {self.files[0]} are not there: looked for {first[0]} in "
+    def _find_images(self, names: list[str], folders: Sequence[Path]) -> None:
+        """Where each image is: below the folder that has most of them, else anywhere in the data set's folder if its
+        base name is there once, as where `file_name` is a path of the annotator's own machine."""
+        listings: dict[str, set[str]] = {}
+
+        def exists(folder: Path, name: str) -> bool:
+            place = f"{folder}/{name}"
+            if ".." in name.split("/") or name.startswith("/") or re.match(r"[A-Za-z]:", name):
+                return False                                # not below the folder
+            where, _, base = place.rpartition("/")
+            if where not in listings:
+                try:
+                    listings[where] = set(os.listdir(where))
+                except (OSError, ValueError):
+                    listings[where] = set()
+            return base in listings[where]
+
+        found = {folder: [exists(folder, name) for name in names] for folder in dict.fromkeys(folders)}
+        self.image_folder = max(found, key=lambda folder: sum(found[folder]))
+        self.name = "ood" if self.image_folder.name == "val2017oil" else self.name
+        self.present = np.array(found[self.image_folder])
+        paths = [str(self.image_folder / name) if there else "" for name, there in zip(names, self.present)]
+        if not self.present.all():
+            by_base: dict[str, list[str]] = {}
+            for where, _, files in os.walk(self.root):
+                for file in files:
+                    by_base.setdefault(file, []).append(os.path.join(where, file))
+            for n in np.flatnonzero(~self.present):
+                places = by_base.get(names[n].rpartition("/")[2], [])
+                if len(places) == 1:
+                    paths[n], self.present[n] = places[0], True
+                    self._note("images found by the last part of their file_name", [names[n][-60:]])
+        missing = [name[-60:] for name, there in zip(names, self.present) if not there]
+        if len(missing) == len(names):
+            raise UserError(f"none of the {len(names)} images of {self.files[0]} is there: looked for {missing[0]} in "
                             + ", ".join(map(str, folders)))
-        self._note(f"of the first {len(first)} images not in {best}; they will be skipped",
-                   [name for name, there in zip(first, present[best]) if not there])
-        return best
+        self._note("images not there: left out, also of the metrics", missing)
+        self.paths = Texts(paths)
 
     def _size_of(self, image: dict, n: int) -> tuple[int, int]:
         """(w, h) as stated, or of the picture if nothing sensible is stated; (1, 1), and no people, without it."""
         size = numbers([image.get("width"), image.get("height")], 2)
-        if size is not None and (size >= 1).all():
+        if size is not None and ((1 <= size) & (size < 2 ** 31)).all():
             return int(size[0]), int(size[1])
-        self._note("images without width and height: taken from the picture", [image["id"]])
+        self._note("images without width and height: taken from the picture", [id_key(image["id"])[:40]])
+        return self._real_size(n) or (1, 1)
+
+    def _real_size(self, n: int) -> tuple[int, int] | None:
         try:
-            with Image.open(self.image_folder / self.file_names[n]) as picture:
+            with Image.open(self.paths[n]) as picture:
                 return picture.size
         except Exception:                   # `load` will say what is wrong with it
-            return 1, 1
+            return None
 
-    def _keypoint_people(self, people: list, categories: list) -> tuple[list[dict], dict | None]:
-        """The annotations of the category with keypoints, and that category; others may share the file."""
-        categories = [c for c in categories if isinstance(c, dict)]
-        own = next((c for c in categories if c.get("keypoints")), None)
-        others = {str(c.get("id")) for c in categories if own and c.get("keypoints") != own["keypoints"]}
-        use = np.array([isinstance(p, dict) and str(p.get("category_id")) not in others for p in people], bool)
+    def _keypoint_people(self, people: list, categories, wanted: Skeleton | None,
+                         category: str) -> tuple[list[dict], dict | None]:
+        """The annotations of one category with keypoints, and that category; others may share the file.
+
+        It is the one that was asked for, else the one whose names, or number of keypoints, are the model's, else the
+        one with most people.
+        """
+        categories = [categories] if isinstance(categories, dict) else categories if isinstance(categories, list) else []
+        named = [c for c in categories if isinstance(c, dict) and keypoint_names(c)]
+        people_of = Counter(id_key(p.get("category_id")) for p in people if isinstance(p, dict))
+
+        def fits(c: dict) -> tuple:
+            names = keypoint_names(c)
+            same = wanted is not None and [words(n) for n in names] == [words(n) for n in wanted.keypoints]
+            return (str(c.get("name")) == category, same, wanted is not None and len(names) == wanted.num_keypoints,
+                    people_of[id_key(c.get("id"))])
+
+        if category and not any(str(c.get("name")) == category for c in named):
+            raise UserError(f"{self.files[0]} has no category {category} with keypoints: choose from "
+                            + (", ".join(str(c.get("name")) for c in named) or "none"))
+        own = max(named, key=fits, default=None)
+        others = {id_key(c.get("id")) for c in categories if isinstance(c, dict) and own is not None
+                  and keypoint_names(c) != keypoint_names(own)}
+        if len({tuple(keypoint_names(c)) for c in named}) > 1:
+            self._note(f"categories with keypoints of their own: '{own.get('name')}' is used, --category takes another",
+                       [c.get("name") for c in named])
+        use = np.array([isinstance(p, dict) and id_key(p.get("category_id")) not in others for p in people], bool)
         skipped = [p.get("id") if isinstance(p, dict) else str(p)[:40] for p, used in zip(people, use) if not used]
         self._note("annotations skipped: of a category without these keypoints", skipped)
         return [p for p, used in zip(people, use) if used], own
 
-    def _choose_skeleton(self, people: list[dict], own: dict | None, skeleton, sigmas) -> Skeleton:
+    def _choose_skeleton(self, people: list[dict], own: dict | None, wanted: Skeleton | None, sigmas) -> Skeleton:
         """The one asked for, the file's own, or a built-in set of the right size; its size must be the file's."""
-        wanted = get_skeleton(skeleton) if skeleton is not None else None
         fields = keypoint_fields(wanted and wanted.name)
         joints = [keypoints_of(p, fields) for p in people[:1000]]
         counts = Counter(len(k) for k in joints if k is not None and len(k))
         if people and not counts:
             raise UserError(f"{self.files[0]} is not a keypoint file: no annotation has usable '{fields[0]}'")
-        named = len(own["keypoints"]) if own else 0
+        named = len(keypoint_names(own)) if own else 0
         count = counts.most_common(1)[0][0] if counts else named
         if wanted is None and own:
             wanted = skeleton_from_category(own, sigmas)
@@ -194,7 +277,7 @@ class PoseDataset:
             wanted = next((s for s in SKELETONS.values() if s.num_keypoints == count), None)
             if wanted is None:
                 raise UserError(f"{self.files[0]} does not name its {count} keypoints: add them to 'categories'")
-        elif own and named == count and list(map(words, own["keypoints"])) != list(map(words, wanted.keypoints)):
+        elif own and named == count and list(map(words, keypoint_names(own))) != list(map(words, wanted.keypoints)):
             self._note(f"categories name the keypoints otherwise than skeleton '{wanted.name}', which is used",
                        [own.get("id")])
         if count and count != wanted.num_keypoints:
@@ -206,7 +289,7 @@ class PoseDataset:
         """Fill offsets, keypoints, boxes (xywh), areas, iscrowd and num_keypoints, image by image."""
         count, fields = self.skeleton.num_keypoints, keypoint_fields(self.skeleton.name)
         joints = [keypoints_of(p, fields) for p in people]
-        image = np.array([index.get(str(p.get("image_id")), -1) for p in people], np.int64)
+        image = np.array([index.get(id_key(p.get("image_id")), -1) for p in people], np.int64)
         fits = np.array([k is not None and len(k) in (0, count) for k in joints], bool)
         self._note("annotations skipped: their image is not in the list", ids_of(people, image < 0))
         self._note(f"annotations skipped: not {count} keypoints", ids_of(people, (image >= 0) & ~fits))
@@ -219,12 +302,25 @@ class PoseDataset:
 
         ids = Counter(str(p.get("id")) for p in people)
         self._note("annotation ids that appear twice: numbered anew", [i for i, times in ids.items() if times > 1])
+        self._mend_sizes(people, image)
         keypoints = self._mend_keypoints(keypoints, people, self.sizes[image])
         boxes, usable = self._mend_boxes(people, keypoints, self.sizes[image])
         people, keypoints, boxes = [p for p, used in zip(people, usable) if used], keypoints[usable], boxes[usable]
         self.offsets = np.searchsorted(image[usable], np.arange(len(self.ids) + 1))
         self.keypoints, self.boxes = keypoints.astype(np.float32), boxes
         self._read_fields(people)
+
+    def _mend_sizes(self, people: list[dict], image: np.ndarray) -> None:
+        """Width and height change places where people reach out of the image so that the picture itself has them so."""
+        given = [numbers(p.get("bbox"), 4) for p in people]
+        ends = np.array([[0, 0] if box is None else box[:2] + box[2:] for box in given]).reshape(-1, 2)
+        sizes = self.sizes[image]
+        with np.errstate(invalid="ignore"):
+            doubtful = (ends > sizes * 1.02 + 1).any(1) & (ends <= sizes[:, ::-1] * 1.02 + 1).all(1)
+        for n in np.unique(image[doubtful]):
+            if self._real_size(n) == tuple(self.sizes[n][::-1].tolist()) != tuple(self.sizes[n].tolist()):
+                self.sizes[n] = self.sizes[n][::-1]
+                self._note("images whose width and height are exchanged in the file: the picture is right", [self.id_of(n)])
 
     def _mend_keypoints(self, keypoints: np.ndarray, people: list[dict], sizes: np.ndarray) -> np.ndarray:
         """v becomes 0, 1 or 2; coordinates that cannot be meant become unlabelled (P, K, 3)."""
@@ -274,11 +370,16 @@ class PoseDataset:
         area, crowd, stated = column("area"), column("iscrowd"), column("num_keypoints")
         self.areas = BOX_TO_AREA * self.boxes[:, 2] * self.boxes[:, 3]
         if not crowdpose:                                   # its evaluation always uses the box
-            given = (area > 0) & (area < np.inf)
+            given = (area > 0) & (area < 1e12)
             self.areas[given] = area[given]
             self._note(f"people without area: {BOX_TO_AREA} of the box taken", ids_of(people, ~given))
         self.iscrowd = np.nan_to_num(crowd) > 0
         self._note("people without iscrowd: taken as single people", ids_of(people, np.isnan(crowd)))
+        ignored = np.nan_to_num(column("ignore")) > 0
+        self._note("people with ignore: 1, which COCO's evaluation does not read: they count", ids_of(people, ignored))
+        share = self.areas / (self.boxes[:, 2] * self.boxes[:, 3])
+        odd = ~self.iscrowd & ((share < 0.02) | (share > 1.2))
+        self._note("people whose area does not suit their box: OKS and AP follow the area", ids_of(people, odd))
         labelled = self.keypoints[..., 2] > 0
         self.num_keypoints = labelled.sum(1)
         if crowdpose:                                       # its own count leaves out head and neck
@@ -293,16 +394,25 @@ class PoseDataset:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def id_of(self, n: int) -> int | str:
+        """The id of the n-th image of the file."""
+        return self.ids[n].item() if isinstance(self.ids, np.ndarray) else self.ids[n]
+
     def __getitem__(self, i: int) -> Sample:
         """Image i as a path, with all its annotations, crowd regions and people without keypoints too."""
         n = self.rows[i]
         people = slice(self.offsets[n], self.offsets[n + 1])
         boxes = self.boxes[people]
         return Sample(
-            image=self.image_folder / str(self.file_names[n]), image_id=self.ids[n].item(),
+            image=Path(self.paths[n]), image_id=self.id_of(n),
             size=tuple(self.sizes[n].tolist()), keypoints=self.keypoints[people].copy(),
             boxes=np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1).astype(np.float32),
             areas=self.areas[people].astype(np.float32), iscrowd=self.iscrowd[people].copy())
+
+    @cached_property
+    def white(self) -> float | None:
+        """What is white in the pictures, if they have more than 8 bits."""
+        return white_of([Path(self.paths[n]) for n in self.rows])
 
     def load(self, i: int) -> tuple[Sample | None, str]:
         """Image i with its picture, and a message that is empty if all is well; no sample if it cannot be read.
@@ -312,12 +422,15 @@ class PoseDataset:
         """
         sample = self[i]
         try:
-            picture = load_image(sample.image, sample.size)
+            picture = load_image(sample.image, sample.size, self.white)
         except BadImage as error:
             return None, str(error)
         message = "" if picture.size == sample.size else (
             f"{sample.image} has {picture.size[0]}x{picture.size[1]} pixels, the annotation file says "
             f"{sample.size[0]}x{sample.size[1]}: the picture is right")
+        if "orientation" in picture.info:
+            message = (f"{sample.image} was turned as its EXIF orientation {picture.info['orientation']} says; its size "
+                       "cannot tell whether the annotation saw it so")
         return replace(sample, image=picture, size=picture.size), message
 
     def load_readable(self, i: int) -> tuple[Sample, list[str]]:
@@ -350,9 +463,9 @@ class PoseDataset:
         """A COCO-style dict of all images of this view; annotations are numbered from 1, image ids stay."""
         images, annotations = [], []
         for n in self.rows:
-            image_id, (w, h) = self.ids[n].item(), self.sizes[n].tolist()
+            image_id, (w, h) = self.id_of(n), self.sizes[n].tolist()
             crowding = {} if np.isnan(self.crowd_index[n]) else {"crowdIndex": float(self.crowd_index[n])}
-            name = str(self.file_names[n])
+            name = self.file_names[n]
             images.append({"id": image_id, "file_name": name, "width": w, "height": h, **crowding})
             for p in range(self.offsets[n], self.offsets[n + 1]):
                 annotations.append({
@@ -362,6 +475,22 @@ class PoseDataset:
         category = {"id": 1, "name": "person", "keypoints": list(self.skeleton.keypoints),
                     "skeleton": [[a + 1, b + 1] for a, b in self.skeleton.edges]}
         return {"info": {}, "images": images, "annotations": annotations, "categories": [category]}
+
+    def caveats(self) -> list[str]:
+        """What a reader of a table of this data set must know, a line each."""
+        lines, missing = [], int((~self.present).sum())
+        if missing:
+            lines.append(f"{missing} of {len(self.ids)} images are not there: this table is of the others")
+        unread = sum(text.startswith("cannot read image") for text in self.bad)
+        if unread:
+            lines.append(f"{unread} images could not be read: their people count as missed")
+        crowded = int((np.diff(np.concatenate([[0], np.cumsum(~self.iscrowd)])[self.offsets])[self.rows] > MOST).sum())
+        if crowded and self.metric != "posetrack":
+            lines.append(f"{crowded} images have more than {MOST} people; the metric looks at the best {MOST} predictions of each")
+        odd = [count for reason, (count, _) in self.notes.items() if "does not suit" in reason]
+        if odd:
+            lines.append(f"the areas of {odd[0]} people do not suit their boxes: OKS, and so AP, follows the areas")
+        return lines
 
     def report(self) -> str:
         """What the annotation file holds, then one line per kind of thing that was skipped or mended."""

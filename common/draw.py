@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from common.datasets import PoseDataset
+from common.datasets import PoseDataset, id_key
 from common.records import Prediction
 from common.skeletons import Skeleton
 
@@ -204,13 +204,13 @@ def contact_sheet(images: Sequence[Image.Image], columns: int = 4, cell: int = 4
 def draw_predictions(data: PoseDataset, predictions: Sequence[Prediction], count: int = 12,
                      min_score: float = 0.3) -> Image.Image:
     """The first images with labelled people: the labels left, the predictions of at least `min_score` right."""
-    found, pairs = {str(p.image_id): p for p in predictions}, []
+    found, pairs = {id_key(p.image_id): p for p in predictions}, []
     for i in range(len(data)):
         if len(pairs) == count:
             break
-        if not (data[i].keypoints[..., 2] > 0).any() or str(data[i].image_id) not in found:
+        if not (data[i].keypoints[..., 2] > 0).any() or id_key(data[i].image_id) not in found:
             continue
-        sample, p = data.load(i)[0], found[str(data[i].image_id)]
+        sample, p = data.load(i)[0], found[id_key(data[i].image_id)]
         if sample is None:
             continue
         good = np.asarray(p.scores) >= min_score
@@ -219,32 +219,6 @@ def draw_predictions(data: PoseDataset, predictions: Sequence[Prediction], count
                             person_scores=p.scores[good])
         pairs.append(contact_sheet([truth, guess], 2, gap=2))
     return contact_sheet(pairs, columns=3, cell=720)
-
-
-def draw_completion(data: PoseDataset, complete: Callable, count: int = 9) -> Image.Image:
-    """The first images in which complete(keypoints (P, K, 3), boxes xyxy (P, 4)) labels further keypoints: the labels
-    left, the completed ones right, where what is new is hollow."""
-    pairs = []
-    for i in range(len(data)):
-        if len(pairs) == count:
-            break
-        sample, after = data[i], complete(data[i].keypoints, data[i].boxes)
-        labelled = sample.keypoints[..., 2] > 0
-        new = (after[..., 2] > 0) & ~labelled
-        picture = data.load(i)[0] if new.any() else None
-        if picture is None:
-            continue
-        sides = [np.concatenate([xy[..., :2], v[..., None]], 2)
-                 for xy, v in ((sample.keypoints, SOLID * labelled), (after, SOLID * labelled + HOLLOW * new))]
-        pairs.append(contact_sheet([draw_people(picture.image, side, None, data.skeleton) for side in sides], 2, gap=2))
-    return contact_sheet(pairs, columns=3, cell=720)
-
-
-def save_gif(frames: Sequence[Image.Image], path: Path | str, fps: float = 8):
-    """Frames as an endless GIF; frames of another size are fitted into that of the first."""
-    size = frames[0].size
-    frames = [ImageOps.pad(frame.convert("RGB"), size).quantize(256) for frame in frames]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
 
 
 # ---------------------------------------------------------------- curves

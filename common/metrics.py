@@ -22,7 +22,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from common import posetrack
-from common.datasets import PoseDataset
+from common.datasets import PoseDataset, id_key
 from common.errors import UserError
 from common.oks import oks_matrix, oks_terms
 from common.records import BOX_TO_AREA, Prediction
@@ -77,8 +77,8 @@ def with_numbered_images(ground_truth: dict, results: list[dict], length: int | 
     """
     images = ground_truth["images"]
     integers = all(isinstance(image["id"], (int, np.integer)) for image in images)
-    number = {str(image["id"]): int(image["id"]) if integers else k for k, image in enumerate(images, 1)}
-    unknown = sorted({str(r["image_id"]) for r in results} - number.keys())
+    number = {id_key(image["id"]): int(image["id"]) if integers else k for k, image in enumerate(images, 1)}
+    unknown = sorted({id_key(r["image_id"]) for r in results} - number.keys())
     if unknown:
         raise UserError(f"{len(unknown)} predicted image ids are not in the ground truth "
                         f"({', '.join(unknown[:3])}): evaluate on the data that was predicted")
@@ -90,9 +90,9 @@ def with_numbered_images(ground_truth: dict, results: list[dict], length: int | 
                             f"expected {length} ({length // 3} keypoints x 3): use the skeleton of the data")
         return record | {"keypoints": keypoints, "image_id": image, "category_id": record.get("category_id") or 1}
 
-    annotations = [numbered(a, number[str(a["image_id"])], "an annotation") for a in ground_truth["annotations"]]
-    results = [numbered(r, number[str(r["image_id"])], "a prediction") for r in results]
-    images = [dict(image, id=number[str(image["id"])]) for image in images]
+    annotations = [numbered(a, number[id_key(a["image_id"])], "an annotation") for a in ground_truth["annotations"]]
+    results = [numbered(r, number[id_key(r["image_id"])], "a prediction") for r in results]
+    images = [dict(image, id=number[id_key(image["id"])]) for image in images]
     return dict(ground_truth, images=images, annotations=annotations), results
 
 
@@ -230,7 +230,7 @@ def keypoint_errors(predictions: Sequence[Prediction], dataset: PoseDataset) -> 
     people = labelled_people(dataset.ground_truth())
     errors, sigmas = [], np.asarray(dataset.skeleton.sigmas)     # errors: per person (K, 3) of v, distance, term
     for p in predictions:
-        target, areas = people.get(str(p.image_id), ((), ()))
+        target, areas = people.get(id_key(p.image_id), ((), ()))
         good = np.isfinite(p.scores) & np.isfinite(p.keypoints).all((1, 2))
         if not len(areas) or not good.any():
             continue
@@ -249,7 +249,7 @@ def labelled_people(ground_truth: dict) -> dict[str, tuple[np.ndarray, np.ndarra
     lists: dict[str, list] = {}
     for a in ground_truth["annotations"]:
         if a["num_keypoints"] and not a["iscrowd"]:
-            lists.setdefault(str(a["image_id"]), []).append((np.reshape(a["keypoints"], (-1, 3)), a["area"]))
+            lists.setdefault(id_key(a["image_id"]), []).append((np.reshape(a["keypoints"], (-1, 3)), a["area"]))
     return {key: tuple(map(np.array, zip(*people))) for key, people in lists.items()}
 
 

@@ -11,6 +11,7 @@ Units    pixels; values of the metric are percent
 """
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.datasets import PoseDataset, load_json, numbers
+from common.datasets import PoseDataset, id_key, load_json, numbers
 from common.errors import UserError
 from common.records import BOX_TO_AREA, BadImage, Prediction, Sample, load_image
 from common.skeletons import POSETRACK, Skeleton, words
@@ -65,7 +66,7 @@ def frames_of(content: dict, path: Path | str) -> tuple[str, list[Frame]]:
             return "17", [_frame_2017(entry) for entry in content["annolist"]]
         if isinstance(content, dict) and isinstance(content.get("images"), list):
             return _frames_2018(content, path)
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is not in PoseTrack's format: {type(error).__name__}: {error}") from None
@@ -122,7 +123,7 @@ def _frames_2018(content: dict, path: Path | str) -> tuple[str, list[Frame]]:
         joints = np.concatenate([raw[:, :2], np.where(hidden, 1, 2)[:, None]], 1) * (raw != 0).any(1, keepdims=True)
         scores = numbers(a.get("scores") or [NO_SCORE] * count, count)
         head = numbers(a.get("bbox_head") or [0] * 4, 4)
-        people.setdefault(str(a["image_id"]), []).append(Person(
+        people.setdefault(id_key(a["image_id"]), []).append(Person(
             joints, np.full(15, NO_SCORE) if scores is None else scores[places],
             0.0 if head is None else HEAD_SHARE * float(np.hypot(*head[2:])), a.get("bbox"),
             int(a.get("track_id") or 0), "keypoints" in a))
@@ -132,7 +133,7 @@ def _frames_2018(content: dict, path: Path | str) -> tuple[str, list[Frame]]:
                                                                      image.get("ignore_regions_y") or []) if len(x)]
         size = (image["width"], image["height"]) if image.get("width") and image.get("height") else None
         labelled = bool(image.get("is_labeled", True))
-        in_it = people.get(str(image["id"]), [])
+        in_it = people.get(id_key(image["id"]), [])
         frames.append(Frame(image["id"], image["file_name"], in_it, regions, labelled, size))
     newer = any("person_id" in a for a in annotations) or any("has_labeled_person" in i for i in content["images"])
     return "21" if newer else "18", frames
@@ -160,7 +161,7 @@ class PoseTrackDataset(PoseDataset):
         super().__init__("posetrack", split, files, [root], skeleton, sigmas)
         self.metric = "posetrack"
         self.name = f"posetrack{self.year}"
-        self.listed = set(self.file_names.tolist())
+        self.listed = set(self.paths)
 
     def _read_files(self) -> list[dict]:
         """One COCO-like dict of all videos, with 15 keypoints, for the checks of `PoseDataset`."""
@@ -175,7 +176,7 @@ class PoseTrackDataset(PoseDataset):
             raise UserError(f"{years['17']} is in PoseTrack 2017's format, {years[other]} in 20{other}'s: one folder "
                             "holds one of them, see data/README.md")
         self.year = max(years)
-        self.frame_of = {str(frame.image_id): frame for frames in self.videos for frame in frames}
+        self.frame_of = {id_key(frame.image_id): frame for frames in self.videos for frame in frames}
         images, annotations = [], []
         for frames in self.videos:
             size = next((frame.size for frame in frames if frame.size), None) or self._size_of_video(frames)
@@ -214,19 +215,19 @@ class PoseTrackDataset(PoseDataset):
     def __getitem__(self, i: int) -> Sample:
         n = self.rows[i]
         people = slice(self.offsets[n], self.offsets[n + 1])
-        return replace(super().__getitem__(i), frames=self._neighbours(str(self.file_names[n])),
+        return replace(super().__getitem__(i), frames=self._neighbours(self.paths[n]),
                        track_ids=self.track_ids[people].copy())
 
-    def _neighbours(self, name: str) -> tuple[Path, Path]:
+    def _neighbours(self, path: str) -> tuple[Path, Path]:
         """The frames before and after, annotated or not; at the ends of a clip the frame itself."""
-        found, paths = re.search(r"(\d+)(\.\w+)$", name), []
+        found, paths = re.search(r"(\d+)(\.\w+)$", path), []
         for step in (-1, 1):
-            path = self.image_folder / name
+            chosen = path
             if found and int(found[1]) + step >= 0:
-                other = f"{name[:found.start()]}{int(found[1]) + step:0{len(found[1])}d}{found[2]}"
-                if other in self.listed or (self.image_folder / other).is_file():
-                    path = self.image_folder / other
-            paths.append(path)
+                other = f"{path[:found.start()]}{int(found[1]) + step:0{len(found[1])}d}{found[2]}"
+                if other in self.listed or os.path.isfile(other):
+                    chosen = other
+            paths.append(Path(chosen))
         return tuple(paths)
 
     def load(self, i: int) -> tuple[Sample | None, str]:
@@ -257,7 +258,7 @@ class PoseTrackDataset(PoseDataset):
         """A decoded frame. The first ones stay in memory, because each is needed three times per person; those of
         the puppets all fit."""
         if path not in self.kept:
-            picture = load_image(path, size)
+            picture = load_image(path, size, self.white)
             if (len(self.kept) + 1) * picture.width * picture.height > KEPT_PIXELS:
                 return picture
             self.kept[path] = picture
@@ -389,10 +390,8 @@ def columns(ap: Sequence[float]) -> dict[str, float]:
     return table | {"Mean": float(np.nanmean(ap)) if np.isfinite(ap).any() else np.nan}
 
 
-def people_of(prediction: Prediction | None) -> list[Person]:
+def people_of(prediction: Prediction) -> list[Person]:
     """A prediction's people for the metric; joints that are no numbers were not predicted."""
-    if prediction is None:
-        return []
     people = []
     for xy, scores in zip(prediction.keypoints, prediction.keypoint_scores):
         good = np.isfinite(xy).all(-1) & np.isfinite(scores)
@@ -401,10 +400,18 @@ def people_of(prediction: Prediction | None) -> list[Person]:
 
 
 def evaluate(predictions: Sequence[Prediction], dataset: PoseDataset) -> dict[str, float]:
-    """The columns of PoseTrack's papers, and `Hidden`, the mean over hidden joints alone; NaN if none is known."""
-    found = {str(p.image_id): p for p in predictions}
-    ids = [str(dataset.ids[n]) for n in dataset.rows]
-    pairs = [(dataset.frame_of[key], people_of(found.get(key))) for key in ids]
+    """The columns of PoseTrack's papers, and `Hidden`, the mean over hidden joints alone; NaN if none is known.
+
+    Raises UserError for predictions of images that are not in the dataset.
+    """
+    found: dict[str, list[Person]] = {}
+    for p in predictions:
+        found.setdefault(id_key(p.image_id), []).extend(people_of(p))
+    keys = [id_key(dataset.id_of(n)) for n in dataset.rows]
+    if unknown := sorted(found.keys() - set(keys)):
+        raise UserError(f"{len(unknown)} predicted image ids are not in the ground truth ({', '.join(unknown[:3])}): "
+                        "evaluate on the data that was predicted")
+    pairs = [(dataset.frame_of[key], found.get(key, [])) for key in keys]
     ap, hidden = mean_ap(pairs)["ap"], mean_ap(pairs, hidden=True)
     hidden_ap = [value for value, count in zip(hidden["ap"], hidden["gt_joints"]) if count]
     return columns(ap) | {"Hidden": float(np.mean(hidden_ap)) if hidden_ap else np.nan}

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from common.boxes import Boxes
-from common.datasets import PoseDataset
+from common.datasets import PoseDataset, id_key
 from common.ranks import Ranks, gather_lists, ignore_signals
 from common.records import Prediction, Sample
 
@@ -106,9 +106,9 @@ def people_by_image(rows: Iterable[tuple], image_ids: Iterable[int | str], keypo
     """Rows (image id, keypoints (K, 2), their scores (K,), score, box (4,)) → a Prediction per image id, in order."""
     people: dict[str, list] = {}
     for image_id, *person in rows:
-        people.setdefault(str(image_id), []).append(person)
+        people.setdefault(id_key(image_id), []).append(person)
     nobody = [np.zeros((0, *shape)) for shape in ((keypoints, 2), (keypoints,), (), (4,))]
-    return [Prediction(image_id, *map(np.stack, zip(*people[str(image_id)])) if str(image_id) in people else nobody)
+    return [Prediction(image_id, *map(np.stack, zip(*people[id_key(image_id)])) if id_key(image_id) in people else nobody)
             for image_id in image_ids]
 
 

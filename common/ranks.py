@@ -10,7 +10,9 @@ import os
 import random
 import re
 import signal
+import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,13 +52,13 @@ def init_ranks(device: str, config: Any = None) -> Ranks:
 
     config: of a training; UserError if its batch does not split over them.
     """
-    ranks = join_ranks(device)
+    ranks = join_ranks(device, 600 if config is None else config.patience)
     if config is not None:
         micro_batch(config, ranks)
     return ranks
 
 
-def join_ranks(device: str) -> Ranks:
+def join_ranks(device: str, patience: int) -> Ranks:
     if "LOCAL_RANK" not in os.environ:                          # RANK alone is set by some clusters, too
         return Ranks(0, 1, pick_device(device))
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -64,18 +66,29 @@ def join_ranks(device: str) -> Ranks:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", os.environ.get("POSE_MEETING", "env://"),
+                                timeout=timedelta(seconds=patience), rank=rank, world_size=world)
+        PATIENT.append(dist.new_group(backend="gloo", timeout=timedelta(days=7)))
     return Ranks(rank, world, chosen)
+
+
+PATIENT: list = []          # the group in which processes wait for long honest work of rank 0
+
+
+def wait_for_all() -> None:
+    """Until every process is here, however long rank 0 fetches, draws or writes; a process that died ends the others."""
+    if PATIENT:
+        dist.barrier(PATIENT[0])
 
 
 @contextlib.contextmanager
 def rank_zero_first(ranks: Ranks) -> Iterator[None]:
     """Rank 0 goes through the block alone (it makes or fetches files), then the others find them there."""
     if ranks.rank > 0:
-        dist.barrier()
+        wait_for_all()
     yield
-    if ranks.world > 1 and ranks.rank == 0:
-        dist.barrier()
+    if ranks.rank == 0:
+        wait_for_all()
 
 
 def distribute(model: nn.Module, ranks: Ranks) -> nn.Module:
@@ -115,7 +128,10 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 def say(text: str) -> None:
     """Print on rank 0 alone, above a progress bar."""
     if int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(text)
+        try:
+            tqdm.write(text)
+        except OSError:                                         # whoever read it has gone, but the work goes on
+            sys.stdout = open(os.devnull, "w")
 
 
 def gather_lists(part: list) -> list:
@@ -136,9 +152,12 @@ def micro_batch(config: Any, ranks: Ranks) -> int:
     return config.batch // shares
 
 
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 def ignore_signals(worker: int) -> None:
     """For loader processes: Ctrl-C and SIGTERM reach them too, but it is the loop that has to end in order."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -150,8 +169,9 @@ def seed_all(*where: int) -> None:
     torch.manual_seed(seed)
 
 
-def epoch_batches(count: int, micro: int, accum: int, seed: int, epoch: int, ranks: Ranks) -> list[list[int]]:
-    """This process's micro-batches of an epoch over `count` images, in a new order each epoch.
+def epoch_batches(count: int, micro: int, accum: int, seed: int, epoch: int, ranks: Ranks,
+                  start: int = 0) -> list[list[int]]:
+    """This process's micro-batches of an epoch over `count` images, in a new order each epoch, without its first `start`.
 
     The order is one for all processes; an optimiser step takes its next micro·world·accum images, and each process
     every world-th of them, so N processes see together what one would see. The rest that fills no step waits for
@@ -159,5 +179,6 @@ def epoch_batches(count: int, micro: int, accum: int, seed: int, epoch: int, ran
     """
     order = np.random.default_rng([seed, epoch]).permutation(count)
     step = micro * ranks.world * accum
-    order = np.resize(order, max(step, count // step * step))
+    order = np.resize(order, max(step, count // step * step))[start:]
+    order = order[:len(order) // step * step]
     return [part[ranks.rank::ranks.world].tolist() for part in order.reshape(-1, micro * ranks.world)]

@@ -4,12 +4,14 @@ Units    pixels, origin at the top left corner; boxes are x1, y1, x2, y2. `Peopl
 """
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from common.errors import UserError
@@ -53,23 +55,33 @@ class BadImage(UserError):
         return f"cannot read image {self.args[0]}: {self.args[1]}"
 
 
-def load_image(image: Path | str | Image.Image, size: tuple[int, int] | None = None,
-               rotate: bool = False) -> Image.Image:
-    """A fully decoded 8-bit RGB picture, from whatever the file holds. Raises `BadImage`.
+UNDER = (127, 127, 127)     # what shows through where a picture is transparent
+WHITES = (255, 1023, 4095, 16383, 65535)            # of pictures with 8 to 16 bits a pixel
 
-    Gray, palette, CMYK and 16-bit pictures are converted, transparency is dropped, of an animation the first frame
-    counts. Cameras store a rotation beside the pixels (EXIF), which some annotation tools see and others do not:
-    with `size`, the (w, h) of the annotation file, it is applied only if that leads to this size. A photo without
-    annotation wants `rotate=True`.
+
+def load_image(image: Path | str | Image.Image, size: tuple[int, int] | None = None,
+               white: float | None = None) -> Image.Image:
+    """A fully decoded 8-bit RGB picture, from whatever the file holds; of an animation the first frame. Raises `BadImage`.
+
+    size   (w, h) of the annotation file. Cameras store a rotation beside the pixels (EXIF), which viewers and most
+           annotation tools apply: so is it here, unless the size says that the tool did not. Where it was applied and
+           the size cannot tell, `info["orientation"]` of the result has EXIF's number.
+    white  what is white in a picture of more than 8 bits, see `white_of`; by default as its largest value suggests
     """
     name = getattr(image, "filename", "") or "picture" if isinstance(image, Image.Image) else image
+    if not isinstance(image, Image.Image) and os.path.exists(image) and not os.path.isfile(image):
+        raise BadImage(name, "this is a folder or a pipe, not a file")
     try:
         picture = image if isinstance(image, Image.Image) else Image.open(image)
         picture.load()
-        if rotate or (size is not None and picture.size != tuple(size)):
-            upright = ImageOps.exif_transpose(picture)
-            picture = upright if rotate or upright.size == tuple(size) else picture
-        return to_rgb(picture)
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        upright = ImageOps.exif_transpose(picture)
+        if size is not None and picture.size == tuple(size) != upright.size:
+            return to_rgb(picture, white)
+        result = to_rgb(upright, white)
+        if size is not None and turned in range(2, 9) and picture.size == upright.size:
+            result.info["orientation"] = turned
+        return result
     except FileNotFoundError:
         raise BadImage(name, "there is no such file") from None
     except Image.UnidentifiedImageError:
@@ -78,15 +90,45 @@ def load_image(image: Path | str | Image.Image, size: tuple[int, int] | None = N
         raise BadImage(name, str(error) or type(error).__name__) from None
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Any PIL mode to 8-bit RGB. PIL would cut 16-bit gray off at 255; we scale it."""
-    if picture.mode == "I" or picture.mode.startswith("I;16"):
-        gray = np.asarray(picture).astype(np.float64)
-        scale = 257 if gray.max(initial=0) > 255 else 1
-        picture = Image.fromarray((gray / scale).round().clip(0, 255).astype(np.uint8))
-    if picture.mode == "P":
-        picture = picture.convert("RGBA")   # a palette may hold transparency, which RGB warns about
+def to_rgb(picture: Image.Image, white: float | None = None) -> Image.Image:
+    """Any PIL mode to 8-bit RGB: deep gray is scaled, for PIL would cut it off at 255, and under transparency lies gray."""
+    if is_deep(picture):
+        gray = np.nan_to_num(np.asarray(picture).astype(np.float64), posinf=0, neginf=0)
+        gray = gray / (white or white_of_value(gray.max(initial=0), picture.mode)) * 255
+        return Image.fromarray(gray.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, UNDER), picture).convert("RGB")
     return picture.convert("RGB")
+
+
+def is_deep(picture: Image.Image) -> bool:
+    """Whether its gray values have more than 8 bits."""
+    return picture.mode in ("I", "F") or picture.mode.startswith("I;16")
+
+
+def white_of_value(largest: float, mode: str) -> float:
+    """What is white where `largest` is the largest value: the end of the scale of 8, 10, 12, 14 or 16 bits, or 1.0."""
+    scales = (1.0, *WHITES) if mode == "F" else WHITES
+    return next((white for white in scales if largest <= white), float(largest))
+
+
+def white_of(paths: Sequence[Path], most: int = 16) -> float | None:
+    """One white for all deep pictures of a set, by `most` of them, so that no frame is brighter than its neighbours.
+
+    None where the first picture that can be read is an ordinary one.
+    """
+    found = []
+    for path in paths[::max(1, len(paths) // most)]:
+        try:
+            with Image.open(path) as picture:
+                if not is_deep(picture):
+                    break
+                largest = np.nan_to_num(np.asarray(picture).astype(np.float64), posinf=0, neginf=0).max(initial=0)
+                found.append(white_of_value(largest, picture.mode))
+        except Exception:                   # `load_image` will say what is wrong with it
+            continue
+    return max(found, default=None)
 
 
 # ---------------------------------------------------------------- the people of a batch
@@ -99,6 +141,13 @@ class People:
     boxes: Tensor                           # (P, 4)
     areas: Tensor                           # (P,)
     image_id: int | str = field(default=0, kw_only=True)
+
+    def __getstate__(self) -> dict:
+        """By value on the way from a loader process: each tensor would take an open file."""
+        return {name: x.numpy() if isinstance(x, Tensor) else x for name, x in vars(self).items()}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update({name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in state.items()})
 
     def each(self, change) -> People:
         """The same people with change(tensor) for every column."""

@@ -15,6 +15,8 @@
 import argparse
 import contextlib
 import copy
+import errno
+import itertools
 import json
 import math
 import signal
@@ -24,23 +26,30 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:                    # Windows
+    fcntl = None
+
 from common import draw, metrics
 from common.cli import RunConfig, find_last
 from common.datasets import PoseDataset
 from common.errors import UserError
 from common.predict import train_loader
-from common.ranks import Ranks, epoch_batches, gather_lists, mean_over_ranks, micro_batch, seed_all, share_buffers
+from common.ranks import (STOP_SIGNALS, Ranks, epoch_batches, gather_lists, mean_over_ranks, micro_batch, say, seed_all, share_buffers,
+                          wait_for_all)
 from common.records import Prediction
 from common.weights import save_checkpoint
 
 LOG_EVERY = 20             # optimiser steps
+LOCKS: dict[Path, IO] = {}  # run folders that this process writes, with their locks
 
 
 def states(parts: dict) -> dict:
@@ -81,8 +90,9 @@ class Stopper:
     def __init__(self):
         self.asked = math.inf                                   # when
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._ask)
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                    signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and time.monotonic() > self.asked + 1:    # torchrun repeats the first at once
@@ -129,6 +139,20 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def new_folder(name: str) -> Path:
+    """runs/<name>, or with a number behind the name where that is taken: two runs of one second have two. UserError."""
+    for number in itertools.count(1):
+        path = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        make_folder(path.parent)
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"cannot make the folder {path}: {error}; choose another with --out") from None
+
+
 @contextlib.contextmanager
 def goes_on(path: Path) -> Iterator[None]:
     """A file that cannot be written in the middle of a run is a warning: the disk may have room again later."""
@@ -141,40 +165,92 @@ def goes_on(path: Path) -> Iterator[None]:
 class RunFolder:
     """A run folder: config.json, log.jsonl, curves.png, predictions.png, last.pt, best.pt. Only rank 0 writes.
 
-    Raises UserError if the folder cannot be written, or holds a run that is not the one to resume.
+    While it is written it is locked (`.lock`; not on Windows), so that a second run in it is refused.
+    Raises UserError if the folder cannot be written, is in use, or holds a run that is not the one to resume.
     """
 
     def __init__(self, method: str, config: Any, args: argparse.Namespace, ranks: Ranks):
         self.writes = ranks.rank == 0
-        name = f"{method}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-        last = find_last(args.resume)
-        self.path = Path(args.out) if args.out else last.parent if args.resume else Path("runs") / name
         self.header = dict(method=method, preset=args.preset, config=asdict(config))
         self.rows: list[dict] = args.saved["rows"] if args.resume else []
-        self.last_save = time.monotonic()
+        self.last_save, self.log_is_whole = time.monotonic(), True
+        self.path = self._choose(f"{method}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}", args)
+        self.path = Path(gather_lists([str(self.path)])[0])                     # rank 0's
         if self.writes:
-            make_folder(self.path)
-            if (self.path / "last.pt").exists() and not (args.resume and last.parent.samefile(self.path)):
-                raise UserError(f"{self.path} holds another run: go on with --resume {self.path}, or choose "
-                                "another --out")
-            # without the rows that a killed run wrote after its last checkpoint: it will write them again
-            self._write("log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows), "w")
-            self._write("config.json", json.dumps(self.header, indent=1) + "\n", "w")
+            self._lock()
+            if not (args.resume and find_last(args.resume).parent.samefile(self.path)):
+                self._refuse_what_is_there()
+            try:        # without the rows that a killed run wrote after its last checkpoint: it will write them again
+                self._write("log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows), "w")
+                self._write("config.json", json.dumps(self.header, indent=1) + "\n", "w")
+            except OSError as error:
+                for name in ("log.jsonl", "config.json") if not self.rows else ():      # halves of a new run's
+                    with contextlib.suppress(OSError):
+                        (self.path / name).unlink()
+                raise UserError(f"cannot write into {self.path}: {error}; choose another folder with --out") from None
         self.bad = {row["bad"] for row in self.rows if "bad" in row}
 
+    def _choose(self, name: str, args: argparse.Namespace) -> Path:
+        """The folder that was named, that of the run to resume, or a new one below runs/, made."""
+        if args.out or args.resume:
+            path = Path(args.out) if args.out else find_last(args.resume).parent
+            return make_folder(path) if self.writes else path
+        return new_folder(name) if self.writes else Path("runs") / name
+
+    def _lock(self, patience: float = 10) -> None:
+        """A POSIX lock: it ends with this process, and loader processes do not inherit it. A run that was told to stop
+        may need seconds to save and leave."""
+        place, end = self.path.resolve(), time.monotonic() + patience
+        if fcntl is None or place in LOCKS:
+            return
+        while True:
+            try:
+                LOCKS[place] = open(place / ".lock", "a")
+                return fcntl.lockf(LOCKS[place], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                held = LOCKS.pop(place, None)
+                if held is not None:
+                    held.close()
+                if error.errno in (errno.ENOLCK, errno.ENOTSUP):                # a file system without locks
+                    return
+                if error.errno not in (errno.EACCES, errno.EAGAIN) or held is None:
+                    raise UserError(f"cannot write into {self.path}: {error}; choose another with --out") from None
+                if time.monotonic() > end:
+                    raise UserError(f"another run writes into {self.path} now: choose another --out, or wait for it"
+                                    ) from None
+            time.sleep(0.2)
+
+    def _refuse_what_is_there(self) -> None:
+        """Nothing that is there is written over, but what a run of ours left that ended before its first save."""
+        if any((self.path / name).exists() for name in ("last.pt", "best.pt")):
+            raise UserError(f"{self.path} holds another run: go on with --resume {self.path}, or choose another --out")
+        try:
+            ours = {"method", "preset", "config"} <= json.loads((self.path / "config.json").read_text()).keys()
+        except (OSError, ValueError, AttributeError):
+            ours = not any((self.path / name).exists() for name in ("config.json", "log.jsonl"))
+        if not ours:
+            raise UserError(f"{self.path} has files of yours that a run would write over (config.json, log.jsonl): "
+                            "choose another --out")
+
     def _write(self, name: str, text: str, mode: str) -> None:
-        with goes_on(self.path / name), open(self.path / name, mode, encoding="utf-8") as file:
+        self.path.mkdir(parents=True, exist_ok=True)                            # somebody may have removed it
+        with open(self.path / name, mode, encoding="utf-8") as file:
             file.write(text)
 
     def log(self, **row: float | int | str) -> None:
-        """Append one row to log.jsonl; values are plain numbers and text."""
+        """Append one row to log.jsonl; values are plain numbers and text. After a failure all rows are written anew,
+        because a full disk may have taken half of one."""
         self.rows.append(row)
         if self.writes:
-            self._write("log.jsonl", json.dumps(row) + "\n", "a")
+            rows, mode = ([row], "a") if self.log_is_whole and (self.path / "log.jsonl").exists() else (self.rows, "w")
+            self.log_is_whole = False
+            with goes_on(self.path / "log.jsonl"):
+                self._write("log.jsonl", "".join(json.dumps(one) + "\n" for one in rows), mode)
+                self.log_is_whole = True
 
     def say(self, text: str) -> None:
         if self.writes:
-            tqdm.write(text)
+            say(text)
 
     def bad_files(self, messages: Iterable[str]) -> None:
         """Name each unreadable file once, on the screen and in log.jsonl."""
@@ -194,7 +270,7 @@ class RunFolder:
         """True when the last save is long ago, so that a crash costs minutes; only ever on the writing process."""
         return self.writes and time.monotonic() - self.last_save > seconds
 
-    def draw(self, data: Any, predictions: list) -> None:
+    def draw(self, data: PoseDataset, predictions: list) -> None:
         """curves.png of the log, predictions.png of the first images of a dataset with people."""
         if self.writes:
             with goes_on(self.path / "curves.png"):
@@ -205,13 +281,17 @@ class RunFolder:
     def save(self, name: str, **content: Any) -> None:
         """Raises UserError; the file from before is then intact."""
         if self.writes:
+            make_folder(self.path)
             save_checkpoint(self.path / name, {**self.header, "rows": self.rows, **content})
             self.last_save = time.monotonic()
 
-    def try_save(self, name: str, **content: Any) -> None:
-        """As `save`, in the middle of a run: a full disk is said, and the run goes on."""
+    def try_save(self, name: str, **content: Any) -> bool:
+        """As `save`, in the middle of a run: a full disk is said, and the run goes on. Whether it was saved."""
+        done = False
         with goes_on(self.path / name):
             self.save(name, **content)
+            done = True
+        return done
 
 
 class Loop:
@@ -376,12 +456,18 @@ class Run:
         self.cfg, self.ranks, self.held_out, self.parts = cfg, ranks, held_out, parts
         self.skeleton, self.micro = data.skeleton.to_dict(), micro_batch(cfg, ranks)
         self.at = dict(epoch=0, done=0, step=0, best=-math.inf)     # done: optimiser steps of this epoch
+        self.start, about = 0, ""                                   # images of the epoch that were seen before
         if args.saved:
             restore(parts, args.saved)
             self.at = {name: args.saved[name] for name in self.at}
+            about, before = f"epoch {self.at['epoch'] + 1}, step {self.at['step']}", args.saved["config"]
+            self.start = self.at["done"] * before.get("batch", cfg.batch)
+            changed = [f"{name} {before[name]} → {value}" for name, value in asdict(cfg).items()
+                       if name in before and before[name] != value]
+            about = f"\ngoing on at {about}" + f"; changed: {', '.join(changed)}" * bool(changed)
         self.folder = RunFolder(method, cfg, args, ranks)
         args.saved = None                                           # its memory is ours again
-        self.folder.say(f"{data.report()}\n{held_out.report()}\nwriting to {self.folder.path}")
+        self.folder.say(f"{data.report()}\n{held_out.report()}\nwriting to {self.folder.path}{about}")
 
     @property
     def step(self) -> int:
@@ -398,7 +484,8 @@ class Run:
         the body leaves it as it is. Ctrl-C is from now on a question, see `stepped`."""
         self.asked, epochs = Stopper(), self.cfg.epochs
         if self.at["epoch"] >= epochs:
-            self.folder.say(f"all {epochs} epochs are done; --epochs {2 * epochs} would go on")
+            done = self.at["epoch"]
+            self.folder.say(f"all {done} epochs are done; --epochs {done + max(1, done // 2)} would go on")
         for epoch in range(self.at["epoch"], epochs):
             yield epoch
             self.folder.bad_files(gather_lists([*self.folder.bad, *self.held_out.bad]))
@@ -413,10 +500,14 @@ class Run:
         (seed, epoch, its number, rank).
         """
         cfg, epoch = self.cfg, self.at["epoch"]
-        batches = epoch_batches(len(items), self.micro, cfg.accum, cfg.seed, epoch, self.ranks)
-        self.steps, first = cfg.epochs * len(batches) // cfg.accum, self.at["done"] * cfg.accum
-        loader = train_loader(items, batches[first:], cfg.workers, self.ranks, join)
-        self.bar = tqdm(loader, f"epoch {epoch + 1}/{cfg.epochs}", len(batches), initial=first,
+        batches = epoch_batches(len(items), self.micro, cfg.accum, cfg.seed, epoch, self.ranks, self.start)
+        an_epoch = max(1, len(items) // cfg.batch)
+        # in units of the present batch, which may be another than before the run was resumed
+        self.at["done"] = an_epoch - len(batches) // cfg.accum
+        self.at["step"], self.steps = epoch * an_epoch + self.at["done"], cfg.epochs * an_epoch
+        self.start, first = 0, self.at["done"] * cfg.accum
+        loader = train_loader(items, batches, cfg.workers, self.ranks, join)
+        self.bar = tqdm(loader, f"epoch {epoch + 1}/{cfg.epochs}", an_epoch * cfg.accum, initial=first,
                         disable=self.ranks.rank > 0, dynamic_ncols=True)
         self.seen = []                                              # ids of the images of this optimiser step
         for self.number, (*columns, ids, skipped) in enumerate(self.bar, first):
@@ -474,12 +565,16 @@ class Run:
         """The metrics on the screen and in log.jsonl, best.pt if it is the best so far, the pictures."""
         score = table.get("Mean", table.get("AP"))                  # PoseTrack's, else OKS
         self.folder.log(step=self.step, epoch=self.at["epoch"], **table)
-        self.folder.say(f"epoch {self.at['epoch'] + 1}{about}\n{metrics.format_table(table)}")
+        said = [metrics.format_table(table), *self.held_out.caveats()]
+        self.folder.say(f"epoch {self.at['epoch'] + 1}{about}\n" + "\n".join(said))
         if score > self.at["best"]:
-            self.at["best"] = score
+            before, self.at["best"] = self.at["best"], score
             best = self.parts["ema"].module if "ema" in self.parts else self.parts["model"]
-            self.folder.try_save("best.pt", **self.at, skeleton=self.skeleton, model=best.state_dict(), metrics=table)
+            content = dict(self.at, skeleton=self.skeleton, model=best.state_dict(), metrics=table)
+            if not self.folder.try_save("best.pt", **content):
+                self.at["best"] = before                            # a later one may find room on the disk
         self.folder.draw(self.held_out, predictions)
+        wait_for_all()
 
     def save_last(self, must: bool = False) -> None:
         """last.pt, to resume from. With `must` it raises UserError when the disk is full, else that is a warning."""

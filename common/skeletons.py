@@ -188,13 +188,42 @@ def get_skeleton(skeleton: str | dict | Skeleton) -> Skeleton:
 DEFAULT_SIGMA = 0.067                                       # the mean of COCO's 17
 
 
+def keypoint_names(category: dict) -> list[str]:
+    """The names of an entry of a COCO file's `categories` as text; none where they are no list."""
+    names = category.get("keypoints")
+    if isinstance(names, str):
+        names = [name for name in re.split(r"[,;\s]+", names) if name]
+    return [str(name) for name in names] if isinstance(names, (list, tuple)) else []
+
+
+def edges_of(category: dict, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """`skeleton`, pairs of numbers from 1 on or of names, as pairs from 0 on. What is no such pair is left out, said."""
+    given, edges = category.get("skeleton") or (), []
+    given = given if isinstance(given, (list, tuple)) else ()
+    place = {words(name): k + 1 for k, name in enumerate(names)}
+    for edge in given:
+        ends = edge if isinstance(edge, (list, tuple)) and len(edge) == 2 else (None, None)
+        ends = [place.get(words(end)) if isinstance(end, str) and words(end) in place else end for end in ends]
+        try:
+            edges.append(tuple(int(end) for end in ends))
+        except (TypeError, ValueError, OverflowError):
+            edges.append((-1, -1))
+    first = 0 if any(0 in edge for edge in edges) else 1     # COCO counts from 1; some tools from 0
+    edges = [(a - first, b - first) for a, b in edges]
+    good = [edge for edge in edges if all(0 <= end < len(names) for end in edge)]
+    if len(good) < len(edges):
+        print(f"keypoint set '{category.get('name', 'custom')}': {len(edges) - len(good)} of {len(edges)} edges in "
+              "'skeleton' join no two keypoints: left out, they are for drawing only")
+    return tuple(good)
+
+
 def skeleton_from_category(category: dict, sigmas: Sequence[float] | None = None) -> Skeleton:
     """The keypoint set of an entry of a COCO file's `categories`: `keypoints` (names), `skeleton` (1-based).
 
     A built-in set is recognised by its names and returned with our edges and sigmas. Otherwise left/right pairs
     are read from the names, and sigmas that you do not give are guessed by name, with a printed notice.
     """
-    names = tuple(str(name) for name in category.get("keypoints") or ())
+    names = tuple(keypoint_names(category))
     if not names:
         raise UserError("the annotation file's category has no 'keypoints' names: add them, or name a skeleton")
     for known in SKELETONS.values():
@@ -211,7 +240,4 @@ def skeleton_from_category(category: dict, sigmas: Sequence[float] | None = None
         sigmas = [known.get(words(name), DEFAULT_SIGMA) for name in names]
         print(f"keypoint set '{label}': no OKS sigmas given; taking {DEFAULT_SIGMA}, or COCO's where a name is "
               "known. AP depends on them: compare only with runs that use the same.")
-    bones = [(int(a), int(b)) for a, b in category.get("skeleton") or ()]
-    first = 0 if any(0 in bone for bone in bones) else 1     # COCO counts from 1; some tools from 0
-    bones = tuple((a - first, b - first) for a, b in bones)
-    return Skeleton(label, names, bones, flip, tuple(map(float, sigmas)))
+    return Skeleton(label, names, edges_of(category, names), flip, tuple(map(float, sigmas)))

@@ -17,10 +17,14 @@ from common.skeletons import Skeleton, get_skeleton
 from data import puppets
 
 
+WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+
+
 def layouts(split: str) -> list[tuple[str, list[str], list[str]]]:
     """(name, annotation files, image folders) of the known layouts; the first one that has such a file counts."""
     word = {"train": "training", "val": "validation"}.get(split, split)
     coco = f"annotations/person_keypoints_{split}2017.json"
+    own = WORDS.get(split, (split,))                        # tools call the splits differently
     return [
         ("coco", [coco], [f"{split}2017", f"images/{split}2017", "images", *["val2017oil"] * (split == "val")]),
         ("ood", ["annotations/person_keypoints_val2017.json"] if split == "ood" else [], ["val2017oil"]),
@@ -28,17 +32,30 @@ def layouts(split: str) -> list[tuple[str, list[str], list[str]]]:
         ("humanart", [f"annotations/{word}_humanart.json", f"HumanArt/annotations/{word}_humanart.json"],
          [".", "HumanArt"]),
         ("wholebody", [f"annotations/coco_wholebody_{split}_v1.0.json"], [f"{split}2017", f"images/{split}2017"]),
-        ("custom", [f"annotations/person_keypoints_{split}.json", f"annotations/{split}.json", f"{split}.json",
-                    f"{split}/_annotations.coco.json"], [f"images/{split}", split, "images", "."]),
+        ("custom", [file for one in own for file in (f"annotations/person_keypoints_{one}.json", f"annotations/{one}.json",
+                                                     f"{one}.json", f"{one}/_annotations.coco.json")],
+         [*(place for one in own for place in (f"images/{one}", one)), "images", "."]),
     ]
+
+
+def locate(folder: Path, name: str) -> Path | None:
+    """What is called `name` below a folder, in capitals or not; None if there is none, or several."""
+    for part in Path(name).parts:
+        if not (folder / part).exists():
+            same = [path for path in folder.iterdir() if path.name.lower() == part.lower()] if folder.is_dir() else []
+            if len(same) != 1:
+                return None
+            part = same[0].name
+        folder = folder / part
+    return folder
 
 
 def find_layout(folder: Path, split: str, first: str = "") -> tuple[str, list[Path], list[Path]] | None:
     """(name, annotation files, image folders) found in a folder; if several fit, the layout named `first` counts."""
     for name, files, folders in sorted(layouts(split), key=lambda layout: layout[0] != first):
-        found = [folder / file for file in files if (folder / file).is_file()]
+        found = [path for path in (locate(folder, file) for file in files) if path and path.is_file()]
         if found:
-            return name, found[:1], [folder / images for images in folders]
+            return name, found[:1], [locate(folder, images) or folder / images for images in folders]
     if split == "trainval":                                 # CrowdPose trains on both; some have them in one file
         parts = [find_layout(folder, part, first) for part in ("train", "val")]
         if all(part and part[0] == "crowdpose" for part in parts):
@@ -53,11 +70,11 @@ def default_splits(data: str) -> tuple[str, str]:
 
 
 def open_dataset(data: str, split: str, skeleton: str | dict | Skeleton | None = None,
-                 sigmas: Sequence[float] | None = None) -> PoseDataset:
+                 sigmas: Sequence[float] | None = None, category: str = "") -> PoseDataset:
     """A split of 'puppets', which are made on first use, or of a folder whose layout is known.
 
     split: 'train', 'val', 'test', 'trainval' (CrowdPose), 'ood' (val in other styles), 'crowd' (puppets). With the
-    skeleton 'posetrack', train and val of the puppets are clips.
+    skeleton 'posetrack', train and val of the puppets are clips. category: as for `PoseDataset`.
     Raises `UserError` with one line if there is no such thing.
     """
     wanted = get_skeleton(skeleton).name if skeleton is not None else ""
@@ -87,7 +104,7 @@ def open_dataset(data: str, split: str, skeleton: str | dict | Skeleton | None =
         raise UserError(f"{folder} has no annotation file for split '{split}': looked for {', '.join(looked)}; "
                         f"JSON files there: {', '.join(there[:5]) or 'none'}")
     name, files, folders = found
-    dataset = PoseDataset(name, split, files, folders, skeleton, sigmas)
+    dataset = PoseDataset(name, split, files, folders, skeleton, sigmas, category, folder)
     dataset.name = "puppets" if data == "puppets" else dataset.name
     return dataset
 
@@ -96,8 +113,8 @@ def open_splits(config: RunConfig, ranks: Ranks, skeleton: str | None = None) ->
     """What to train on and what to evaluate on, both with the keypoints of the former. Raises UserError."""
     train, val = default_splits(config.data)
     with rank_zero_first(ranks):            # it makes the puppets
-        learned = open_dataset(config.data, train, skeleton, parse_numbers(config.sigmas))
-        return learned, open_dataset(config.data, val, learned.skeleton)
+        learned = open_dataset(config.data, train, skeleton, parse_numbers(config.sigmas), config.category)
+        return learned, open_dataset(config.data, val, learned.skeleton, category=config.category)
 
 
 def open_crowd(skeleton: Skeleton, ranks: Ranks) -> PoseDataset:

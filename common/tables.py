@@ -1,19 +1,20 @@
 """The rows of a paper's ablation tables as data; each method file has its own as `TABLES`."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Row:
     """One row of a table. Flags are words of the method's command line."""
     what: str
-    figure: float                       # the paper's, in percent
+    figure: float | None                # the paper's, in percent; None: it shows curves alone
     flags: str = ""                     # added to the table's, for the preset of the paper
     puppets: str | None = ""            # added to the table's, for the tiny preset; None: cannot be had there
     versus: int = 0                     # number of the row, from 1, that it is compared with; 0: none
     default: bool = False               # the paper's own choice
     missing: str = ""                   # why a row cannot be had here
+    more: dict[str, float] = field(default_factory=dict)       # further figures of the paper, by metric
 
 
 @dataclass(frozen=True)

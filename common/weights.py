@@ -419,6 +419,8 @@ def load_checkpoint(path: Path) -> dict:
 def read_own(path: Path) -> dict | None:
     """A checkpoint of ours, or None if the file is something else (released weights, a damaged file)."""
     try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            return None                                         # flipped bits, at which torch does not look
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:                                           # whoever reads it next says what it is
         return None

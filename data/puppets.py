@@ -35,6 +35,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import time
@@ -1052,6 +1053,8 @@ def is_made(target: Path, meta: dict) -> bool:
 def remove_stale(root: Path):
     """Delete what killed runs left: temporary folders in which nothing has been written for an hour."""
     for folder in root.glob(".*.tmp"):
+        if not re.fullmatch(rf"\.({'|'.join(PARTS)})-[0-9a-f]{{8}}\.tmp", folder.name):
+            continue                                                 # not of our making
         try:
             newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")) if path.is_dir())
         except (OSError, ValueError):                                # it vanished meanwhile
@@ -1065,7 +1068,7 @@ def run_jobs(make_one, counts: dict, workers: int | None, title) -> dict[str, li
     jobs = [(split, index) for split, count in counts.items() for index in range(count)]
     workers = min(workers or os.cpu_count() or 1, len(jobs) // 8)
     bar = partial(tqdm, total=len(jobs), desc=title or "", disable=not title, unit="im", dynamic_ncols=True)
-    if workers <= 1 or multiprocessing.parent_process():             # a worker process may not have children
+    if workers <= 1 or multiprocessing.current_process().daemon:     # such a process may not have children
         results = list(bar(map(make_one, jobs)))
     else:
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")

@@ -2,31 +2,31 @@
 
     python -m tests.bench_diffusionregpose [--pairs 7] [--threads 1]
 
-The released form: a deformable attention that samples level by level with `grid_sample`, K-SA and K-CA with the scores
-of all (G·K)² pairs of points, self-attention of the last four layers under one mask over all G(K+1) tokens, copied for
-each head, MLPs over all tokens at once, and the backbone's norms apart from its convolutions. It has torch's fused
-attention wherever that fits, so its figures are on the low side. Both forms do one DDIM step, t = 999, on a picture
-of noise with the weights of the golden tests, and must agree. They run in turn; the table has the median time of each
-and the median ratio of the pairs, and how far a process that runs one of them alone grows above its loaded weights.
+The released form: a deformable attention that samples level by level with `grid_sample`, self-attention of the last
+four layers under one mask over all G(K+1) tokens, MLPs over all tokens at once, and the backbone's norms apart from
+its convolutions. It has torch's fused attention wherever that fits, so its figures are on the low side. Both forms do
+one DDIM step, t = 999, on a picture of noise with the weights of the golden tests, and must agree. They run in turn;
+the table has the median time of each and the median ratio of the pairs, and how far a process that runs one of them
+alone grows above its loaded weights.
 """
 import argparse
+import os
 import statistics
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import diffusionregpose as drp
 from tests.bench_detrpose import sampled_level_by_level, seconds
-from tests.test_diffusionregpose import normal, official_model
+from tests.helpers import normal
+from tests.test_diffusionregpose import official_model
 
 HEIGHT, WIDTH = 480, 640
 SEED = 4                   # of a picture whose 900 cells and 100 boxes are chosen by a margin of 1e-3, not by rounding
@@ -44,29 +44,11 @@ def deform_attn_as_released(value: Tensor, shapes: list, reference: Tensor, offs
     return sampled_level_by_level(value, shapes, locations, logits.softmax(-1), points)
 
 
-@lru_cache
-def mask_of_people(groups: int, keypoints: int, heads: int) -> Tensor:
-    """(M, tokens, tokens), True where a token may look: at its own person, and from box to box."""
-    person = torch.cat([torch.arange(groups), torch.arange(groups).repeat_interleave(keypoints)])
-    box = torch.arange(len(person)) < groups
-    return ((person[:, None] == person) | (box[:, None] & box)).repeat(heads, 1, 1)
-
-
-def attend_as_released(q: Tensor, k: Tensor, v: Tensor, blocked: None, groups: int) -> Tensor:
-    mask = mask_of_people(groups, q.shape[2] // groups - 1, q.shape[1])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None])
-
-
-def points_as_released(self: drp.PointAttention, z: Tensor, p: Tensor) -> Tensor:
-    return (self.query(z) * p.shape[1] ** 0.5 @ self.key(p).mT).softmax(-1) @ self.value(p)
-
-
 @contextmanager
 def as_released():
     """What the model computes in here, it computes in the released form."""
-    with (mock.patch.multiple(drp, deform_attn_offsets=deform_attn_as_released, attend_groups=attend_as_released),
-          mock.patch.object(drp.PointAttention, "forward", points_as_released),
-          mock.patch.object(drp.MLP, "forward", drp.MLP.run)):
+    with (mock.patch.object(drp, "deform_attn_offsets", deform_attn_as_released),
+          mock.patch.dict(os.environ, POSE_KERNELS="plain")):
         yield
 
 

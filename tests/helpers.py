@@ -1,4 +1,5 @@
 """What several tests need: the golden files, the reference's weights and inputs, comparisons, small runs."""
+import importlib
 import json
 import math
 import os
@@ -42,6 +43,13 @@ def reference(path: str) -> Path:
         why = missing(path)
         pytest.skip(why[6:]) if why.startswith("skip: ") else pytest.fail(why)
     return REFERENCE / path
+
+
+def required(package: str):
+    """A package of requirements-dev.txt. Where it is missing the module's tests are skipped, in CI they fail."""
+    if os.environ.get("CI"):
+        return importlib.import_module(package)
+    return pytest.importorskip(package, reason=f"{package} is missing: pip install -r requirements-dev.txt")
 
 
 # ---------------------------------------------------------------- the reference's weights and inputs

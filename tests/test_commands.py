@@ -66,7 +66,7 @@ def test_a_training_is_stopped_by_sigterm_resumed_killed_and_evaluated(puppets_f
 
     code, out, _ = finish(start("eval.py", folder / "best.pt", "--out", tmp_path / "eval"))
     assert code == 0 and "8 images in" in out and "nose" in out
-    assert sorted(os.listdir(tmp_path / "eval")) == ["predictions.png", "results.json"]
+    assert sorted(os.listdir(tmp_path / "eval")) == ["predictions.png", "results.json", "table.txt"]
 
 
 @pytest.mark.parametrize("words, code, message", [

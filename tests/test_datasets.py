@@ -1,5 +1,6 @@
 """Readers on real samples, on made-up folders of every layout, and on everything that can be wrong with them."""
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def test_wholebody_joins_its_five_fields(pose_data):
 def test_ground_truth_is_the_file_where_nothing_is_wrong(file, tmp_path):
     content = json.loads(file.read_text())
     crowdpose = dict(file="json/crowdpose_{}.json", folder="images") if file.name.startswith("crowdpose") else {}
-    write(tmp_path, [min(content["images"], key=lambda i: i["id"])], [], **crowdpose)
+    write(tmp_path, content["images"], [], **crowdpose)
     next(tmp_path.rglob("*.json")).write_text(file.read_text())
     dataset = open_dataset(str(tmp_path), "val")
     ours = dataset.ground_truth()
@@ -412,18 +413,29 @@ def test_every_kind_of_picture_becomes_rgb_that_looks_the_same(tmp_path, mode, n
     assert np.asarray(loaded)[:, :10].mean() < 60 and np.asarray(loaded)[:, -10:].mean() > 190
 
 
-def test_rotation_beside_the_pixels_counts_only_if_the_annotation_saw_it(tmp_path):
+def test_rotation_beside_the_pixels_is_applied_unless_the_annotation_did_not_see_it(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6                                                    # to be turned by a quarter
     picture().save(tmp_path / "a.jpg", exif=exif)
-    assert load_image(tmp_path / "a.jpg").size == load_image(tmp_path / "a.jpg", (60, 40)).size == (60, 40)
+    assert load_image(tmp_path / "a.jpg", (60, 40)).size == (60, 40)    # the file's size is that of the raw pixels
     upright = load_image(tmp_path / "a.jpg", (40, 60))
-    assert upright.size == load_image(tmp_path / "a.jpg", rotate=True).size == (40, 60)
+    assert upright.size == load_image(tmp_path / "a.jpg").size == (40, 60)
     assert np.asarray(upright)[:10].mean() < 60                         # its dark left side is the top now
     dataset = opened(tmp_path, [image(1, "a.jpg", width=40, height=60)], [person(1, 1)])
     picture().save(tmp_path / "val2017/a.jpg", exif=exif)
     sample, message = dataset.load(0)
     assert sample.size == sample.image.size == (40, 60) and message == ""
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 4])
+def test_where_the_size_cannot_tell_the_rotation_is_applied_and_said(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    dataset = opened(tmp_path, [image(1)], [person(1, 1)])
+    picture().save(tmp_path / "val2017/1.jpg", exif=exif)
+    sample, message = dataset.load(0)
+    assert f"EXIF orientation {orientation}" in message and np.array_equal(sample.image, load_image(tmp_path / "val2017/1.jpg"))
+    assert (np.asarray(sample.image)[:, :10].mean() > 190) == (orientation in (2, 3)), "mirrored: dark is right now"
 
 
 def test_another_size_than_stated_is_said_and_the_picture_counts(tmp_path):
@@ -443,3 +455,186 @@ def test_samples_are_copies_and_datasets_travel_to_workers(tmp_path):
     dataset[0].keypoints[:] = 0
     travelled = pickle.loads(pickle.dumps(dataset))
     np.testing.assert_array_equal(travelled[0].keypoints[0, :2], [[20, 15, 2], [30, 25, 1]])
+
+
+RAMP = np.tile(np.linspace(0, 1, 64), (40, 1))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("top", [255, 1023, 4095, 16383, 65535])
+def test_deep_gray_keeps_its_brightness(tmp_path, suffix, top):
+    Image.fromarray((RAMP * top).round().astype(np.uint16)).save(tmp_path / f"a.{suffix}")
+    row = np.asarray(load_image(tmp_path / f"a.{suffix}"))[0, :, 0].astype(int)
+    assert np.abs(row - (255 * RAMP[0]).round()).max() <= 1
+
+
+@pytest.mark.parametrize("top", [1, 255, 4095])
+def test_floats_keep_their_brightness_and_nan_is_black(tmp_path, top):
+    gray = (RAMP * top).astype(np.float32)
+    gray[0, 0] = np.nan
+    Image.fromarray(gray).save(tmp_path / "a.tif")
+    row = np.asarray(load_image(tmp_path / "a.tif"))[0, :, 0].astype(int)
+    assert row[0] == 0 and np.abs(row - (255 * RAMP[0]).round())[1:].max() <= 1
+
+
+def test_a_dark_frame_of_a_deep_set_is_as_dark_as_beside_its_neighbours(tmp_path):
+    dataset = opened(tmp_path, [image(n, f"{n}.png", width=64) for n in (1, 2)], [person(1, 1), person(2, 2)])
+    for n, top in (1, 500), (2, 4095):
+        Image.fromarray((RAMP * top).round().astype(np.uint16)).save(tmp_path / f"val2017/{n}.png")
+    brightest = [np.asarray(dataset.load(i)[0].image).max() for i in range(2)]
+    assert brightest == [31, 255]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "gif"])
+def test_one_neutral_gray_lies_under_transparency(tmp_path, mode):
+    rgba = np.zeros((40, 60, 4), np.uint8)
+    rgba[..., :3], rgba[10:30, 20:40] = (71, 112, 76), (200, 200, 200, 255)     # what is hidden must not show
+    shown = Image.fromarray(rgba)
+    if mode in ("P", "gif"):
+        index = Image.fromarray((rgba[..., 3] // 255).astype(np.uint8)).convert("P")
+        index.putpalette([0, 255, 0, 200, 200, 200] + [0] * 750)
+        shown = index
+    name = "a.gif" if mode == "gif" else "a.png"
+    (shown.convert("LA") if mode == "LA" else shown).save(tmp_path / name, **(dict(transparency=0) if shown.mode == "P" else {}))
+    loaded = load_image(tmp_path / name)
+    assert loaded.getpixel((2, 2)) == (127, 127, 127) and loaded.getpixel((30, 20)) == (200, 200, 200)
+
+
+def test_a_pipe_is_no_picture_and_nobody_waits_for_it(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    with pytest.raises(BadImage, match="pipe"):
+        load_image(tmp_path / "a.jpg")
+
+
+# ---------------------------------------------------------------- what people's files really look like
+
+@pytest.mark.parametrize("image_id, of_person", [(15586, 15586.0), (15586.0, 15586), (15586.0, 15586.0), ("15586", 15586)])
+def test_ids_are_the_same_as_numbers_floats_and_text(tmp_path, image_id, of_person):
+    dataset = opened(tmp_path, [image(image_id, "a.jpg")], [person(1, of_person, category_id=1.0)])
+    assert dataset[0].image_id == 15586 and len(dataset[0].keypoints) == 1
+
+
+@pytest.mark.parametrize("splits", [("train", "valid"), ("Train", "Validation"), ("TRAIN", "VAL"), ("training", "validation")])
+@pytest.mark.parametrize("file, folder", [("{}/_annotations.coco.json", "{}"), ("annotations/person_keypoints_{}.json", "images/{}"),
+                                          ("annotations/person_keypoints_{}.json", "images/{}/Data")])
+def test_splits_may_be_called_as_other_tools_call_them(tmp_path, splits, file, folder):
+    for number, split in enumerate(splits, 1):
+        write(tmp_path, [image(number, f"{number}.jpg")], [person(1, number)], split=split, file=file, folder=folder)
+    for number, split in (1, "train"), (2, "val"):
+        dataset = open_dataset(str(tmp_path), split)
+        assert dataset[0].image_id == number and dataset.load(0)[0] is not None
+
+
+@pytest.mark.parametrize("name", ["..\\..\\media\\upload\\a.jpg", "images\\1/a.jpg", "/media/x/a.jpg", "C:\\data\\a.jpg"])
+def test_a_path_of_another_machine_is_found_by_its_last_part(tmp_path, name):
+    write(tmp_path, [image(1, "a.jpg")], [person(1, 1)], file="annotations/{}.json", folder="images")
+    change(tmp_path, lambda content: content["images"][0].update(file_name=name))
+    dataset = open_dataset(str(tmp_path), "val")
+    assert dataset.load(0)[0] is not None and "1 images found by the last part of their file_name" in notes(dataset)
+
+
+@pytest.mark.parametrize("where", ["../../outside/secret.jpg", "{}"])
+def test_nothing_outside_the_folder_is_read(tmp_path, where):
+    (tmp_path / "outside").mkdir()
+    picture().save(tmp_path / "outside" / "secret.jpg")
+    write(tmp_path / "in", [image(1, "a.jpg"), image(2, "b.jpg")], [person(1, 1)])
+    change(tmp_path / "in", lambda content: content["images"][0].update(file_name=where.format(tmp_path / "outside/secret.jpg")))
+    dataset = open_dataset(str(tmp_path / "in"), "val")
+    assert [sample.image_id for sample in dataset] == [2] and "1 images not there" in notes(dataset)
+
+
+def change(root: Path, how) -> None:
+    """Change the annotation file of a written dataset."""
+    path = next(root.rglob("*.json"))
+    content = json.loads(path.read_text())
+    how(content)
+    path.write_text(json.dumps(content))
+
+
+def test_one_picture_under_two_ids_is_counted(tmp_path):
+    dataset = opened(tmp_path, [image(1, "a.jpg"), image(2, "a.jpg"), image(3, "b.jpg")], [person(1, 1), person(2, 2)])
+    assert "2 images that share their file with another id" in notes(dataset) and len(dataset) == 3
+
+
+def test_exchanged_width_and_height_are_noticed_and_the_person_stays(tmp_path):
+    low = dict(bbox=[40, 5, 15, 30], keypoints=[50, 20, 2] + [0] * 48, num_keypoints=1)
+    dataset = opened(tmp_path, [image(1, width=40, height=60), image(2)], [person(1, 1, **low), person(2, 2)])
+    assert dataset[0].size == (60, 40) and len(dataset[0].boxes) == 1
+    assert "1 images whose width and height are exchanged" in notes(dataset)
+
+
+def test_categories_as_one_object_are_taken_and_its_names_used(tmp_path, capsys):
+    own = {"id": 1, "name": "crab", "keypoints": [f"point{n}" for n in range(17)]}
+    write(tmp_path, [image(1)], [person(1, 1)])
+    change(tmp_path, lambda content: content.update(categories=own))
+    skeleton = open_dataset(str(tmp_path), "val").skeleton
+    assert skeleton.keypoints[0] == "point0" and skeleton.flip == tuple(range(17))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_two_categories_the_one_that_fits_the_model_is_used_or_the_one_asked_for(tmp_path, order):
+    dog, man = {"id": 2, "name": "dog", "keypoints": [f"p{n}" for n in range(24)]}, COCO
+    people = [person(1, 1, 24, category_id=2), person(2, 1, 24, category_id=2), person(3, 1)]
+    write(tmp_path, [image(1)], people, categories=[(dog, man)[n] for n in order])
+    assert open_dataset(str(tmp_path), "val", "coco").skeleton.name == "coco"
+    most = open_dataset(str(tmp_path), "val")
+    assert most.skeleton.name == "dog" and "'dog' is used, --category takes another" in notes(most)
+    assert open_dataset(str(tmp_path), "val", category="person").skeleton.name == "coco"
+    with pytest.raises(UserError, match="no category cat with keypoints: choose from"):
+        open_dataset(str(tmp_path), "val", category="cat")
+
+
+def test_a_table_says_what_it_is_of(tmp_path):
+    people = [person(n, 1, bbox=[n, 5, 20, 30]) for n in range(1, 31)] + [person(40, 2, area=1.0), person(41, 2, ignore=1)]
+    write(tmp_path, [image(1), image(2), image(3)], people)
+    (tmp_path / "val2017/3.jpg").unlink()
+    dataset = open_dataset(str(tmp_path), "val")
+    (tmp_path / "val2017/2.jpg").write_bytes(b"no picture")
+    dataset.remember([dataset.load(i)[1] for i in range(2)])
+    said = "\n".join(dataset.caveats())
+    assert "1 of 3 images are not there: this table is of the others" in said
+    assert "1 images could not be read: their people count as missed" in said
+    assert "1 images have more than 20 people" in said and "the areas of 1 people do not suit their boxes" in said
+    assert "1 people with ignore: 1" in notes(dataset) and len(dataset.ground_truth()["images"]) == 2
+
+
+@pytest.mark.parametrize("content", [
+    "[" * 100_000, '{"images": ' + "9" * 5000, {"images": 5, "annotations": []}, {"images": [], "annotations": []}])
+def test_a_file_that_is_no_annotation_file_is_one_line(tmp_path, content):
+    write(tmp_path, [image(1)], [person(1, 1)])
+    next(tmp_path.rglob("*.json")).write_text(content if isinstance(content, str) else json.dumps(content))
+    one_line(tmp_path)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("width", float("inf")), ("height", 2 ** 63), ("width", "wide"), ("file_name", 5), ("id", 1e300)])
+def test_odd_values_of_an_image_do_not_end_the_others(tmp_path, field, value):
+    write(tmp_path, [image(1), image(2)], [person(1, 1), person(2, 2)])
+    change(tmp_path, lambda content: content["images"][0].update({field: value}))
+    dataset = open_dataset(str(tmp_path), "val")
+    assert 2 in [sample.image_id for sample in dataset] or "2" in [sample.image_id for sample in dataset]
+
+
+@pytest.mark.parametrize("field, value", [
+    ("keypoints", [10 ** 400, 1, 2] + [0] * 48), ("keypoints", "text"), ("bbox", [[1], [2, 3]]), ("bbox", 7), ("area", 1e39),
+    ("image_id", float("nan")), ("category_id", [1]), ("iscrowd", "no"), ("num_keypoints", {})])
+def test_odd_values_of_a_person_do_not_end_the_others(tmp_path, field, value):
+    write(tmp_path, [image(1), image(2)], [person(1, 1), person(2, 2)])
+    change(tmp_path, lambda content: content["annotations"][0].update({field: value}))
+    dataset = open_dataset(str(tmp_path), "val")
+    assert len(dataset[1].keypoints) == 1 and np.isfinite(dataset[0].areas).all()
+
+
+@pytest.mark.parametrize("categories", [5, "person", [5], [{"id": 1, "keypoints": 5}], [{"id": 1, "keypoints": [{}] * 17}], None])
+def test_odd_categories_are_no_traceback(tmp_path, categories):
+    write(tmp_path, [image(1)], [person(1, 1)])
+    change(tmp_path, lambda content: content.update(categories=categories))
+    assert open_dataset(str(tmp_path), "val").skeleton.num_keypoints == 17
+
+
+def test_names_of_a_megabyte_and_over_the_systems_limit_are_missing_pictures(tmp_path):
+    dataset = opened(tmp_path, [image(1), image(2)], [person(1, 1), person(2, 2)])
+    for name in "x" * 300 + ".jpg", "y" * 1_000_000 + ".jpg":
+        change(tmp_path, lambda content: content["images"][0].update(file_name=name))
+        dataset = open_dataset(str(tmp_path), "val")
+        assert [sample.image_id for sample in dataset] == [2] and len(notes(dataset)) < 2000

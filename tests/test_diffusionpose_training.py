@@ -1,7 +1,6 @@
 """DiffusionPose's clips, losses, decoding, training and evaluation. Reference cases by file pattern."""
 import importlib
 import json
-import re
 import shutil
 import signal
 import sys
@@ -24,7 +23,8 @@ from common.run import RunFolder
 from common.splits import open_dataset
 from common.skeletons import COCO, POSETRACK, SKELETONS
 from data import puppets
-from tests.test_diffusionpose import SMALL, golden, read, small
+from tests.helpers import golden
+from tests.test_diffusionpose import SMALL, read, small
 
 TRAIN = dict(workers=0, processes=1, batch=6, eval_batch=8, warmup=2, drop_epochs="", eval_every=1, sigma=1.0)
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -42,7 +42,7 @@ def config(**overrides) -> dp.Config:
 
 # ---------------------------------------------------------------- losses
 
-@golden("golden_markov_*.npz")
+@golden("diffusionpose/golden_markov_*.npz")
 def test_markov_loss_its_terms_and_gradients(file):
     meta, case = read(file)
     tree, visible = tuple(map(tuple, meta["edges"])), case["visible"]
@@ -104,7 +104,7 @@ def test_gradients_of_the_losses_are_right():
 
 def test_unlabelled_joints_have_no_target_and_no_loss():
     visible = torch.tensor([[1.0, 0.0]])
-    target = dp.true_heatmaps(torch.tensor([[[3.0, 2.0], [1.0, 1.0]]]), visible, (8, 6), 1.0)
+    target = dp.target_heatmaps(torch.tensor([[[3.0, 2.0], [1.0, 1.0]]]), visible, (8, 6), 1.0)
     assert target[0, 0, 2, 3] == 1 and not target[0, 1].any()
     pred = torch.rand_like(target).requires_grad_()
     dp.criterion(pred, target, visible, ((0, 1),), 0.1)["heat"].backward()
@@ -114,7 +114,7 @@ def test_unlabelled_joints_have_no_target_and_no_loss():
 
 # ---------------------------------------------------------------- crops, targets, decoding
 
-@golden("golden_crop*.npz")
+@golden("diffusionpose/golden_crop*.npz")
 def test_crops_targets_and_decoding(file):
     meta, case = read(file)
     (w, h), size = meta["out_wh"], tuple(meta["heatmap_wh"][::-1])
@@ -128,9 +128,10 @@ def test_crops_targets_and_decoding(file):
         joints = transforms.move_points(np.array(record["joints_image"]), matrix)
         assert joints == pytest.approx(np.array(record["joints_crop"]), abs=1e-4)
         assert transforms.move_points(joints, transforms.invert(matrix)) == pytest.approx(np.array(record["joints_image"]))
-        if not record["rotation_deg"]:
+        if not record["rotation_deg"] and meta["enlarge"] == dp.MARGIN:
             assert dp.box_matrix([x, y, x + bw, y + bh], cfg) == pytest.approx(matrix)
-    targets = dp.true_heatmaps(case["joints_used"][None, :, :2] / dp.STRIDE, torch.ones(1, 15), size, meta["sigma"])[0]
+    joints = case["joints_used"][None, :, :2] / dp.STRIDE
+    targets = dp.target_heatmaps(joints, torch.ones(joints.shape[:2]), size, meta["sigma"])[0]
     assert torch.allclose(targets.float(), case["target_subpixel"], atol=1e-6)
     cells, peaks = dp.decode(case["pred_heatmaps"][None])
     back = transforms.invert(np.array(meta["records"][0]["matrix"]))
@@ -143,7 +144,7 @@ def test_crops_targets_and_decoding(file):
 
 def test_decoding_finds_a_joint_to_a_quarter_of_a_cell_and_nothing_where_nothing_is():
     xy = torch.rand(5, 15, 2) * torch.tensor([16.0, 24.0]) + 3
-    cells, peaks = dp.decode(dp.true_heatmaps(xy, torch.ones(5, 15), (32, 24), 1.5))
+    cells, peaks = dp.decode(dp.target_heatmaps(xy, torch.ones(5, 15), (32, 24), 1.5))
     assert (cells - xy).abs().max() <= 0.26 and (peaks > 0.7).all()
     assert not dp.decode(-torch.rand(1, 2, 32, 24))[0].any()
     rim = torch.zeros(1, 1, 32, 24)
@@ -167,7 +168,7 @@ def test_augmented_joints_lie_where_the_picture_shows_them_in_all_three_frames(e
     sample = Sample(frames[1], 1, size, joints[None].astype(np.float32), np.float32([[20, 20, 70, 70]]), np.ones(1),
                     np.zeros(1, bool), frames=(frames[0], frames[2]))
     matrix, mirrored = dp.augment(joints, sample.boxes[0], size[0], POSETRACK, config(), rng)
-    clip = dp.cut_clip(dp.frames_of(sample), matrix, config())
+    clip = dp.cut_clip(dp.clip_of(sample), matrix, config())
     for frame, shift in zip(clip, (-6, 0, 6)):
         xy = transforms.move_points(joints[4, :2] + [shift, 0], matrix)
         if (xy > 4).all() and (xy < (44, 60)).all():
@@ -218,7 +219,7 @@ def test_without_neighbours_and_for_stills_the_key_frame_stands_three_times():
     still = Sample(colours[1], 1, (40, 40), *[np.zeros(0)] * 4)
     matrix = dp.box_matrix([5, 5, 35, 35], config())
     cuts = (clip, config()), (still, config()), (clip, config(neighbours=False))
-    middle = [dp.cut_clip(dp.frames_of(sample), matrix, cfg)[:, 0, 32, 24].tolist() for sample, cfg in cuts]
+    middle = [dp.cut_clip(dp.clip_of(sample), matrix, cfg)[:, 0, 32, 24].tolist() for sample, cfg in cuts]
     assert middle == [[50, 100, 150], [100] * 3, [100] * 3]
 
 
@@ -231,8 +232,18 @@ def test_a_box_beyond_the_image_or_without_size_still_gives_a_crop():
 
 def test_halves_of_a_body_lie_above_or_below_the_waist():
     joints = np.c_[np.arange(15.0), np.arange(15.0), np.full(15, 2)]
+    boxes = [tuple(transforms.half_body(joints, POSETRACK, np.random.default_rng(seed))) for seed in range(50)]
+    assert set(boxes) == {(0, 0, 8, 8), (9, 9, 14, 14)} and 25 < boxes.count((0, 0, 8, 8)) < 45
+    joints[0] = -27, 0, 2                                            # around the mean of the joints
     boxes = {tuple(transforms.half_body(joints, POSETRACK, np.random.default_rng(seed))) for seed in range(20)}
-    assert boxes == {(0, 0, 8, 8), (9, 9, 14, 14)}
+    assert (-16.5, 0, 18.5, 8) in boxes
+
+
+def test_half_a_body_with_too_few_joints_gives_way_to_the_other_half():
+    joints = np.c_[np.arange(15.0), np.arange(15.0), np.full(15, 2)]
+    joints[11:, 2] = 0                                               # of the lower half the hips alone
+    boxes = {tuple(transforms.half_body(joints, POSETRACK, np.random.default_rng(seed))) for seed in range(20)}
+    assert boxes == {(0, 0, 8, 8)}
     joints[2:, 2] = 0
     assert all(transforms.half_body(joints, POSETRACK, np.random.default_rng(seed)) is None for seed in range(5))
 
@@ -271,7 +282,7 @@ def test_a_perfect_network_gets_nearly_everything_right_with_any_number_of_steps
         sample = data[i]
         for joints, box in zip(sample.keypoints, true_boxes(data).of(sample.image_id)[0]):
             xy = transforms.move_points(joints[:, :2].astype(float), dp.box_matrix(box, model.cfg)) / dp.STRIDE
-            truth[box.tobytes()] = dp.true_heatmaps(torch.tensor(xy)[None], torch.ones(1, 15), model.cfg.heatmap, 1.0)[0]
+            truth[box.tobytes()] = dp.target_heatmaps(torch.tensor(xy)[None], torch.ones(1, 15), model.cfg.heatmap, 1.0)[0]
     asked = []
     monkeypatch.setattr(dp, "noise_for", lambda boxes, model: asked.append(boxes) or torch.zeros(len(boxes), *model.noise_shape))
     monkeypatch.setattr(model, "denoise", lambda *_: torch.stack([truth[box.tobytes()] for box in asked[-1]]).float())
@@ -310,28 +321,43 @@ def test_the_ablation_of_a_frame_and_every_flag_are_settings():
             config(**flags)
 
 
-ROWS = dict(re.findall(r"^ +([567] \S.*?) +[\d.]+ *(--.*)?$", dp.__doc__, re.MULTILINE))
+def losses_of(model: dp.DiffusionPose, clips: torch.Tensor, joints: torch.Tensor, alpha: float) -> dict:
+    """The loss terms of clips (B, 3, 3, H, W) uint8 and joints (B, J, 3), as a training step has them."""
+    cfg, visible = model.cfg, joints[..., 2]
+    target = dp.target_heatmaps(joints[..., :2] / dp.STRIDE, visible, cfg.heatmap, cfg.sigma)
+    t = torch.randint(dp.TIMES, (len(clips),))
+    x_t = dp.q_sample(target, t, torch.randn_like(target), visible, cfg.signal_scale)
+    pred, _ = model(transforms.normalise(clips / 255), x_t, t)
+    return dp.criterion(pred, target, visible, dp.limbs(model.skeleton), alpha)
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_every_row_of_the_tables_is_a_command_that_trains_a_step(row):
-    """The flags as the docstring has them, through the parser; only a row with the Markov loss has its term."""
+ROWS = sorted({row.puppets for table in dp.TABLES.values() for row in table.rows if row.puppets is not None})
+
+
+@pytest.mark.parametrize("flags", ROWS)
+def test_every_row_of_the_tables_is_a_command_that_trains_a_step(flags):
+    """Through the parser; only a row with the Markov loss has its term."""
     size = [word for name, value in SMALL.items() for word in (f"--{name}", str(value)) if value != ""]
-    cfg, _ = parse(dp.Config, dp.PRESETS, "", ["--train", *size, *ROWS[row].split()])
+    cfg, _ = parse(dp.Config, dp.PRESETS, "", ["--train", *size, *flags.split()])
     model, joints = dp.DiffusionPose(cfg, POSETRACK), torch.rand(2, 15, 3) * 40
     optimizer, before = dp.build_optimizer(model, cfg), {name: p.clone() for name, p in model.named_parameters()}
-    losses = dp.batch_losses(model, model, torch.randint(0, 256, (2, 3, 3, 64, 48), dtype=torch.uint8),
-                             torch.cat([joints[..., :2], torch.ones(2, 15, 1)], -1), cfg.alpha, ALONE)
+    joints[..., 2] = 1
+    losses = losses_of(model, torch.randint(0, 256, (2, 3, 3, 64, 48), dtype=torch.uint8), joints, cfg.alpha)
     sum(losses.values()).backward()
     optimizer.step()
-    assert ("markov" in losses) == ("--alpha 0" not in ROWS[row])
+    assert ("markov" in losses) == ("--alpha 0" not in flags)
     assert not torch.equal(before["backbone.patch_embed.proj.weight"], model.backbone.patch_embed.proj.weight)
 
 
-def test_the_docstring_lists_all_rows_of_the_ablations():
-    assert len(ROWS) == 8 and ROWS["5 (c), 6 (c), 7 (e)"] == "" and len(set(ROWS.values())) == 8
-    numbers = [int(n) for row in ROWS for n in re.findall(r"([567]) ", row)]
-    assert [numbers.count(n) for n in (5, 6, 7)] == [4, 3, 5]
+def test_the_tables_have_all_rows_of_the_ablations_and_what_is_one_row_in_two_tables_is_one_command():
+    rows = {number: table.rows for number, table in dp.TABLES.items()}
+    assert {number: len(rows[number]) for number in "567"} == {"5": 4, "6": 3, "7": 5} and len(ROWS) == 8
+    assert rows["5"][1].flags == rows["7"][0].flags and rows["5"][2].flags == rows["6"][0].flags
+    for number in "567":
+        assert rows[number][-1].default and rows[number][-1].flags == rows[number][-1].puppets == ""
+        assert all(row.flags == row.puppets for row in rows[number])
+    assert [row.figure for number in "123" for row in rows[number]] == [87.8, 85.4, 85.1]
+    assert all(row.missing and row.puppets is None for row in rows["4"])
 
 
 def test_every_parameter_is_in_one_group_and_only_matrices_decay():
@@ -366,10 +392,10 @@ def test_a_tiny_model_learns_two_clips_and_tells_them_apart_in_pure_noise(clips)
     for step in range(120):
         seed_all(0, step)
         optimizer.zero_grad()
-        sum(dp.batch_losses(model, model, clip, joints, 0.1 * (step > 20), ALONE).values()).backward()
+        sum(losses_of(model, clip, joints, 0.1 * (step > 20)).values()).backward()
         optimizer.step()
     visible = joints[..., 2]
-    true = dp.true_heatmaps(joints[..., :2] / dp.STRIDE, visible, model.cfg.heatmap, 2.0)
+    true = dp.target_heatmaps(joints[..., :2] / dp.STRIDE, visible, model.cfg.heatmap, 2.0)
     blank = dp.heatmap_loss(0 * true, true, visible)
     found, exchanged = (dp.find_heatmaps(model.eval(), frames, boxes) for frames in (clip, clip.flip(0)))
     assert dp.heatmap_loss(found, true, visible) < 0.3 * blank
@@ -397,7 +423,7 @@ def whole_run(clips, tmp_path_factory) -> Path:
 
 
 def test_a_run_that_is_cut_and_resumed_ends_with_the_same_bits(clips, whole_run, tmp_path, monkeypatch):
-    losses, calls = dp.batch_losses, []
+    losses, calls = dp.criterion, []
 
     def cut(*args):
         calls.append(0)
@@ -405,11 +431,11 @@ def test_a_run_that_is_cut_and_resumed_ends_with_the_same_bits(clips, whole_run,
             signal.raise_signal(signal.SIGTERM)
         return losses(*args)
 
-    monkeypatch.setattr(dp, "batch_losses", cut)
+    monkeypatch.setattr(dp, "criterion", cut)
     monkeypatch.setattr(RunFolder, "draw", lambda *args: None)
     with suppress(KeyboardInterrupt):
         train(clips, tmp_path / "run")
-    monkeypatch.setattr(dp, "batch_losses", losses)
+    monkeypatch.setattr(dp, "criterion", losses)
     expected = torch.load(whole_run / "last.pt", weights_only=True)
     saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert (saved["step"], saved["done"], saved["epoch"], expected["step"]) == (2, 2, 0, 6)
@@ -438,26 +464,14 @@ def test_a_run_leaves_a_checkpoint_that_eval_understands(clips, whole_run, tmp_p
     assert {"all.gif", "000002.png", "000004_steps.gif", "000004_markov.png", "results.json"} <= drawn
 
 
-def test_eval_takes_the_frames_of_a_folder_in_the_order_of_their_numbers(tmp_path):
-    evaluation = importlib.import_module("eval")
-    for name in ("f10.png", "f9.png", "f1.jpg", "a.png", "2.png", "f9b1.png"):
-        (tmp_path / name).touch()
-    names = [path.name for path in evaluation.find_pictures([str(tmp_path)])]
-    assert names == ["2.png", "a.png", "f1.jpg", "f9.png", "f9b1.png", "f10.png"]
-
-
-def test_eval_gives_each_frame_those_beside_it(tmp_path, capsys):
-    evaluation = importlib.import_module("eval")
-    for n in range(4):
-        Image.new("RGB", (10, 10) if n < 3 else (11, 10), (50 * n,) * 3).save(tmp_path / f"{n}.png")
-    files = sorted(tmp_path.glob("*.png"))
-    values = [[x.getpixel((0, 0))[0] for x in evaluation.clips_of(evaluation.frames_of(path), path, files, folders)[0]]
-              for path, folders in ((files[0], [tmp_path]), (files[1], [tmp_path]), (files[2], [tmp_path]), (files[1], []))]
-    assert values == [[0, 0, 50], [0, 50, 100], [50, 100, 100], [50, 50, 50]]
-    assert capsys.readouterr().out.count(f"{files[2]}: a frame beside it has another size") == 1
-    gif = [Image.new("RGB", (10, 10), (value,) * 3) for value in (10, 20, 30)]
-    values = [[x.getpixel((0, 0))[0] for x in clip] for clip in evaluation.clips_of(gif, Path("a.gif"), [Path("a.gif")], [])]
-    assert values == [[10, 10, 20], [10, 20, 30], [20, 30, 30]]
+def test_without_an_average_the_weights_themselves_are_evaluated_and_kept(clips, tmp_path, monkeypatch):
+    evaluated, evaluate = [], dp.evaluate
+    monkeypatch.setattr(dp, "evaluate", lambda model, *rest: evaluated.append(model.state_dict()) or evaluate(model, *rest))
+    saved = train(clips, tmp_path / "run", "--ema", "0", "--epochs", "1")
+    assert "ema" not in saved and len(evaluated) == 1
+    assert all(torch.equal(value, evaluated[0][name]) for name, value in saved["model"].items())
+    _, model, _ = importlib.import_module("eval").load_model(str(tmp_path / "run"), "", "")
+    assert all(torch.equal(value, saved["model"][name]) for name, value in model.state_dict().items())
 
 
 def test_stills_of_coco_are_clips_that_stand_still(puppets_folder):
@@ -470,7 +484,7 @@ def test_stills_of_coco_are_clips_that_stand_still(puppets_folder):
 
 def test_puppets_are_clips_for_this_method(monkeypatch, clips):
     monkeypatch.setattr(puppets, "make", lambda root, part: clips if part == "video" else pytest.fail(part))
-    data, held_out = dp.open_clips(config(data="puppets"))
+    data, held_out = dp.open_clips(config(data="puppets"), ALONE)
     assert data.name == "puppets" and isinstance(held_out, posetrack.PoseTrackDataset) and data.skeleton == SKELETONS["posetrack"]
 
 

@@ -6,8 +6,7 @@ import re
 import shutil
 import signal
 import sys
-import zlib
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -23,51 +22,31 @@ import diffusionregpose as drp
 from common import transforms, weights
 from common.cli import parse, resolve
 from common.errors import UserError
+from common.heatmaps import people_heatmaps
+from common.oks import similarity_of
 from common.predict import collate
 from common.ranks import Ranks, seed_all
-from common.records import Sample
+from common.records import Sample, gather_people
 from common.run import RunFolder
-from common.splits import open_dataset
-from common.heatmaps import people_heatmaps
 from common.skeletons import Skeleton, flip_from_names, get_skeleton
+from common.splits import open_dataset
 from data import puppets
-from diffusionregpose import Targets
-from tests.helpers import REFERENCE
-from tests.helpers import assert_equal
+from diffusionregpose import Output, People
+from tests.helpers import assert_equal, close, fill, golden, normal, read_case, reference, watch
 
-FOLDER = REFERENCE / "diffusionregpose"
+CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, CPU)
+SMALL = dict(dim=32, heads=4, ffn=32, layers=2, box_queries=12, queries=5, dn_queries=4, short_side=64, long_side=64,
+             oks_score_from=1)
+FLAGS = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
 LEVELS = [(6, 8), (3, 4), (2, 2), (1, 1)]                   # of the goldens of single blocks
-
-
-def golden(pattern: str):
-    """Run a test once for every golden_<pattern>.npz; none there is a failure to notice, not a silent pass."""
-    files = sorted(FOLDER.glob(f"golden_{pattern}.npz"))
-    missing = pytest.param(None, marks=pytest.mark.skip(reason=f"no golden_{pattern}.npz in {FOLDER}"))
-    return pytest.mark.parametrize("file", files or [missing], ids=lambda f: f.stem if f else "none")
-
-
-def normal(key: str, shape, seed: int = 0) -> torch.Tensor:
-    """The reference's standard-normal array, fixed by (seed, key)."""
-    rng = np.random.RandomState(zlib.crc32(f"{seed}:{key}".encode()))
-    return torch.from_numpy(rng.standard_normal(tuple(shape)).astype(np.float32))
-
-
-def fill(key: str, shape, seed: int) -> torch.Tensor:
-    """The reference's weights for a tensor of this name."""
-    n = normal(key, shape, seed)
-    if key.endswith("running_var"):
-        return 1 + 0.2 * n.tanh()
-    if key.endswith(("running_mean", "bias")):
-        return 0.05 * n
-    if len(shape) <= 1:
-        return 1 + 0.1 * n
-    return n / math.sqrt(math.prod(shape[1:]))
+SKELETON_OF = {17: "coco", 14: "crowdpose"}
 
 
 @lru_cache
 def official_state(name: str) -> dict[str, torch.Tensor]:
     """All tensors of a released file, the doubled ones and the constants as well."""
-    manifest, made, state = json.loads((FOLDER / name).read_text()), {}, {}
+    manifest, made, state = json.loads(reference(f"diffusionregpose/{name}").read_text()), {}, {}
     for key, shape in manifest["keys"].items():
         key_of_weight = manifest["aliases"].get(key, key)
         if key_of_weight not in made:
@@ -82,138 +61,134 @@ def official_state(name: str) -> dict[str, torch.Tensor]:
 def official_model(name: str = "manifest_coco.json", queries: int = 100, box_queries: int = 900):
     """Our model with the reference's weights, shared by the tests: do not change it."""
     preset, keypoints = drp.recognise(official_state(name))
-    model = drp.build(preset, {17: "coco", 14: "crowdpose"}[keypoints], queries=queries, box_queries=box_queries)
+    model = drp.build(preset, SKELETON_OF[keypoints], queries=queries, box_queries=box_queries)
     weights.load_strict(model, drp.convert_official(official_state(name), model.cfg), {})
     return model.eval().requires_grad_(False)
 
 
-def model_of(case) -> tuple[drp.DiffusionRegPose, dict]:
-    """The model of a golden file and what its meta entry says."""
-    meta = json.loads(str(case["meta"]))
-    return official_model(meta["manifest"], meta["num_people"], meta["num_queries"]), meta
+def model_of(meta: dict) -> drp.DiffusionRegPose:
+    """The model that the meta entry of a golden file asks for; without one the file's is COCO's."""
+    manifest = meta.get("manifest", "manifest_coco.json")
+    return official_model(manifest, meta.get("num_people", 100), meta.get("num_queries", 900))
 
 
-def close(ours, theirs, tolerance: float, what: str = ""):
-    """Largest difference, relative to the largest entry or 1."""
-    ours, theirs = torch.as_tensor(ours).detach().double(), torch.as_tensor(theirs).double()
-    assert ours.shape == theirs.shape, f"{what}: {tuple(ours.shape)} against {tuple(theirs.shape)}"
-    finite = theirs.isfinite()
-    assert (ours[~finite] == theirs[~finite]).all(), what
-    if finite.any():
-        error = ((ours - theirs)[finite].abs().max() / theirs[finite].abs().max().clamp(min=1)).item()
-        assert error <= tolerance, f"{what}: error {error:.2e}"
+def pictures_of(meta: dict) -> list[torch.Tensor]:
+    return [normal(key, (3, *shape), meta["seed"]) for key, shape in zip(meta["input_keys"], meta["images"])]
 
 
-@contextmanager
-def watch(**modules):
-    """Lists of (arguments, result) of each call of the named modules."""
-    seen, hooks = {name: [] for name in modules}, []
-    for name, module in modules.items():
-        hooks.append(module.register_forward_hook(lambda m, args, out, name=name: seen[name].append((args, out))))
-    yield seen
-    for hook in hooks:
-        hook.remove()
-
-
-def level_masks(padding_mask: torch.Tensor) -> list[torch.Tensor]:
-    """(2, 65) → a mask (2, H, W) for each level."""
-    parts = padding_mask.split([h * w for h, w in LEVELS], 1)
-    return [part.view(-1, *shape) for part, shape in zip(parts, LEVELS)]
+def level_masks(case: dict) -> list[torch.Tensor]:
+    """A mask (B, H, W) for each level, of the case's (B, N)."""
+    levels = [tuple(shape) for shape in case.get("spatial_shapes", np.array(LEVELS)).tolist()]
+    parts = torch.from_numpy(case["padding_mask"]).split([h * w for h, w in levels], 1)
+    return [part.view(-1, *shape) for part, shape in zip(parts, levels)]
 
 
 # ------------------------------------------------------------------------------------------ blocks
 
 
-@golden("resnet50")
+@golden("diffusionregpose/golden_resnet50*.npz")
 def test_backbone_equals_the_release(file):
-    case, model = np.load(file), official_model()
-    image = normal("input", (1, 3, 96, 128))
+    case, meta = read_case(file)
+    model, (h, w) = model_of(meta), (8 * n for n in case["mask3"].shape[1:])
+    image = normal("input", (1, 3, h, w), meta.get("seed", 0))
     for net in (model, drp.fuse(model)):                    # folding the norms must not change the result
         for level, x in enumerate(net.backbone(image)[1:], 3):
             close(x[:, ::2], case[f"c{level}"], 1e-4, f"level {level}")
-    padded = torch.zeros(1, 96, 128, dtype=torch.bool)
+    padded = torch.zeros(1, h, w, dtype=torch.bool)
     padded[:, 90:], padded[:, :, 100:] = True, True
     grid = model.encode_image(image, padded).grid
     for level, mask in zip((3, 4, 5), grid.padded.split([h * w for h, w in grid.shapes], 1)):
         assert (mask.view(case[f"mask{level}"].shape).numpy() == case[f"mask{level}"]).all()
 
 
-@golden("embeddings")
+@golden("diffusionregpose/golden_embeddings*.npz")
 def test_embeddings_equal_the_release(file):
-    case, time = np.load(file), official_model().time_embedding
-    padded = torch.zeros(1, 96, 128, dtype=torch.bool)
+    case, meta = read_case(file)
+    time, dim = model_of(meta).time_embedding, case["pos5"].shape[1]
+    h, w = (8 * n for n in case["pos3"].shape[2:])
+    padded = torch.zeros(1, h, w, dtype=torch.bool)
     padded[:, 90:], padded[:, :, 100:] = True, True
-    masks = [F.interpolate(padded[None].float(), (96 // s, 128 // s))[0].bool() for s in (8, 32)]
-    pos3, pos5 = (drp.cell_positions([mask], 256).view(1, *mask.shape[1:], 256).permute(0, 3, 1, 2) for mask in masks)
-    close(pos3[:, ::3], case["pos3"], 1e-5)
-    close(pos5, case["pos5"], 1e-5)
-    boxes = normal("sine", (5, 2, 4)).sigmoid()
+    for stride, step, name in (8, 3, "pos3"), (32, 1, "pos5"):
+        mask = F.interpolate(padded[None].float(), (h // stride, w // stride))[0].bool()
+        position = drp.cell_positions([mask], dim).view(1, *mask.shape[1:], dim).permute(0, 3, 1, 2)
+        close(position[:, ::step], case[name], 1e-5)
+    boxes = normal("sine", case["sine_query_in"].shape, meta.get("seed", 0)).sigmoid()
     close(boxes, case["sine_query_in"], 1e-6)
-    close(drp.sine_embedding(boxes[..., [1, 0, 2, 3]], 128, 10000), case["sine_query"], 1e-5)
-    t = torch.from_numpy(case["t"])
-    close(time.sinusoid(t), case["time_sinusoid"], 1e-4)
-    close(time.mlp[:3](time.sinusoid(t)), case["time_mlp"], 1e-4)
-    close(time(t), case["scale_shift"], 1e-4)
+    close(drp.sine_embedding(boxes[..., [1, 0, 2, 3]], dim // 2, 10000), case["sine_query"], 1e-5)
+    with watch(mlp=time.mlp, middle=time.mlp[2]) as seen:
+        s = time(torch.from_numpy(case["t"]))
+    close(seen["mlp"][0][0][0], case["time_sinusoid"], 1e-4)
+    close(seen["middle"][0][1], case["time_mlp"], 1e-4)
+    close(s, case["scale_shift"], 1e-4)
 
 
-@golden("deform_attn")
+@golden("diffusionregpose/golden_deform_attn*.npz")
 def test_deformable_attention_equals_the_release(file):
-    case, model = np.load(file), official_model()
-    assert [tuple(shape) for shape in case["spatial_shapes"].tolist()] == LEVELS
-    grid = drp.make_grid(level_masks(torch.from_numpy(case["padding_mask"])))
+    case, meta = read_case(file)
+    model, masks, seed = model_of(meta), level_masks(case), meta.get("seed", 0)
+    grid, (b, q, dim) = drp.make_grid(masks), case["out2d"].shape
+    assert [tuple(mask.shape[1:]) for mask in masks] == grid.shapes
     layers = {"2d": model.encoder[0].self_attn, "4d": model.decoder.layers[0].cross_attn}
     for kind, layer in layers.items():
-        reference = torch.from_numpy(case[f"ref{kind}"])
-        close(reference, normal(f"ref{kind[0]}", reference.shape).sigmoid(), 1e-6)
+        places = torch.from_numpy(case[f"ref{kind}"])
+        close(places, normal(f"ref{kind[0]}", places.shape, seed).sigmoid(), 1e-6)
+        value = normal("value", (b, grid.padded.shape[1], dim), seed)
         with watch(out=layer.output_proj) as seen:
-            out = layer(normal("query", (2, 9, 256)), reference, normal("value", (2, 65, 256)), grid)
+            out = layer(normal("query", (b, q, dim), seed), places, value, grid)
         close(seen["out"][0][0][0], case[f"core{kind}"], 1e-5, "before the output projection")
         close(out, case[f"out{kind}"], 1e-5)
 
 
-@golden("encoder_layer")
+@golden("diffusionregpose/golden_encoder_layer*.npz")
 def test_encoder_layer_equals_the_release(file):
-    case, model = np.load(file), official_model()
-    grid = drp.make_grid(level_masks(torch.from_numpy(case["padding_mask"])))
+    case, meta = read_case(file)
+    grid, seed = drp.make_grid(level_masks(case)), meta.get("seed", 0)
     close(grid.valid, case["valid_ratios"], 1e-6)
     close(grid.centres[:, :, None] * grid.valid[:, None], case["reference_points"], 1e-5)
-    close(model.encoder[0](normal("src", (2, 65, 256)), normal("pos", (2, 65, 256)), grid), case["out"], 1e-4)
+    x, position = (normal(key, case["out"].shape, seed) for key in ("src", "pos"))
+    close(model_of(meta).encoder[0](x, position, grid), case["out"], 1e-4)
 
 
-@golden("decoder_layer")
+@golden("diffusionregpose/golden_decoder_layer*.npz")
 def test_decoder_layer_equals_the_release(file):
-    case, model = np.load(file), official_model()
-    padding = np.load(FOLDER / "golden_encoder_layer.npz")["padding_mask"]
-    grid = drp.make_grid(level_masks(torch.from_numpy(padding)))
-    allowed = ~torch.from_numpy(case["attn_mask"]).view(2, 8, 11, 11)
-    boxes = normal("dref", (11, 2, 4)).sigmoid().transpose(0, 1)
+    case, meta = read_case(file)
+    model, seed, (tokens, b, dim) = model_of(meta), meta.get("seed", 0), case["out"].shape
+    if "padding_mask" not in case:                          # then it is that of the encoder layer's case
+        case |= dict(padding_mask=read_case(file.with_name(file.name.replace("decoder", "encoder")))[0]["padding_mask"])
+    grid = drp.make_grid(level_masks(case))
+    allowed = ~torch.from_numpy(case["attn_mask"]).view(b, -1, tokens, tokens)
+    boxes = normal("dref", (tokens, b, 4), seed).sigmoid().transpose(0, 1)
     inside = boxes[:, :, None] * grid.valid.repeat(1, 1, 2)[:, None]
     close(inside.transpose(0, 1), case["reference_input"], 1e-5)
-    sine = drp.sine_embedding(inside[:, :, 0, [1, 0, 2, 3]], 128, 10000)
+    sine = drp.sine_embedding(inside[:, :, 0, [1, 0, 2, 3]], dim // 2, 10000)
     close(sine.transpose(0, 1), case["query_sine"], 1e-4)
     close(model.decoder.position_head(sine).transpose(0, 1), case["query_pos_from_head"], 1e-4)
-    x, position = (normal(key, (11, 2, 256)).transpose(0, 1) for key in ("tgt", "query_pos"))
-    out = model.decoder.layers[0](x, position, inside, normal("memory", (2, 65, 256)), grid,
+    x, position = (normal(key, (tokens, b, dim), seed).transpose(0, 1) for key in ("tgt", "query_pos"))
+    memory = normal("memory", (b, grid.padded.shape[1], dim), seed)
+    out = model.decoder.layers[0](x, position, inside, memory, grid,
                                   lambda q, k, v: F.scaled_dot_product_attention(q, k, v, allowed))
     close(out.transpose(0, 1), case["out"], 1e-4)
 
 
-@golden("proposals")
+@golden("diffusionregpose/golden_proposals*.npz")
 def test_proposals_equal_the_release(file):
-    case = np.load(file)
-    grid = drp.make_grid(level_masks(torch.from_numpy(case["padding_mask"])))
-    proposals, usable = drp.box_proposals(grid)
+    case, meta = read_case(file)
+    proposals, usable = drp.box_proposals(drp.make_grid(level_masks(case)))
     close(proposals, case["proposals"], 1e-4)
-    memory = normal("memory", (2, 65, 256)).masked_fill(~usable[..., None], 0)
-    close(memory[:, :, ::8], case["memory_out"], 1e-6)
+    memory = normal("memory", (*usable.shape, 8 * case["memory_out"].shape[2]), meta.get("seed", 0))
+    close(memory.masked_fill(~usable[..., None], 0)[:, :, ::8], case["memory_out"], 1e-6)
 
 
 # ------------------------------------------------------------------------------------------ the whole model
 
 
-def by_group(x: torch.Tensor, groups: int) -> torch.Tensor:
+def by_person(x: torch.Tensor, people: int) -> torch.Tensor:
     """Our order, all boxes then all keypoints, → the release's: each person's box, then its keypoints."""
-    return torch.cat([x[:, :groups, None], x[:, groups:].unflatten(1, (groups, -1))], 2).flatten(1, 2)
+    return torch.cat([x[:, :people, None], x[:, people:].unflatten(1, (people, -1))], 2).flatten(1, 2)
+
+
+def rows_of(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return x.take_along_dim(index[..., None], 1)
 
 
 def check_encoder(case, seen, step: int, wide: int):
@@ -226,19 +201,19 @@ def check_encoder(case, seen, step: int, wide: int):
     close(seen["score"][0][1], case["enc_class"], 1e-4, "scores of all cells")
 
 
-def check_decoder(case, seen, groups: int, wide: int, score_head):
+def check_decoder(case, seen, people: int, wide: int, score_head):
     """Queries of the box layers are stored by ascending cell, people by rank."""
     scores = seen["score"][0][1].max(-1).values
-    cells = scores.topk(seen["selection"][0][1][0].shape[1]).indices
+    cells = scores.topk(seen["selection"][0][1][0].shape[1]).indices                    # (B, Q)
     assert (cells.sort().values.numpy() == case["topk_token_ids_sorted"]).all()
-    rows = cells[0].argsort()[::int(case["box_layer_row_stride"][0])]
-    _, logits, boxes = seen["selection"][0][1]
-    close(logits[:, rows], case["interm_logits_sorted"], 1e-4)
-    close(boxes[:, rows], case["interm_boxes_sorted"], 1e-4)
+    rows = cells.argsort()[:, ::int(case["box_layer_row_stride"][0])]
+    proposals = seen["selection"][0][1][1]
+    close(rows_of(proposals.logits, rows), case["interm_logits_sorted"], 1e-4)
+    close(rows_of(proposals.boxes, rows), case["interm_boxes_sorted"], 1e-4)
     for l in (0, 1):
-        close(seen["references"][l][:, rows], case[f"ref{l}_sorted"], 1e-4, f"reference {l}")
-        close(seen["hs"][l][:, rows, ::wide], case[f"hs{l}_sorted"], 1e-3, f"features {l}")
-    rank = score_head(seen["layers"][1][0]).max(-1).values.topk(groups)
+        close(rows_of(seen["references"][l], rows), case[f"ref{l}_sorted"], 1e-4, f"reference {l}")
+        close(rows_of(seen["hs"][l], rows)[..., ::wide], case[f"hs{l}_sorted"], 1e-3, f"features {l}")
+    rank = score_head(seen["layers"][1][0]).max(-1).values.topk(people)
     assert (cells.gather(1, rank.indices).numpy() == case["selected_token_ids"]).all()
     close(rank.values, case["selected_scores"], 1e-4)
     close(seen["ksa"][0][0][0], case["noisy_pose_01"], 1e-5)
@@ -246,16 +221,16 @@ def check_decoder(case, seen, groups: int, wide: int, score_head):
     # the release overwrites its coarse keypoints, so the file has K-CA's output there, and z minus that for K-SA's
     close(z, case["ksa_out_xy"] + case["coarse_kpt_xy"], 1e-4, "K-SA and coarse keypoints")
     close(moved, case["coarse_kpt_xy"], 1e-4, "K-CA")
-    close(by_group(seen["references"][2], groups), case["ref2"], 1e-4, "after K-CA")
+    close(by_person(seen["references"][2], people), case["ref2"], 1e-4, "after K-CA")
     for l in (2, 3, 4, 5):
-        close(by_group(seen["hs"][l], groups)[:, ::11, ::wide], case[f"hs{l}"], 1e-3, f"features {l}")
-    refs = torch.stack([by_group(r, groups) for r in seen["references"][3:]])
-    tokens = refs.shape[2] // groups
+        close(by_person(seen["hs"][l], people)[:, ::11, ::wide], case[f"hs{l}"], 1e-3, f"features {l}")
+    refs = torch.stack([by_person(r, people) for r in seen["references"][3:]])
+    tokens = refs.shape[2] // people
     close(refs[:, :, ::tokens], case["refs3to5_box"], 1e-4)
     close(refs[:, :, :10 * tokens], case["refs3to5_kpt_first10"], 1e-4)
 
 
-def watch_model(model, images, x):
+def watch_model(model, images, padded, x, t: int):
     """A forward pass of one DDIM step from x, and what the model's parts took and gave."""
     decoder = model.decoder
     parts = dict(encoder=model.encoder[0], last=model.encoder[-1], score=model.selection.score, ksa=decoder.ksa,
@@ -263,70 +238,105 @@ def watch_model(model, images, x):
                  mlp=model.time_embedding.mlp[2])
     layers = {f"layer{l}": layer for l, layer in enumerate(decoder.layers)}
     with watch(**parts, **layers) as seen:
-        result = drp.sample(model, images, noise=x)[0]
+        result = model(images, padded, drp.to_poses(x, model.cfg.scale), torch.full((len(images),), t))
     seen["layers"] = [(seen[name][0][1], *seen[name][0][0]) for name in layers]
-    seen["references"] = [reference[:, :, 0] for _, _, _, reference, *_ in seen["layers"]]   # one image: not padded
+    valid = seen["encoder"][0][0][2].valid[:, :1].repeat(1, 1, 2)                       # (B, 1, 4) of level 0
+    seen["references"] = [inside[:, :, 0] / valid for _, _, _, inside, *_ in seen["layers"]]
     seen["hs"] = [decoder.norm(out) for out, *_ in seen["layers"]]
     return result, seen
 
 
-@golden("forward_*")
+@golden("diffusionregpose/golden_forward_*.npz")
 def test_forward_equals_the_release(file):
-    case = np.load(file)
-    model, meta = model_of(case)
-    (shape,), groups, keypoints = meta["images"], meta["num_people"], model.skeleton.num_keypoints
-    x = normal("noise", (1, groups, 2 * keypoints)).view(1, groups, keypoints, 2)
-    image = normal(meta["input_keys"][0], (3, *shape))[None]
-    result, seen = watch_model(model, image, x)
-    for level, y in enumerate(model.backbone(image)[1:], 3):
+    case, meta = read_case(file)
+    model = model_of(meta)
+    people, k = meta["num_people"], model.skeleton.num_keypoints
+    images, padded = drp.pad_images(pictures_of(meta))
+    x = normal("noise", (len(images), people, 2 * k), meta["seed"]).unflatten(2, (k, 2))
+    result, seen = watch_model(model, images, padded, x, meta["t"])
+    for level, y in enumerate(model.backbone(images)[1:], 3):
         close(y[:, ::32, ::2, ::2], case[f"backbone_c{level}"], 1e-4, f"level {level}")
-    close(seen["mlp"][0][1], case["time_embedding"], 1e-4)
-    close(seen["time"][0][1], case["time_scale_shift"].reshape(1, -1), 1e-4)
+    close(seen["mlp"][0][1].reshape(case["time_embedding"].shape), case["time_embedding"], 1e-4)
+    close(seen["time"][0][1].reshape(case["time_scale_shift"].shape), case["time_scale_shift"], 1e-4)
     check_encoder(case, seen, meta["token_stride"], meta["channel_stride"])
-    check_decoder(case, seen, groups, meta["channel_stride"], model.decoder.score_heads[1])
+    check_decoder(case, seen, people, meta["channel_stride"], model.decoder.score_heads[1])
     close(result["logits"], case["pred_logits"], 1e-4)
     close(result["boxes"], case["pred_boxes"], 1e-4)
-    close(result["keypoints"].flatten(2), case["pred_keypoints"][..., :2 * keypoints], 1e-4)
+    close(result["keypoints"].flatten(2), case["pred_keypoints"][..., :2 * k], 1e-4)
     _, x0, eps = drp.ddim_step(x, result["keypoints"], meta["t"], 0, model.cfg.scale)
     close(x0.flatten(2), case["x_start"], 1e-4)
     close(eps.flatten(2), case["pred_noise"], 1e-4)
 
 
+@pytest.mark.slow
+@golden("diffusionregpose/golden_forward_*.npz")
+def test_forward_by_the_formulas_alone_equals_the_release(file, monkeypatch):
+    monkeypatch.setenv("POSE_KERNELS", "plain")
+    test_forward_equals_the_release(file)
+
+
+def test_fast_forms_equal_the_formulas_in_values_and_gradients(monkeypatch):
+    """Boxes alone and people of K keypoints, in float64; the MLP's chunks, which have no gradient."""
+    for people, keypoints in (9, 0), (4, 3), (5, 1):
+        tokens = people * (1 + keypoints)
+        qkv = normal("qkv", (3, 2, 2, tokens, 8)).double().requires_grad_()
+        given = normal("given", (2, 2, tokens, 8)).double()
+        found = []
+        for word in ("auto", "plain"):
+            monkeypatch.setenv("POSE_KERNELS", word)
+            out = drp.attention_rule(None, people, keypoints, CPU)(*qkv)
+            found.append((out, *torch.autograd.grad(out, qkv, given)))
+        for fast, formula in zip(*found):
+            close(fast, formula, 1e-12)
+    mlp, x = drp.MLP(4, 8, 2).double(), normal("x", (2, 2500, 4)).double()
+    with torch.no_grad():
+        plain = mlp(x)
+        monkeypatch.setenv("POSE_KERNELS", "auto")
+        close(mlp(x), plain, 1e-14)
+
+
 # ------------------------------------------------------------------------------------------ diffusion
 
 
-@golden("ddim")
+@golden("diffusionregpose/golden_ddim*.npz")
 def test_schedule_and_noising_equal_the_release(file):
-    case, alpha_bar = np.load(file), drp.ALPHA_BAR
+    (case, _), alpha_bar = read_case(file), drp.ALPHA_BAR
     before = torch.cat([torch.ones(1).double(), alpha_bar[:-1]])
     index = torch.from_numpy(case["index"])
     for name, ours in dict(alphas_cumprod=alpha_bar, alphas_cumprod_prev=before, betas=1 - alpha_bar / before,
                            sqrt_recipm1_alphas_cumprod=(1 / alpha_bar - 1).sqrt()).items():
         theirs = torch.from_numpy(case[f"{name}_f64"])
         assert torch.allclose(ours[index], theirs, rtol=1e-9, atol=1e-12), name
-    pose, eps = (torch.from_numpy(case[name]).view(1, 6, 17, 2) for name in ("q_pose", "q_noise"))
-    for t in (0, 437, 999):
+    pose, eps = (torch.from_numpy(case[name]).unflatten(1, (-1, 2))[None] for name in ("q_pose", "q_noise"))
+    times = [int(name.removeprefix("q_sample_01_t")) for name in case if name.startswith("q_sample_01_t")]
+    assert times
+    for t in times:
         noisy = drp.noise_poses(pose, torch.tensor([t]), eps, float(case["scale"][0]))
-        close(noisy.view(6, 34), case[f"q_sample_01_t{t}"], 1e-5, f"t = {t}")
+        close(noisy[0].flatten(1), case[f"q_sample_01_t{t}"], 1e-5, f"t = {t}")
 
 
-@golden("ddim")
+@golden("diffusionregpose/golden_ddim*.npz")
 def test_ddim_equals_the_release(file):
-    case = np.load(file)
-    x, pose = (torch.from_numpy(case[name]).view(1, 5, 17, 2) for name in ("ddim_x", "ddim_pose"))
-    for t, after in ((999, 499), (499, 249)):
-        new, _, eps = drp.ddim_step(x, pose, t, after, float(case["scale"][0]))
+    case, meta = read_case(file)
+    x, pose = (torch.from_numpy(case[name]).unflatten(2, (-1, 2)) for name in ("ddim_x", "ddim_pose"))
+    steps = [name.split("_")[2:] for name in case if name.startswith("ddim_next_")]
+    for t, after in steps:
+        new, _, eps = drp.ddim_step(x, pose, int(t), int(after), float(case["scale"][0]))
         close(eps.flatten(2), case[f"ddim_noise_{t}"], 1e-5)
         close(new.flatten(2), case[f"ddim_next_{t}_{after}"], 1e-5)
-    model = official_model(queries=10, box_queries=120)
-    image = normal("input", (3, 192, 256))[None]
-    results = drp.sample(model, image, steps=3, noise=normal("noise", (1, 10, 34)).view(1, 10, 17, 2))
-    assert [r["t"] for r in results] == [int(case[f"loop_t_{i}"][0]) for i in range(3)]
+    meta = dict(seed=0, num_people=10, num_queries=120, images=[[192, 256]], input_keys=["input"]) | meta
+    count = sum(name.startswith("loop_t_") for name in case)
+    assert steps and count
+    model, images = model_of(meta), drp.pad_images(pictures_of(meta))
+    noise = normal("noise", case["loop_x_0"].shape, meta["seed"]).unflatten(2, (-1, 2))
+    results = drp.sample(model, *images, steps=count, noise=noise)
+    assert [r["t"] for r in results] == [int(case[f"loop_t_{i}"][0]) for i in range(count)]
     for i, found in enumerate(results):
         close(found["x"].flatten(2), case[f"loop_x_{i}"], 1e-4, f"x before step {i}")
         close(found["logits"], case[f"loop_pred_logits_{i}"], 1e-4)
         close(found["boxes"], case[f"loop_pred_boxes_{i}"], 1e-4)
-        close(found["keypoints"].flatten(2), case[f"loop_pred_keypoints_{i}"][..., :34], 1e-4)
+        poses = found["keypoints"].flatten(2)
+        close(poses, case[f"loop_pred_keypoints_{i}"][..., :poses.shape[2]], 1e-4)
         _, x0, eps = drp.ddim_step(found["x"], found["keypoints"], found["t"], 0, model.cfg.scale)
         close(x0.flatten(2), case[f"loop_x_start_{i}"], 1e-4)
         close(eps.flatten(2), case[f"loop_pred_noise_{i}"], 1e-4)
@@ -335,81 +345,115 @@ def test_ddim_equals_the_release(file):
 @pytest.mark.parametrize("steps, times", [(1, [999]), (2, [999, 499]), (3, [999, 665, 332]),
                                           (4, [999, 749, 499, 249])])
 def test_times_of_ddim(steps, times):
-    assert drp.ddim_times(steps) == [*times, -1]
+    model = drp.build("tiny", **SMALL).eval()
+    assert [result["t"] for result in drp.sample(model, torch.zeros(1, 3, 64, 64), steps=steps)] == times
 
 
-def test_padding_comes_after_the_true_poses():
-    cfg, people = resolve(drp.PRESETS["tiny"], queries=6), [3, 0, 8]
-    targets = [some_people(n) for n in people]
-    noise = drp.draw_pose_noise(people, 17, cfg, torch.device("cpu"))
+def test_steps_of_noise_one_by_one_are_the_steps_at_once():
+    """Mean and variance of y_t after t steps of eq. 1 are those of eq. 2."""
+    mean, variance = 1.0, 0.0
+    alpha = drp.ALPHA_BAR / torch.cat([torch.ones(1).double(), drp.ALPHA_BAR[:-1]])
+    for t in range(drp.STEPS):
+        mean, variance = mean * alpha[t] ** 0.5, variance * alpha[t] + 1 - alpha[t]
+        assert torch.allclose(mean ** 2, drp.ALPHA_BAR[t]) and torch.allclose(variance, 1 - drp.ALPHA_BAR[t])
+
+
+def test_noise_alone_is_a_blob_around_the_middle_of_the_image():
+    poses = drp.noise_poses(torch.zeros(1, 100, 17, 2), torch.tensor([999]), torch.randn(1, 100, 17, 2), 6.0)
+    assert poses.mean().item() == pytest.approx(0.5, abs=0.01) and poses.std().item() == pytest.approx(1 / 12, rel=0.05)
+
+
+def test_padding_comes_after_the_ground_truth_poses():
+    cfg, counts = resolve(drp.PRESETS["tiny"], queries=6), [3, 0, 8]
+    people = [some_people(n) for n in counts]
+    noise = drp.draw_pose_noise(counts, 17, cfg, CPU)
     for padding in drp.PADDINGS:
-        poses = drp.pad_poses(targets, noise, padding)
+        poses = drp.pad_poses(people, noise, padding)
         assert poses.shape == (3, 6, 17, 2)
-        assert torch.equal(poses[0, :3], targets[0].poses)
+        assert torch.equal(poses[0, :3], people[0].poses)
         chosen = {tuple(pose.flatten().tolist()) for pose in poses[2]}             # six of the eight, none twice
-        assert len(chosen) == 6 and chosen <= {tuple(pose.flatten().tolist()) for pose in targets[2].poses}
-    assert (drp.pad_poses(targets, noise, "empty")[1] == 0).all()
-    assert torch.equal(drp.pad_poses(targets, noise, "noise")[1], noise.pad[1])
-    assert torch.equal(drp.pad_poses(targets, noise, "repeat")[0, 3:6].sort(0).values, targets[0].poses.sort(0).values)
-    mean = drp.pad_poses(targets, noise, "mean")[0, 3:]
+        assert len(chosen) == 6 and chosen <= {tuple(pose.flatten().tolist()) for pose in people[2].poses}
+    assert (drp.pad_poses(people, noise, "empty")[1] == 0).all()
+    assert torch.equal(drp.pad_poses(people, noise, "noise")[1], noise.pad[1])
+    repeat = drp.pad_poses(people, noise, "repeat")[0, 3:6]
+    assert torch.equal(repeat.sort(0).values, people[0].poses.sort(0).values)
+    mean = drp.pad_poses(people, noise, "mean")[0, 3:]
     assert torch.allclose(mean[0] - mean[0].mean(0), mean[2] - mean[2].mean(0), atol=1e-6)
+
+
+def test_the_mean_pose_for_padding_is_that_of_people_whose_keypoints_are_all_known():
+    cfg, people = resolve(drp.PRESETS["tiny"], queries=6), [some_people(3), some_people(1)]
+    noise = drp.draw_pose_noise([3, 1], 17, cfg, CPU)
+    whole = torch.cat([people[0].poses[:2], people[1].poses])
+    people[0].poses[2, 5:] = 0                                      # unlabelled and not completed
+    mean = drp.pad_poses(people, noise, "mean")[1, 1:]
+    expected = (whole - whole.mean(1, keepdim=True)).mean(0)
+    assert torch.allclose(mean - mean.mean(1, keepdim=True), expected.expand(5, -1, -1), atol=1e-6)
+    people[0].poses[:, 5], people[1].poses[:, 5] = 0, 0
+    assert (drp.pad_poses(people, noise, "mean")[1, 1:] == 0).all(), "nobody is whole: empty poses"
 
 
 # ------------------------------------------------------------------------------------------ training
 
 
-def some_people(count: int) -> Targets:
-    poses = torch.rand(count, 17, 2)
-    return Targets(poses, torch.ones(count, 17), torch.rand(count, 4) / 2 + 0.2, torch.rand(count), poses)
+def some_people(count: int, keypoints: int = 17) -> People:
+    poses = torch.rand(count, keypoints, 2)
+    return People(poses, torch.ones(count, keypoints), torch.rand(count, 4) / 2 + 0.2, torch.rand(count), poses)
 
 
-def noise_of(case, targets) -> drp.Noise:
-    person = [torch.cat([torch.arange(len(t)).repeat(100 // len(t)), torch.from_numpy(case[f"rng/dn_residue_idx{i}"])])
-              for i, t in enumerate(targets)]
-    return drp.Noise(torch.stack(person), torch.from_numpy(case["rng/dn_label_u"]) < 0.5,
-                     torch.from_numpy(case["rng/dn_label_new"]), 2 * torch.from_numpy(case["rng/dn_box_u"]) - 1)
+def noise_of(case: dict, people: list[People]) -> drp.Noise:
+    dn = case["rng/dn_label_u"].shape[1]
+    rest = [torch.from_numpy(case[f"rng/dn_residue_idx{i}"]) for i in range(len(people))]
+    person = [torch.cat([torch.arange(len(one)).repeat(dn // len(one)), some]) for one, some in zip(people, rest)]
+    labels = torch.where(torch.from_numpy(case["rng/dn_label_u"]) < 0.5, torch.from_numpy(case["rng/dn_label_new"]), 1)
+    return drp.Noise(torch.stack(person), labels, 2 * torch.from_numpy(case["rng/dn_box_u"]) - 1)
 
 
-def pose_noise_of(case, targets) -> drp.PoseNoise:
-    eps = torch.stack([torch.from_numpy(case[f"rng/diff_noise{i}"]).view(-1, 17, 2) for i in range(2)])
+def pose_noise_of(case: dict, people: list[People]) -> drp.PoseNoise:
+    eps = torch.stack([torch.from_numpy(case[f"rng/diff_noise{i}"]).unflatten(1, (-1, 2)) for i in range(len(people))])
     pad = torch.zeros_like(eps)
-    for i, people in enumerate(targets):
+    for i, one in enumerate(people):
         if f"rng/diff_pad{i}" in case:
-            pad[i, len(people):] = torch.from_numpy(case[f"rng/diff_pad{i}"]).view(-1, 17, 2)
-    return drp.PoseNoise(torch.from_numpy(case["t"]), eps, [torch.arange(0)] * 2, pad)
+            pad[i, len(one):] = torch.from_numpy(case[f"rng/diff_pad{i}"]).unflatten(1, (-1, 2))
+    return drp.PoseNoise(torch.from_numpy(case["t"]), eps, [torch.arange(0)] * len(people), pad)
 
 
-@golden("train_*")
-def test_attention_rules_equal_the_released_masks(file):
-    case = np.load(file)
-    groups, blocked = 10, torch.from_numpy(case["attn_mask_box"])[:, :100, :100]
-    q, k, v = normal("qkv", (3, 2, 4, 220, 8))
-    theirs = F.scaled_dot_product_attention(q, k, v, ~torch.from_numpy(case["attn_mask_box"])[:, None])
-    close(drp.attend_boxes(q, k, v, blocked), theirs, 1e-5)
-    close(drp.attend_boxes(q, k, v, None), F.scaled_dot_product_attention(q, k, v), 1e-5)
-    q, k, v = normal("qkv", (3, 2, 4, 280, 8))              # in our order; the mask is person after person
-    order = torch.cat([torch.arange(100), 100 + by_group(torch.arange(180)[None, :, None], groups)[0, :, 0]])
-    mask = torch.empty(2, 280, 280, dtype=torch.bool)
-    mask[:, order[:, None], order] = torch.from_numpy(case["attn_mask_pose"])
-    theirs = F.scaled_dot_product_attention(q, k, v, ~mask[:, None])
-    close(drp.attend_groups(q, k, v, blocked, groups), theirs, 1e-5)
-    close(drp.attend_groups(*(x[:, :, 100:] for x in (q, k, v)), None, groups), theirs[:, :, 100:], 1e-5)
+@golden("diffusionregpose/golden_train_*.npz")
+def test_attention_masks_equal_the_release(file):
+    case, meta = read_case(file)
+    people, dn, counts = meta["num_people"], case["dn_known_labels"].shape[1], [len(one) for one in people_of(case)]
+    group = torch.stack([torch.arange(dn) // n for n in counts])
+    mask = drp.attention_mask(group, meta["num_queries"], 0, CPU)
+    assert (mask.numpy() == ~case["attn_mask_box"]).all()
+    theirs = torch.from_numpy(~case["attn_mask_pose"])                     # person after person; we: all boxes first
+    keypoints = (theirs.shape[1] - dn) // people - 1
+    order = by_person(torch.arange(people * (keypoints + 1))[None, :, None], people)[0, :, 0]
+    order = torch.cat([torch.arange(dn), dn + order])
+    mask = drp.attention_mask(group, people, keypoints, CPU)
+    assert torch.equal(mask[:, order][:, :, order], theirs)
+    assert torch.equal(drp.attention_mask(None, people, keypoints, CPU)[0], mask[0, dn:, dn:])
+    assert drp.attention_mask(None, people, 0, CPU).all(), "boxes see all boxes"
+
+
+def test_attention_has_weights_before_anybody_resets_them():
+    weight = drp.SelfAttention(32, 4).in_proj_weight.detach()
+    assert 0.5 < weight.std() * 64 ** 0.5 < 2 and weight.abs().max() <= (6 / 128) ** 0.5
 
 
 # ------------------------------------------------------------------------------------------ released files
 
 
-@pytest.mark.parametrize("file", sorted(FOLDER.glob("manifest_*.json")), ids=lambda f: f.stem)
+@golden("diffusionregpose/manifest_*.json")
 def test_every_released_tensor_is_used_or_ignored_by_name(file):
     manifest, state = json.loads(file.read_text()), official_state(file.name)
     preset, keypoints = drp.recognise(state)
     model = official_model(file.name)                       # loads strictly
-    assert (preset, keypoints) == ("r50", 17) if "coco" in file.stem else ("r50-crowdpose", 14)
+    assert preset == {17: "r50", 14: "r50-crowdpose"}[keypoints]
     ignored = {key for key in state if any(re.match(pattern, key) for pattern in drp.IGNORED)}
     assert ignored == manifest["aliases"].keys() | set(manifest["constants"])
     for key, canonical in manifest["aliases"].items():
         assert torch.equal(state[key], state[canonical]), key
-    fresh = drp.build(preset, {17: "coco", 14: "crowdpose"}[keypoints])
+    fresh = drp.build(preset, SKELETON_OF[keypoints])
     counts = [sum(p.numel() for p in fresh.parameters() if p.requires_grad or every) for every in (True, False)]
     assert counts == {17: [49_660_196, 49_437_796], 14: [49_527_324, 49_304_924]}[keypoints]
     key = "transformer.decoder.hw.weight"
@@ -459,20 +503,22 @@ def tiny(**overrides) -> drp.DiffusionRegPose:
     return model.eval()
 
 
+def shapes_of(output: Output) -> list:
+    return [None if x is None else tuple(x.shape) for x in output]
+
+
 @torch.no_grad()
 def test_tiny_model_gives_the_promised_shapes():
-    model, images = tiny(), torch.randn(2, 3, 96, 128)
-    targets = [some_people(2), some_people(0)]
-    denoising = model.denoising_queries(targets)
-    result = model.train()(images, None, torch.rand(2, 10, 17, 2), torch.tensor([3, 999]), denoising)
-    assert [tuple(result[name].shape) for name in ("logits", "boxes", "keypoints")] == [
-        (2, 10, 2), (2, 10, 4), (2, 10, 17, 2)]
-    assert [[None if x is None else tuple(x.shape) for x in layer] for layer in result["layers"]] == [
-        [(2, 40, 2), (2, 40, 4), None]] + [[(2, 10, 2), (2, 10, 4), (2, 10, 17, 2)]] * 3
-    assert [tuple(x.shape) for x in result["proposals"]] == [(2, 40, 2), (2, 40, 4)]
-    assert [[tuple(x.shape) for x in layer] for layer in result["dn_layers"]] == [[(2, 10, 2), (2, 10, 4)]] * 4
-    assert model.eval()(images, None, torch.rand(2, 10, 17, 2), torch.tensor([3, 999])).keys() == {
-        "logits", "boxes", "keypoints"}
+    model, images = tiny().train(), torch.randn(2, 3, 96, 128)
+    poses, t = torch.rand(2, 10, 17, 2), torch.tensor([3, 999])
+    result = model(images, None, poses, t, [some_people(2), some_people(0)])
+    last, first = [(2, 10, 2), (2, 10, 4), (2, 10, 17, 2)], [(2, 40, 2), (2, 40, 4), None]
+    assert [tuple(result[name].shape) for name in Output._fields] == last
+    assert {name: shapes_of(output) for name, output in result["outputs"].items()} == {
+        "_0": first, "_1": last, "_2": last, "": last, "_interm": first}
+    assert {name: shapes_of(output) for name, output in result["dn_outputs"].items()} == dict.fromkeys(
+        ("_0", "_1", "_2", ""), [(2, 10, 2), (2, 10, 4), None])
+    assert model.eval()(images, None, poses, t).keys() == set(Output._fields)
 
 
 @torch.no_grad()
@@ -517,38 +563,72 @@ def test_padding_changes_no_selected_box_and_its_content_changes_nothing():
     image = model.encode_image(torch.randn(1, 3, 64, 96))
     alone, one, other = (model.decode(encoded, poses, t) for encoded in (
         image, surround(model, image), surround(model, image)))
-    for expected, found in zip(alone["proposals"], one["proposals"]):
+    for expected, found in list(zip(alone["outputs"]["_interm"], one["outputs"]["_interm"]))[:2]:
         close(found, expected, 1e-4)
     for name in ("logits", "boxes", "keypoints"):           # as released, padding shifts the decoder's positions
         close(one[name], other[name], 1e-5, name)
 
 
-def test_batch_without_people_gives_every_parameter_a_gradient():
-    model = tiny().train()
-    cfg, targets = model.cfg, [some_people(0), some_people(0)]
-    noise = drp.draw_pose_noise([0, 0], 17, cfg, torch.device("cpu"))
-    noisy = drp.noise_poses(drp.pad_poses(targets, noise, cfg.padding), noise.t, noise.eps, cfg.scale)
-    denoising = model.denoising_queries(targets)
-    assert not denoising.known.any() and not denoising.blocked.any()
-    result = model(torch.randn(2, 3, 96, 128), None, noisy, noise.t, denoising)
-    layers = [x for layer in result["layers"] + result["dn_layers"] for x in layer if x is not None]
-    outputs = [*result["proposals"], *layers, result["heatmaps"]]
-    sum(x.sum() for x in outputs).backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None] == []
-    assert all(p.grad.isfinite().all() for p in model.parameters())
+def step_losses(model, images: torch.Tensor, padded: torch.Tensor | None, people: list[People],
+                epoch: int = 9) -> dict[str, torch.Tensor]:
+    """All loss terms of a training step, as `train` has them."""
+    cfg = model.cfg
+    noise = drp.draw_pose_noise([len(one) for one in people], model.skeleton.num_keypoints, cfg, CPU)
+    noisy = drp.noise_poses(drp.pad_poses(people, noise, cfg.padding), noise.t, noise.eps, cfg.scale)
+    result = model(images, padded, noisy, noise.t, people)
+    weight = cfg.oks_score_weight if epoch >= cfg.oks_score_from else 0.0
+    losses = drp.criterion(result, people, model.sigmas, weight) | dict(unused=result["unused"])
+    if cfg.heatmap_weight:
+        losses["loss_heatmaps"] = cfg.heatmap_weight * drp.heatmap_loss(result, people)
+    return losses
 
 
 def test_denoising_queries_take_people_in_turn():
-    model = tiny()
-    counts = [3, 0, 25]
-    noise = drp.draw_noise(counts, model.cfg, torch.device("cpu"))
+    model, counts = tiny(), [3, 0, 25]
+    noise = drp.draw_noise(counts, model.cfg, CPU)
     assert noise.person[0, :9].tolist() == [0, 1, 2] * 3
     assert len(set(noise.person[2].tolist())) == 10                                # ten of the 25, none twice
-    denoising = model.denoising_queries([some_people(n) for n in counts], noise)
-    allowed = ~denoising.blocked[0]
-    assert torch.equal(allowed.nonzero(), torch.block_diag(*[torch.ones(3, 3)] * 3, torch.ones(1, 1)).nonzero())
+    denoising = drp.denoising_queries([some_people(n) for n in counts], model.noisy_label, model.cfg, noise)
+    assert denoising.group.tolist() == [[0] * 3 + [1] * 3 + [2] * 3 + [3], [0] * 10, [0] * 10]
     assert denoising.known.all(1).tolist() == [True, False, True]
-    assert tiny(dn_queries=0).denoising_queries([some_people(1)]) is None
+    bare = tiny(dn_queries=0).train()(torch.randn(1, 3, 96, 128), None, torch.rand(1, 10, 17, 2), torch.tensor([3]),
+                                      [some_people(1)])
+    assert bare["denoising"] is None and not bare["dn_outputs"]
+
+
+def test_k_sa_and_k_ca_learn_from_the_first_keypoint_layer_alone():
+    """What the docstring of Decoder says: coordinates pass a gradient through one layer, so of all loss terms two
+    reach the attentions; a later layer's reach its own head and that of the layer before; sizes never learn."""
+    model = tiny(box_layers=2, layers=5).train()
+    losses = step_losses(model, torch.randn(2, 3, 96, 128), None, [some_people(2), some_people(1)])
+    decoder = model.decoder
+    watched = dict(ksa=decoder.ksa.query.weight, kca=decoder.kca.value.weight,
+                   coarse=decoder.coarse_head.layers[0].weight, head3=decoder.pose_heads[1].layers[0].weight,
+                   size=decoder.size_head.layers[0].weight, sizes=decoder.keypoint_size.weight)
+    taught = {name: set() for name in watched}
+    for term, loss in losses.items():
+        if loss.requires_grad:
+            gradients = torch.autograd.grad(loss, list(watched.values()), retain_graph=True, allow_unused=True)
+            for name, gradient in zip(watched, gradients):
+                if gradient is not None and gradient.any():
+                    taught[name].add(term)
+    first = {"loss_keypoints_2", "loss_oks_2"}
+    assert taught["ksa"] == taught["kca"] == taught["coarse"] == first
+    assert taught["head3"] == {"loss_keypoints_3", "loss_oks_3", "loss_keypoints", "loss_oks"}
+    assert taught["size"] == taught["sizes"] == set()
+
+
+@pytest.mark.parametrize("coarse_head, skeleton, own", [
+    ("own", "coco", True), ("own", "crowdpose", True), ("shared", "crowdpose", False), ("shared", "coco", False),
+    ("released", "coco", True), ("released", "crowdpose", False)])
+def test_a_preset_says_whether_first_keypoints_have_a_head_of_their_own(coarse_head, skeleton, own):
+    """`released`, the class default, is what runs from before the field was there have: by the number of joints."""
+    decoder = drp.build("tiny", skeleton, coarse_head=coarse_head).decoder
+    assert (decoder.coarse_head is not None) == own
+    assert drp.Config().coarse_head == "released" and drp.PRESETS["r50-crowdpose"].coarse_head == "shared"
+    mine = Skeleton("mine", tuple("abcdefghijklmn"), (), tuple(range(14)), (0.05,) * 14)
+    with torch.device("meta"):
+        assert all(drp.build(preset, mine).decoder.coarse_head for preset in ("tiny", "r50"))
 
 
 def test_point_attention_equals_its_formula_with_gradients():
@@ -561,7 +641,8 @@ def test_point_attention_equals_its_formula_with_gradients():
 
 @pytest.mark.parametrize("wrong, message", [
     (dict(padding="zeros"), "choose from empty"), (dict(dim=100), "multiple of"), (dict(layers=1), "box_layers"),
-    (dict(queries=50), "box_queries"), (dict(drop_epochs="a"), "commas"), (dict(batch=3, accum=2), "accum")])
+    (dict(queries=50), "box_queries"), (dict(drop_epochs="a"), "commas"), (dict(scale=1e300), "scale"),
+    (dict(points=2 ** 63), "points"), (dict(coarse_head="none"), "own, shared")])
 def test_config_names_what_is_wrong(wrong, message):
     with pytest.raises(UserError, match=message):
         drp.build("tiny", **wrong)
@@ -581,9 +662,9 @@ def test_image_without_room_for_people_is_refused():
 # ------------------------------------------------------------------------------------------ completion
 
 
-def completion_of(case) -> tuple[drp.KeypointCompletion, Skeleton]:
-    skeleton = get_skeleton(json.loads(str(case["meta"]))["skeleton"])
-    return drp.KeypointCompletion(case["population"], drp.reference_joints(skeleton)), skeleton
+def completion_of(file: Path) -> tuple[dict, drp.KeypointCompletion]:
+    case, meta = read_case(file)
+    return case, drp.KeypointCompletion(case["population"], drp.reference_joints(get_skeleton(meta["skeleton"])))
 
 
 def boxes_at(corners: np.ndarray) -> np.ndarray:
@@ -594,10 +675,9 @@ def keypoints_of(case) -> np.ndarray:
     return np.concatenate([case["keypoints_px"], case["visibility"][..., None]], 2).astype(float)
 
 
-@golden("completion_*")
+@golden("diffusionregpose/golden_completion_*.npz")
 def test_statistics_and_completed_poses_equal_the_release(file):
-    case = np.load(file)
-    completion, _ = completion_of(case)
+    case, completion = completion_of(file)
     assert sorted(completion.joints) == sorted(case["reference_joints"].tolist())
     close(completion.mean, case["mean"], 1e-12)
     close(completion.covariance, case["cov"], 1e-11)
@@ -610,28 +690,29 @@ def test_statistics_and_completed_poses_equal_the_release(file):
     assert (completed[keypoints[..., 2] > 0] == keypoints[keypoints[..., 2] > 0]).all()
 
 
-@golden("completion_*")
-def test_the_conditional_mean_is_the_papers_least_squares_solution(file):
-    """eq. 10-12 as printed: U with UᵀU = Σ⁻¹, its columns split, the overdetermined system solved (float64)."""
-    completion, rng = completion_of(np.load(file))[0], np.random.default_rng(1)
-    upper = np.linalg.cholesky(np.linalg.inv(completion.covariance)).T
+@golden("diffusionregpose/golden_completion_*.npz")
+def test_the_papers_least_squares_solution_is_the_conditional_mean(file):
+    """eq. 12 against μ_I + Σ_IV Σ_VV⁻¹ (Y_V − μ_V), for random people; float64."""
+    (_, completion), rng = completion_of(file), np.random.default_rng(1)
+    mean, covariance = completion.mean, completion.covariance
+    np.testing.assert_allclose(completion.l_t.T @ completion.l_t @ covariance, np.eye(len(mean)), atol=1e-9)
     for _ in range(5):
-        visible = rng.random(len(completion.mean) // 2) < 0.6
+        visible = rng.random(len(mean) // 2) < 0.6
         visible[list(completion.joints)] = True
-        y = rng.multivariate_normal(completion.mean, completion.covariance).reshape(-1, 2)
+        y = rng.multivariate_normal(mean, covariance).reshape(-1, 2)
         length = np.linalg.norm(y[completion.joints[0]] - y[completion.joints[1]])
         keypoints = np.concatenate([y, visible[:, None]], 1)[None]
         completed = completion(keypoints, boxes_at(np.zeros((1, 2))))[0, ~visible, :2] / length
-        missing = ~visible.repeat(2)
-        right = upper @ completion.mean - upper[:, ~missing] @ (y / length).flatten()[~missing]
-        expected = np.linalg.lstsq(upper[:, missing], right, rcond=None)[0]
+        known = visible.repeat(2)
+        among, cross = covariance[np.ix_(known, known)], covariance[np.ix_(~known, known)]
+        expected = mean[~known] + cross @ np.linalg.solve(among, (y / length).flatten()[known] - mean[known])
         np.testing.assert_allclose(completed.flatten(), expected, atol=1e-9)
 
 
-@golden("completion_*")
+@golden("diffusionregpose/golden_completion_*.npz")
 def test_moving_and_scaling_a_person_moves_and_scales_the_completion(file):
-    case = np.load(file)
-    completion, keypoints = completion_of(case)[0], keypoints_of(case)
+    case, completion = completion_of(file)
+    keypoints = keypoints_of(case)
     first = completion(keypoints, boxes_at(case["box_corner"]))
     moved = np.concatenate([keypoints[..., :2] * 3 + [7, -5], keypoints[..., 2:]], 2)
     second = completion(moved, boxes_at(case["box_corner"] * 3 + [7, -5]))
@@ -666,9 +747,36 @@ def test_any_skeleton_is_completed_plausibly_from_few_people_too(count):
     assert (completed[0] == 0).all(), "nothing known, nothing guessed"
 
 
+def test_joints_that_follow_from_others_are_completed_exactly():
+    """Some tools annotate a neck in the middle of the shoulders: Σ has no inverse but for its ridge."""
+    names, rng = tuple("abcdefghij"), np.random.default_rng(0)
+    people = standing(rng, 400, 10)
+    people[:, 3], people[:, 7] = (people[:, 2] + people[:, 4]) / 2, people[:, 6]
+    skeleton = Skeleton("row", names, (), flip_from_names(names), (0.05,) * 10)
+    completion = drp.learn_completion(dataset_of(people, skeleton))
+    holes = people[:5].copy()
+    holes[:, [3, 7], 2] = 0
+    completed = completion(holes, np.concatenate([people[:5, :, :2].min(1), people[:5, :, :2].max(1)], 1))
+    np.testing.assert_allclose(completed[..., :2], people[:5, :, :2], atol=0.05)
+
+
 def test_the_reference_length_is_that_of_the_head_where_there_is_one():
     expected = dict(coco=(6, 12), crowdpose=(12, 13), posetrack=(2, 1), wholebody=(6, 12))
     assert {name: drp.reference_joints(get_skeleton(name)) for name in expected} == expected
+
+
+def test_completed_people_stand_beside_their_annotation(puppets_folder):
+    data = open_dataset(str(puppets_folder), "train")
+    calls = []
+
+    def complete(keypoints, boxes):
+        assert boxes.shape == (len(keypoints), 4)
+        calls.append(len(keypoints))
+        return np.where(keypoints[..., 2:] > 0, keypoints, np.float32([20, 20, 1]))
+
+    sheet = drp.draw_completion(data, complete, count=2)
+    assert sheet.size[0] > 2 * sheet.size[1] and len(calls) < len(data)
+    assert drp.draw_completion(data, lambda keypoints, boxes: keypoints).size < sheet.size, "nothing new, nothing drawn"
 
 
 def test_a_training_set_without_a_whole_person_has_no_completion(puppets_folder):
@@ -681,55 +789,56 @@ def test_a_training_set_without_a_whole_person_has_no_completion(puppets_folder)
 # ------------------------------------------------------------------------------------------ matching and losses
 
 
-def targets_of(case) -> list[Targets]:
-    targets, i = [], 0
-    while f"target{i}_boxes" in case.files:
+def people_of(case: dict) -> list[People]:
+    people, i = [], 0
+    while f"target{i}_boxes" in case:
         keypoints = torch.from_numpy(case[f"target{i}_keypoints"])
         k = keypoints.shape[1] // 3
         name = f"target{i}_keypoints_buquan"
-        poses = torch.from_numpy(case[name]) if name in case.files else keypoints
+        poses = torch.from_numpy(case[name]) if name in case else keypoints
         columns = keypoints[:, :2 * k].unflatten(1, (k, 2)), keypoints[:, 2 * k:].clamp(max=1)
-        targets.append(Targets(*columns, torch.from_numpy(case[f"target{i}_boxes"]),
-                               torch.from_numpy(case[f"target{i}_area"]), poses[:, :2 * k].unflatten(1, (k, 2))))
+        people.append(People(*columns, torch.from_numpy(case[f"target{i}_boxes"]),
+                             torch.from_numpy(case[f"target{i}_area"]), poses[:, :2 * k].unflatten(1, (k, 2))))
         i += 1
-    return targets
+    return people
 
 
-def recorded_result(case, k: int) -> tuple[dict, dict]:
+def recorded_result(case: dict, k: int) -> tuple[dict, dict]:
     """The case's network outputs as our forward returns them, and by name the tensors that get a gradient."""
-    leaves = {}
+    leaves, count = {}, sum(name.endswith("_dn_class_pred") for name in case)
 
     def load(name: str) -> torch.Tensor:
         leaves[name] = torch.from_numpy(case[name]).requires_grad_()
         return leaves[name]
 
-    layers = []
-    while f"layer{len(layers)}_pred_logits" in case.files:
-        name = f"layer{len(layers)}_pred_"
-        poses = load(name + "keypoints")[..., :2 * k].unflatten(2, (k, 2)) if case[name + "keypoints"].any() else None
-        layers.append((load(name + "logits"), load(name + "boxes"), poses))
-    dn_layers = [(load(f"layer{l}_dn_class_pred"), load(f"layer{l}_dn_bbox_pred")) for l in range(len(layers))]
+    def poses(name: str) -> torch.Tensor | None:
+        return load(name)[..., :2 * k].unflatten(2, (k, 2)) if case[name].any() else None
+
+    names = [*(f"_{l}" for l in range(count - 1)), ""]
+    outputs, noisy = {}, {}
+    for l, name in enumerate(names):
+        pair = [load(f"layer{l}_pred_{what}") for what in ("logits", "boxes")]
+        outputs[name] = Output(*pair, poses(f"layer{l}_pred_keypoints"))
+        noisy[name] = Output(load(f"layer{l}_dn_class_pred"), load(f"layer{l}_dn_bbox_pred"), None)
+    outputs["_interm"] = Output(load("interm_pred_logits"), load("interm_pred_boxes"), None)
     known = SimpleNamespace(boxes=torch.from_numpy(case["dn_bbox_input"]),
                             known=torch.from_numpy(case["dn_class_input"]) == drp.PERSON)
-    result = dict(layers=layers, dn_layers=dn_layers, denoising=known,
-                  proposals=(load("interm_pred_logits"), load("interm_pred_boxes")))
-    return result, leaves
+    return dict(outputs=outputs, dn_outputs=noisy, denoising=known), leaves
 
 
-def sigmas_of(case) -> torch.Tensor:
-    return torch.tensor(get_skeleton(json.loads(str(case["meta"]))["skeleton"]).sigmas)
+def losses_case(file: Path) -> tuple[dict, list[People], torch.Tensor]:
+    case, meta = read_case(file)
+    return case, people_of(case), torch.tensor(get_skeleton(meta["skeleton"]).sigmas)
 
 
-@golden("losses*")
+@golden("diffusionregpose/golden_losses*.npz")
 def test_matching_costs_and_pairs_equal_the_release(file):
-    case = np.load(file)
-    targets, sigmas = targets_of(case), sigmas_of(case)
-    result, _ = recorded_result(case, len(sigmas))
-    names = [*(f"layer{l}" for l in range(len(result["layers"]))), "interm"]
-    outputs = [*result["layers"], (*result["proposals"], None)]
-    assert any(f"cost_{name}_0" in case.files for name in names)
-    for name, output, pairs in zip(names, outputs, drp.match(outputs, targets, sigmas)):
-        cost, first = drp.match_cost(output, drp.gather_people(targets), sigmas), 0
+    case, targets, sigmas = losses_case(file)
+    outputs = recorded_result(case, len(sigmas))[0]["outputs"]
+    names = [*(f"layer{l}" for l in range(len(outputs) - 1)), "interm"]
+    assert any(f"cost_{name}_0" in case for name in names)
+    for name, output, pairs in zip(names, outputs.values(), drp.match(list(outputs.values()), targets, sigmas)):
+        cost, first = drp.match_cost(output, gather_people(targets), sigmas), 0
         for i, people in enumerate(targets):
             close(cost[i, :, first:first + len(people)], case[f"cost_{name}_{i}"], 1e-5, f"cost {name} {i}")
             image, query, person = pairs
@@ -740,84 +849,86 @@ def test_matching_costs_and_pairs_equal_the_release(file):
 
 def check_losses(losses: dict, case, rel: float):
     """Each term, and the weighted sum, of a case; its names are those of the weights that are used."""
-    weights = json.loads((FOLDER / "loss_weights.json").read_text())["weights_used"]
+    weights = json.loads(reference("diffusionregpose/loss_weights.json").read_text())["weights_used"]
     assert losses.keys() == weights.keys()
     for name, weight in weights.items():
         assert losses[name].item() == pytest.approx(weight * float(case[f"loss/{name}"][0]), rel=rel, abs=1e-6), name
     assert sum(losses.values()).item() == pytest.approx(float(case["total"][0]), rel=rel)
 
 
-@golden("losses*")
+@golden("diffusionregpose/golden_losses*.npz")
 def test_every_loss_term_and_its_gradient_equals_the_release(file):
     """The release also draws boxes of nobody (label 2) to their random places: so here, for these terms alone."""
-    case = np.load(file)
-    result, leaves = recorded_result(case, len(sigmas_of(case)))
-    losses = drp.criterion(result, targets_of(case), sigmas_of(case))
+    case, people, sigmas = losses_case(file)
+    result, leaves = recorded_result(case, len(sigmas))
+    losses = drp.criterion(result, people, sigmas)
     result["denoising"].known = torch.ones_like(result["denoising"].known)
-    boxes_of_nobody = drp.criterion(result, targets_of(case), sigmas_of(case))
+    boxes_of_nobody = drp.criterion(result, people, sigmas)
     losses |= {name: boxes_of_nobody[name] for name in losses if name.startswith(("dn_loss_bbox", "dn_loss_giou"))}
     check_losses(losses, case, 1e-5)
     sum(losses.values()).backward()
-    last = len(result["layers"]) - 1
+    last = len(result["outputs"]) - 2
     places = [("pred_", f"layer{last}_pred_"), ("interm_boxes", "interm_pred_boxes"), ("_dn_boxes", "_dn_bbox_pred"),
               (r"layer(\d)_(boxes|keypoints)", r"layer\1_pred_\2")]
-    names = [name.removeprefix("grad/") for name in case.files if name.startswith("grad/")]
+    names = [name.removeprefix("grad/") for name in case if name.startswith("grad/")]
     assert names
     for name in names:
         ours, theirs = leaves[next(iter(weights.rename({name: 0}, places)))].grad, case[f"grad/{name}"]
         close(ours / np.abs(theirs).max(), theirs / np.abs(theirs).max(), 1e-5, f"gradient of {name}")
 
 
+def random_output(batch: int, queries: int = 6, keypoints: int | None = 17) -> Output:
+    logits, boxes = torch.randn(batch, queries, 2, requires_grad=True), torch.rand(batch, queries, 4, requires_grad=True)
+    return Output(logits, boxes, torch.rand(batch, queries, keypoints, 2, requires_grad=True) if keypoints else None)
+
+
+def random_result(batch: int) -> dict:
+    outputs = dict(zip(("_0", "", "_interm"), (random_output(batch, keypoints=k) for k in (None, 17, None))))
+    return dict(outputs=outputs, dn_outputs={}, denoising=None)
+
+
+def labelled_people(counts: list[int], keypoints: int = 17) -> list[People]:
+    return [People(0.2 + 0.6 * torch.rand(n, keypoints, 2), (torch.rand(n, keypoints) > 0.2).float(),
+                   torch.tensor([[0.5, 0.5, 0.4, 0.6]]).repeat(n, 1), 0.05 + 0.1 * torch.rand(n),
+                   torch.rand(n, keypoints, 2)) for n in counts]
+
+
 def test_images_without_people_teach_denoising_queries_no_boxes():
-    result, boxes = random_result(2), torch.rand(2, 4, 4, requires_grad=True)
+    noisy = Output(torch.randn(2, 4, 2), torch.rand(2, 4, 4, requires_grad=True), None)
     known = torch.tensor([True, False])[:, None].expand(2, 4)
-    result |= dict(dn_layers=[(torch.randn(2, 4, 2), boxes)] * 2,
-                   denoising=SimpleNamespace(boxes=torch.rand(2, 4, 4), known=known))
-    sum(drp.criterion(result, some_targets([1, 0]), torch.full((17,), 0.05)).values()).backward()
-    assert boxes.grad[0].any() and not boxes.grad[1].any()
-
-
-def some_targets(counts: list[int], keypoints: int = 17) -> list[Targets]:
-    return [Targets(keypoints=0.2 + 0.6 * torch.rand(n, keypoints, 2), visible=(torch.rand(n, keypoints) > 0.2).float(),
-                    boxes=torch.tensor([[0.5, 0.5, 0.4, 0.6]]).repeat(n, 1), areas=0.05 + 0.1 * torch.rand(n),
-                    poses=torch.rand(n, keypoints, 2)) for n in counts]
-
-
-def random_result(batch: int, queries: int = 6, keypoints: int = 17) -> dict:
-    def output():
-        return torch.randn(batch, queries, 2, requires_grad=True), torch.rand(batch, queries, 4, requires_grad=True)
-    poses = torch.rand(batch, queries, keypoints, 2, requires_grad=True)
-    return dict(layers=[(*output(), None), (*output(), poses)], proposals=output(), dn_layers=[], denoising=None)
+    result = random_result(2) | dict(dn_outputs={"_0": noisy, "": noisy},
+                                     denoising=SimpleNamespace(boxes=torch.rand(2, 4, 4), known=known))
+    sum(drp.criterion(result, labelled_people([1, 0]), torch.full((17,), 0.05)).values()).backward()
+    assert noisy.boxes.grad[0].any() and not noisy.boxes.grad[1].any()
 
 
 def test_a_batch_without_people_has_a_finite_loss_and_a_gradient():
     result = random_result(2)
-    losses = drp.criterion(result, some_targets([0, 0]), torch.full((17,), 0.05))
+    losses = drp.criterion(result, labelled_people([0, 0]), torch.full((17,), 0.05))
     sum(losses.values()).backward()
     assert losses["loss_keypoints"] == losses["loss_bbox_interm"] == 0 < losses["loss_ce"]
-    leaves = [x for output in [*result["layers"], result["proposals"]] for x in output if x is not None]
+    leaves = [x for output in result["outputs"].values() for x in output if x is not None]
     assert all(x.grad is not None and x.grad.isfinite().all() for x in leaves)
 
 
 def test_more_people_than_queries_are_matched_as_far_as_queries_go():
-    result = random_result(1)
-    image, query, person = drp.match(result["layers"], some_targets([9]), torch.full((17,), 0.05))[1]
+    image, query, person = drp.match([random_output(1)], labelled_people([9]), torch.full((17,), 0.05))[0]
     assert sorted(query.tolist()) == list(range(6)) and len(set(person.tolist())) == 6
 
 
 def test_the_order_of_people_does_not_change_the_loss():
-    targets, result, sigmas = some_targets([3]), random_result(1), torch.full((17,), 0.05)
+    targets, result, sigmas = labelled_people([3]), random_result(1), torch.full((17,), 0.05)
     shuffled = [targets[0].take(torch.tensor([2, 0, 1]))]
     totals = [sum(drp.criterion(result, t, sigmas).values()).item() for t in (targets, shuffled)]
     assert totals[0] == pytest.approx(totals[1], rel=1e-5)
 
 
 def test_perfect_outputs_have_no_loss_but_that_of_the_scores():
-    targets, sigmas = some_targets([2]), torch.full((17,), 0.05)
+    targets, sigmas = labelled_people([2]), torch.full((17,), 0.05)
     exact = torch.cat([targets[0].keypoints, torch.rand(4, 17, 2)])[None]
     boxes = torch.cat([targets[0].boxes, torch.rand(4, 4)])[None]
     logits = torch.tensor([[[-9.0, 9.0]] * 2 + [[-9.0, -9.0]] * 4])
-    result = random_result(1) | dict(layers=[(logits, boxes, exact)])
+    result = dict(outputs={"": Output(logits, boxes, exact)}, dn_outputs={}, denoising=None)
     losses = drp.criterion(result, targets, sigmas)
     assert losses["loss_keypoints"] == losses["loss_bbox"] == 0
     assert max(losses["loss_oks"], losses["loss_giou"], losses["loss_ce"]) < 1e-3
@@ -825,31 +936,33 @@ def test_perfect_outputs_have_no_loss_but_that_of_the_scores():
 
 def test_scores_can_learn_the_oks_of_their_poses():
     """DETRPose's eq. 5 by hand, with its gradient: q (p − q) where a pose was matched, p² p / 4 elsewhere."""
-    targets, result, sigmas = some_targets([2]), random_result(1), torch.full((17,), 0.3)
-    focal, ours = (drp.criterion(result, targets, sigmas, oks_score_weight=weight) for weight in (0.0, 8.0))
+    targets, result, sigmas = labelled_people([2]), random_result(1), torch.full((17,), 0.3)
+    focal, ours = (drp.criterion(result, targets, sigmas, score_weight=weight) for weight in (0.0, 8.0))
     assert {name for name in focal if focal[name] != ours[name]} == {"loss_ce"}, "the layers without poses keep theirs"
-    logits, _, poses = result["layers"][-1]
-    _, query, person = drp.match(result["layers"], targets, sigmas)[-1]
+    logits, _, poses = result["outputs"][""]
+    _, query, person = drp.match([result["outputs"][""]], targets, sigmas)[0]
     q, p = torch.zeros(6, 2), logits[0].sigmoid()
     for i, j in zip(query, person):
         squared = (poses[0, i] - targets[0].keypoints[j]).square().sum(-1)
-        q[i, 1] = drp.object_keypoint_similarity(squared, targets[0].take(person[person == j]), sigmas)[0].detach()
+        true = targets[0].take(person[person == j])
+        q[i, 1] = similarity_of(squared, true.visible, true.areas, sigmas)[0].detach()
     value = torch.where(q > 0, -q * (q * p.log() + (1 - q) * (1 - p).log()), -p ** 2 * (1 - p).log() / 4).sum()
     assert q.max() > 0.01 and ours["loss_ce"].item() == pytest.approx(8 * value.item() / 2, rel=1e-5)
     gradient, = torch.autograd.grad(ours["loss_ce"], logits)
     close(gradient[0], torch.where(q > 0, q * (p - q), p ** 3 / 4) * 8 / 2, 1e-6)
 
 
-def test_a_non_finite_cost_is_said_before_the_assignment():
-    logits = torch.full((1, 6, 2), float("nan"))
-    with pytest.raises(FloatingPointError, match="matching cost"):
-        drp.match([(logits, torch.rand(1, 6, 4), None)], some_targets([2]), torch.full((17,), 0.05))
+def test_numbers_that_are_not_finite_reach_the_losses_instead_of_breaking_the_matching():
+    result = random_result(1)
+    result["outputs"][""] = result["outputs"][""]._replace(logits=torch.full((1, 6, 2), float("nan")))
+    losses = drp.criterion(result, labelled_people([2]), torch.full((17,), 0.05))
+    assert losses["loss_ce"].isnan() and losses["loss_keypoints"].isfinite() and losses["loss_ce_0"].isfinite()
 
 
 def test_gradients_of_the_losses_are_right():
     """gradcheck in float64; boxes overlap, contain each other, or are apart."""
-    true = some_targets([3])[0]
-    true = replace(true, **{name: getattr(true, name).double() for name in ("keypoints", "visible", "boxes", "areas")})
+    true = labelled_people([3])[0]
+    true = true.each(torch.Tensor.double)
     boxes = torch.tensor([[0.5, 0.45, 0.2, 0.3], [0.6, 0.8, 0.5, 0.3], [0.1, 0.1, 0.1, 0.1]]).double().requires_grad_()
     poses = (true.keypoints + 0.05 * torch.randn(3, 17, 2)).requires_grad_()
     logits = torch.randn(3, 2, dtype=torch.double, requires_grad=True)
@@ -862,20 +975,20 @@ def test_gradients_of_the_losses_are_right():
 # ------------------------------------------------------------------------------------------ post-processing
 
 
-@golden("postprocess_*")
+@golden("diffusionregpose/golden_postprocess_*.npz")
 def test_nms_equals_the_release_without_its_fallback(file):
-    case = np.load(file)
+    case, _ = read_case(file)
     k = case["entry_keypoints"].shape[1] // 3
     keypoints, scores = case["entry_keypoints"][:, :2 * k].reshape(-1, k, 2), case["entry_scores"]
-    for reading, name in dict(official="official_reading", plain="interleaved").items():
-        kept = drp.nms(keypoints, scores, tuple(case["input_wh"]), reading)
-        assert kept.tolist() == sorted(case[f"keep_{name}_no_fallback"].tolist(), key=lambda i: -scores[i]), reading
+    for kind, name in dict(official="official_reading", plain="interleaved").items():
+        kept = drp.nms(keypoints, scores, tuple(case["input_wh"]), kind)
+        assert kept.tolist() == sorted(case[f"keep_{name}_no_fallback"].tolist(), key=lambda i: -scores[i]), kind
     assert drp.nms(keypoints, scores, (1, 1), "none").tolist() == np.argsort(-scores, kind="stable").tolist()
 
 
-@golden("postprocess_*")
+@golden("diffusionregpose/golden_postprocess_*.npz")
 def test_predictions_equal_the_release_with_each_score_at_its_own_pose(file):
-    case = np.load(file)
+    case, _ = read_case(file)
     k = case["keypoints"].shape[2] // 3
     entries = dict(logits=case["logits"][0], boxes=case["boxes"][0],
                    keypoints=case["keypoints"][0, :, :2 * k].reshape(-1, k, 2))
@@ -891,15 +1004,15 @@ def test_predictions_equal_the_release_with_each_score_at_its_own_pose(file):
 
 
 @pytest.mark.parametrize("joints", [1, 3, 17, 133])
-@pytest.mark.parametrize("reading", ["official", "plain"])
-def test_nms_keeps_one_of_each_person_whatever_the_number_of_joints(joints, reading):
+@pytest.mark.parametrize("kind", ["official", "plain"])
+def test_nms_keeps_one_of_each_person_whatever_the_number_of_joints(joints, kind):
     rng = np.random.default_rng(0)
     people = rng.uniform(0, 0.2, (3, joints, 2)) + np.array([0, 0.4, 0.8])[:, None, None]
     poses = np.concatenate([people, people, people]) + rng.normal(0, 1e-4, (9, joints, 2)) * (joints > 1)
     scores = np.linspace(0.9, 0.1, 9)
-    kept = drp.nms(poses, scores, (640, 480), reading)
+    kept = drp.nms(poses, scores, (640, 480), kind)
     assert set(kept) == ({0, 1, 2} if joints > 1 else set(range(9))), "one joint has no extent: nobody is near"
-    assert len(drp.nms(poses, scores * 0.05, (640, 480), reading)) == 0
+    assert len(drp.nms(poses, scores * 0.05, (640, 480), kind)) == 0
 
 
 def test_nms_of_nobody_is_nobody():
@@ -916,10 +1029,7 @@ def test_start_noise_depends_on_seed_image_and_draw_alone():
 
 # ------------------------------------------------------------------------------------------ data
 
-FILE = FOLDER / "golden_transforms.json"
-GOLDEN_DATA = json.loads(FILE.read_text()) if FILE.exists() else {}
-needs_golden_data = pytest.mark.skipif(not GOLDEN_DATA, reason=f"no {FILE}")
-cases = pytest.mark.parametrize("name", [n for n in GOLDEN_DATA if isinstance(GOLDEN_DATA[n], dict)])
+needs_golden_data = golden("diffusionregpose/golden_transforms*.json")
 
 
 def recorded_sample(record: dict, with_area: bool) -> Sample:
@@ -942,7 +1052,7 @@ def assert_sample(ours: Sample, record: dict):
         close(ours.areas, record["area"], 1e-5)
 
 
-def assert_targets(ours: Targets, record: dict):
+def assert_people(ours: People, record: dict):
     k = ours.keypoints.shape[1]
     close(ours.boxes, record["boxes"], 1e-5)
     close(ours.areas, record["area"], 1e-5)
@@ -958,30 +1068,31 @@ def with_poses(sample: Sample) -> Sample:
 
 
 @needs_golden_data
-@cases
-def test_augmentation_equals_the_release(name):
-    case = GOLDEN_DATA[name]
-    sample = recorded_sample(case["input"], "area" in case["input"])
-    assert_targets(drp.to_targets(with_poses(sample)), case["input_normalised_directly"])
-    flip = get_skeleton("crowdpose" if sample.keypoints.shape[1] == 14 else "coco").flip
-    assert_sample(transforms.hflip(sample, flip), case["after_hflip"])
-    sample = transforms.resize_short_side(sample, 600)
-    assert_sample(sample, case["after_resize_600"])
-    pixels = np.array(sample.image)[np.ix_([0, 100], [0, 200])].reshape(-1, 3)
-    assert (pixels == case["resized_pixels_rows_0_100_cols_0_200"]).all()
-    sample = transforms.crop(sample, 120, 50, 450, 500)
-    assert_sample(sample, case["then_crop_top50_left120_h500_w450"])
-    sample = transforms.resize_short_side(sample, 736, 1333)
-    assert_sample(sample, case["then_resize_736_max1333"])
-    assert_targets(drp.to_targets(with_poses(sample)), case["then_normalise"])
-    tensor = transforms.normalise(transforms.to_tensor(sample.image))
-    for y, x, values in case["tensor_values"]:
-        close(tensor[:, y, x], values, 1e-5)
+def test_augmentation_equals_the_release(file):
+    cases = [case for case in json.loads(file.read_text()).values() if isinstance(case, dict)]
+    assert cases
+    for case in cases:
+        sample = recorded_sample(case["input"], "area" in case["input"])
+        assert_people(drp.to_people(with_poses(sample)), case["input_normalised_directly"])
+        flip = get_skeleton(SKELETON_OF[sample.keypoints.shape[1]]).flip
+        assert_sample(transforms.hflip(sample, flip), case["after_hflip"])
+        sample = transforms.resize_short_side(sample, 600)
+        assert_sample(sample, case["after_resize_600"])
+        pixels = np.array(sample.image)[np.ix_([0, 100], [0, 200])].reshape(-1, 3)
+        assert (pixels == case["resized_pixels_rows_0_100_cols_0_200"]).all()
+        sample = transforms.crop(sample, 120, 50, 450, 500)
+        assert_sample(sample, case["then_crop_top50_left120_h500_w450"])
+        sample = transforms.resize_short_side(sample, 736, 1333)
+        assert_sample(sample, case["then_resize_736_max1333"])
+        assert_people(drp.to_people(with_poses(sample)), case["then_normalise"])
+        tensor = transforms.normalise(transforms.to_tensor(sample.image))
+        for y, x, values in case["tensor_values"]:
+            close(tensor[:, y, x], values, 1e-5)
 
 
 @needs_golden_data
-def test_the_size_rule_equals_the_release():
-    rows = next(rows for name, rows in GOLDEN_DATA.items() if name.startswith("resize_sizes"))
+def test_the_size_rule_equals_the_release(file):
+    rows = next(rows for name, rows in json.loads(file.read_text()).items() if name.startswith("resize_sizes"))
     for w, h, short, longest, *expected in rows:
         assert transforms.short_side_size((w, h), short, longest or np.inf) == tuple(expected), (w, h, short, longest)
 
@@ -999,13 +1110,14 @@ def test_training_images_depend_on_seed_epoch_and_index_and_carry_completed_pose
     completion = drp.learn_completion(data)
     images = drp.TrainImages(data, cfg, 3, completion)
     for i in range(6):
-        (image, targets, skipped), again = images[i], images[i]
+        (image, targets, image_id, skipped), again = images[i], images[i]
         assert torch.equal(image, again[0]) and torch.equal(targets.poses, again[1].poses) and not skipped
+        assert image_id == targets.image_id == data[i].image_id
         assert min(image.shape[1:]) == 64
         visible = targets.visible > 0
         assert torch.equal(targets.poses[visible], targets.keypoints[visible])
         assert (targets.keypoints[~visible] == 0).all()
-    filled = torch.cat([t.poses[t.visible == 0] for _, t, _ in (images[i] for i in range(10))])
+    filled = torch.cat([t.poses[t.visible == 0] for _, t, *_ in (images[i] for i in range(10))])
     assert (filled != 0).float().mean() > 0.3, "unlabelled joints have places"
     plain = drp.TrainImages(data, cfg, 3, None)
     assert all(torch.equal(plain[i][1].poses, plain[i][1].keypoints) for i in range(4))
@@ -1046,31 +1158,32 @@ def test_crowdpose_losses_take_the_area_of_the_box(puppets_folder):
 # ------------------------------------------------------------------------------------------ a training step
 
 
-@golden("train_*")
+@golden("diffusionregpose/golden_train_*.npz")
 def test_a_training_step_equals_the_release(file):
-    case = np.load(file)
-    shared, meta = model_of(case)
+    case, meta = read_case(file)
+    shared = model_of(meta)
     model = drp.DiffusionRegPose(shared.cfg, shared.skeleton).train()
     model.load_state_dict(shared.state_dict())
-    targets, k = targets_of(case), model.skeleton.num_keypoints
-    noise = pose_noise_of(case, targets)
-    poses = drp.pad_poses(targets, noise, {"normal": "noise", "zero": "empty"}[meta["padding"]])
+    people, k = people_of(case), model.skeleton.num_keypoints
+    noise, dn_noise = pose_noise_of(case, people), noise_of(case, people)
+    poses = drp.pad_poses(people, noise, {"normal": "noise", "zero": "empty"}[meta["padding"]])
     noisy = drp.noise_poses(poses, noise.t, noise.eps, model.cfg.scale)
     close(noisy.flatten(2), case["x_t_01"], 1e-5, "noisy poses")
-    denoising = model.denoising_queries(targets, noise_of(case, targets))
+    result = model(*drp.pad_images(pictures_of(meta)), noisy, noise.t, people, dn_noise)
+    denoising = result["denoising"]
     close(denoising.boxes, case["dn_known_boxes"], 1e-6)
     assert denoising.known.all() and (case["dn_known_labels"] == 1).all()
     close(denoising.reference, torch.from_numpy(case["dn_query_bbox_unsigmoid"]).sigmoid(), 1e-5)
     close(denoising.content[..., ::16], case["dn_noised_labels_embed_stride"], 1e-6)
-    assert (denoising.blocked.numpy() == case["attn_mask_box"][:, :100, :100]).all()
-    pictures = [normal(key, (3, *shape)) for key, shape in zip(meta["input_keys"], meta["images"])]
-    result = model(*drp.pad_images(pictures), noisy, noise.t, denoising)
+    dn = denoising.group.shape[1]
+    blocked = denoising.group[:, :, None] != denoising.group[:, None]
+    assert (blocked.numpy() == case["attn_mask_box"][:, :dn, :dn]).all()
     for name in ("logits", "boxes"):
         close(result[name], case[f"out/pred_{name}"], 1e-4, name)
     close(result["keypoints"].flatten(2), case["out/pred_keypoints"][..., :2 * k], 1e-4, "keypoints")
-    for ours, name in zip(result["dn_layers"][-1], ("class", "bbox")):
+    for ours, name in zip(result["dn_outputs"][""], ("class", "bbox")):
         close(ours, case[f"out/dn_{name}_pred"], 1e-4, f"denoising {name}")
-    losses = drp.criterion(result | dict(denoising=denoising), targets, model.sigmas)
+    losses = drp.criterion(result, people, model.sigmas)
     check_losses(losses, case, 1e-3)
     sum(losses.values()).backward()
     check_gradients(model, case, json.loads(file.with_name(f"{file.stem}_grads.json").read_text()))
@@ -1081,6 +1194,8 @@ def check_gradients(model: drp.DiffusionRegPose, case, names: dict):
     twice = re.compile(r"^transformer\.decoder\.(?=(class|bbox|pose|pose_hw)_embed)")
     first = [twice.sub("", name) for name in names["parameter_order"]]
     ours = dict(zip(names["parameter_order"], weights.rename(dict.fromkeys(first), drp.RENAME)))
+    # one ReLU of the golden's stands at -5e-7: which side it is on moves the gradient of what it feeds from
+    loose = {"decoder.keypoint_content.weight": 5e-3}
     learned = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     idle = {ours[name] for name in names["zero_grad"]}
     assert learned.keys() == set(ours.values()), "every trained parameter of the release, and no other"
@@ -1089,21 +1204,17 @@ def check_gradients(model: drp.DiffusionRegPose, case, names: dict):
     total = float(case["grad_total_norm"][0])
     for name, norm in zip(names["parameter_order"], case["grad_norms"]):
         if ours[name] not in idle | biases:
-            assert learned[ours[name]].norm().item() == pytest.approx(float(norm), rel=2e-3, abs=1e-6 * total), name
-    for key in [key for key in case.files if key.startswith("grad/")]:
+            assert learned[ours[name]].norm().item() == pytest.approx(
+                float(norm), rel=loose.get(ours[name], 2e-3), abs=1e-6 * total), name
+    for key in [key for key in case if key.startswith("grad/")]:
         if ours[key[5:]] not in idle | biases:
             theirs, gradient = torch.from_numpy(case[key]), learned[ours[key[5:]]]
             step = gradient.shape[1] // theirs.shape[1] if theirs.dim() > 1 else 1
-            close(gradient[..., ::step] / theirs.abs().max(), theirs / theirs.abs().max(), 2e-3, key)
+            largest = theirs.abs().max()
+            close(gradient[..., ::step] / largest, theirs / largest, loose.get(ours[key[5:]], 2e-3), key)
 
 
 # ------------------------------------------------------------------------------------------ by itself
-
-SMALL = dict(dim=32, heads=4, ffn=32, layers=2, box_queries=12, queries=5, dn_queries=4, short_side=64, long_side=64,
-             oks_score_from=1)
-FLAGS = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
-ALONE = Ranks(0, 1, torch.device("cpu"))
-
 
 @pytest.mark.parametrize("counts", [[2, 0, 1], [0, 0, 0]])
 @pytest.mark.parametrize("ablation", [
@@ -1111,9 +1222,10 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
     dict(uniform_t=False), dict(ksa_kca=False), dict(dn_queries=0), dict(as_released=True)], ids=str)
 def test_every_ablation_gives_every_parameter_a_finite_gradient(ablation, counts):
     model = drp.build("tiny", "crowdpose" if "scale" in ablation else "coco", **SMALL | ablation).train()
-    targets, pictures = some_targets(counts, model.skeleton.num_keypoints), [torch.rand(3, 64, w) for w in (64, 48, 40)]
+    targets = labelled_people(counts, model.skeleton.num_keypoints)
+    pictures = [torch.rand(3, 64, w) for w in (64, 48, 40)]
     for _ in range(2):                                  # the first step leaves zero-started heads behind
-        losses = drp.batch_losses(model, model, *drp.pad_images(pictures), targets, ALONE, 1)
+        losses = step_losses(model, *drp.pad_images(pictures), targets)
         sum(losses.values()).backward()
         torch.optim.SGD(model.parameters(), 1e-4).step()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -1121,20 +1233,30 @@ def test_every_ablation_gives_every_parameter_a_finite_gradient(ablation, counts
 
 
 def test_two_halves_of_a_batch_have_the_loss_of_the_whole(monkeypatch):
-    targets, sigmas, result = some_targets([2, 1]), torch.full((17,), 0.05), random_result(2)
+    people, sigmas, result = labelled_people([2, 1]), torch.full((17,), 0.05), random_result(2)
     known = SimpleNamespace(boxes=torch.rand(2, 4, 4), known=torch.ones(2, 4, dtype=torch.bool))
-    result |= dict(dn_layers=[(torch.randn(2, 4, 2), torch.rand(2, 4, 4))] * 2, denoising=known)
-    whole = drp.criterion(result, targets, sigmas)
+    noisy = Output(torch.randn(2, 4, 2), torch.rand(2, 4, 4), None)
+    result |= dict(dn_outputs={"_0": noisy, "": noisy}, denoising=known)
+    whole = drp.criterion(result, people, sigmas)
     monkeypatch.setattr(drp, "mean_over_ranks", lambda count: torch.tensor(1.5))
     halves = []
     for b in (0, 1):
-        part = {name: [tuple(None if x is None else x[b:b + 1] for x in output) for output in result[name]]
-                for name in ("layers", "dn_layers")}
-        part |= dict(proposals=tuple(x[b:b + 1] for x in result["proposals"]),
-                     denoising=SimpleNamespace(boxes=known.boxes[b:b + 1], known=known.known[b:b + 1]))
-        halves.append(drp.criterion(part, targets[b:b + 1], sigmas, shares=2))
+        part = {kind: {name: Output(*(None if x is None else x[b:b + 1] for x in output))
+                       for name, output in result[kind].items()} for kind in ("outputs", "dn_outputs")}
+        part |= dict(denoising=SimpleNamespace(boxes=known.boxes[b:b + 1], known=known.known[b:b + 1]))
+        halves.append(drp.criterion(part, people[b:b + 1], sigmas, pieces=2))
     for name, value in whole.items():
         assert (halves[0][name] + halves[1][name]).item() / 2 == pytest.approx(value.item(), rel=1e-5), name
+
+
+def test_evaluation_is_in_float32_also_after_a_training_in_half_precision(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("half precision")
+
+    monkeypatch.setattr(drp, "autocast", refuse)
+    model = drp.build("tiny", **SMALL, amp="bf16", nms="none").eval()
+    found = drp.predict(model, drp.to_batch([Image.new("RGB", (64, 64))], [1], model.cfg))[0]
+    assert len(found.scores) == 5
 
 
 def test_predictions_are_people_in_pixels_of_the_original_whoever_shares_the_batch():
@@ -1208,29 +1330,37 @@ def whole_run(puppets_folder, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("how, step", [("SIGTERM", 4), ("kill", 2)])
 def test_a_run_that_is_cut_and_resumed_ends_with_the_same_bits(how, step, puppets_folder, whole_run, tmp_path):
-    losses, calls = drp.batch_losses, []
+    criterion, calls = drp.criterion, []
 
-    def cut(*args):
+    def cut(*args, **options):
         calls.append(0)
         if len(calls) == 7 and how == "SIGTERM":
             signal.raise_signal(signal.SIGTERM)
         if len(calls) == 7 and how == "kill":
             raise KeyboardInterrupt
-        return losses(*args)
+        return criterion(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drp, "batch_losses", cut)
+        patch.setattr(drp, "criterion", cut)
         patch.setattr(RunFolder, "draw", lambda *args: None)
         patch.setattr(RunFolder, "save_is_due", lambda self: len(calls) == 4)
         with suppress(KeyboardInterrupt):
             train(puppets_folder, tmp_path / "run")
-        patch.setattr(drp, "batch_losses", losses)
+        patch.setattr(drp, "criterion", criterion)
         assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == step
         after = train(puppets_folder, tmp_path / "run", "--resume", str(tmp_path / "run"))
     expected = torch.load(whole_run / "last.pt", weights_only=True)
     assert after["step"] == 10
     parts = ("model", "ema", "optimizer", "epoch", "step", "best", "rows")
     assert_equal({part: after[part] for part in parts}, {part: expected[part] for part in parts})
+
+
+def test_without_an_average_the_weights_themselves_are_evaluated_and_no_copy_is_kept(puppets_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(RunFolder, "draw", lambda *args: None)
+    last = train(puppets_folder, tmp_path / "run", "--epochs", "1", "--batch", "22", "--ema", "0", "--no-keypoint_completion")
+    assert "ema" not in last
+    assert_equal(torch.load(tmp_path / "run" / "best.pt", weights_only=True)["model"], last["model"])
+    assert train(puppets_folder, tmp_path / "run", "--resume", str(tmp_path / "run"), "--epochs", "2")["step"] == 2
 
 
 def test_a_run_leaves_its_pictures_and_a_checkpoint_that_eval_understands(whole_run, tmp_path, monkeypatch, capsys):
@@ -1260,7 +1390,8 @@ def test_a_training_set_without_a_whole_person_says_so_and_trains_without_comple
 
 def test_a_loss_that_is_not_finite_stops_with_its_name_and_the_images(puppets_folder, tmp_path, monkeypatch):
     losses = drp.criterion
-    monkeypatch.setattr(drp, "criterion", lambda *args: losses(*args) | dict(loss_oks=torch.tensor(math.nan)))
+    monkeypatch.setattr(drp, "criterion",
+                        lambda *args, **options: losses(*args, **options) | dict(loss_oks=torch.tensor(math.nan)))
     with pytest.raises(UserError, match=r"loss_oks not finite at step 0, images \["):
         train(puppets_folder, tmp_path / "run")
 
@@ -1271,25 +1402,25 @@ def test_frozen_norms_without_start_weights_are_refused():
         drp.train(resolve(drp.PRESETS["r50"], init=""), args)
 
 
-def test_heatmaps_on_the_side_teach_what_is_before_the_decoder():
+def test_the_auxiliary_heatmap_loss_teaches_what_is_before_the_decoder():
     model = drp.build("tiny").train()
     with torch.no_grad():
         model.heatmaps.head.weight.normal_(std=0.1)
-    losses = drp.batch_losses(model, model, *drp.pad_images([torch.rand(3, 64, 64)]), some_targets([2]), ALONE, 0)
+    losses = step_losses(model, *drp.pad_images([torch.rand(3, 64, 64)]), labelled_people([2]))
     losses["loss_heatmaps"].backward()
     parts = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert parts == {"backbone", "input_proj", "encoder", "heatmaps"}, "positions act on offsets, which start constant"
 
 
-def test_heatmaps_on_the_side_know_the_padding():
-    """Of pictures 128x64 and 64x128, padded to squares: keypoints are fractions of the pictures, heatmaps of the squares.
-    An untaught head says 0 everywhere, so the loss is the square of what it should say."""
-    model, targets = drp.build("tiny").train(), some_targets([2, 1])
+def test_the_auxiliary_heatmap_loss_knows_the_padding():
+    """Of pictures 128x64 and 64x128, padded to squares: keypoints are fractions of the pictures, heatmaps of the
+    squares. An untaught head says 0 everywhere, so the loss is the square of what it should say."""
+    model, people = drp.build("tiny").train(), labelled_people([2, 1])
     images, padded = drp.pad_images([torch.rand(3, 64, 128), torch.rand(3, 128, 64)])
-    loss = drp.batch_losses(model, model, images, padded, targets, ALONE, 0)["loss_heatmaps"].item()
-    shares = torch.tensor([[1, 0.5], [0.5, 1]])
-    true = [people_heatmaps(t.keypoints * share, t.visible, (32, 32)) for t, share in zip(targets, shares)]
-    total = sum(maps.square().sum() for maps in true) / sum(t.visible.sum() for t in targets)
+    loss = step_losses(model, images, padded, people)["loss_heatmaps"].item()
+    parts = torch.tensor([[1, 0.5], [0.5, 1]])
+    true = [people_heatmaps(one.keypoints * part, one.visible, (32, 32)) for one, part in zip(people, parts)]
+    total = sum(maps.square().sum() for maps in true) / sum(one.visible.sum() for one in people)
     assert loss == pytest.approx(model.cfg.heatmap_weight * total.item(), rel=1e-5)
 
 
@@ -1312,7 +1443,7 @@ def test_k_ca_with_a_learned_share_starts_as_the_identity():
     model.decoder.ksa = None                                             # K-CA is left out with it
     assert (start == first_keypoints()).all() and not (start == moved).all()
     model = drp.build("tiny").train()
-    losses = drp.batch_losses(model, model, *drp.pad_images(list(picture)), some_targets([2]), ALONE, 0)
+    losses = step_losses(model, *drp.pad_images(list(picture)), labelled_people([2]))
     sum(losses.values()).backward()
     assert model.decoder.kca_share.grad != 0
 
@@ -1337,11 +1468,11 @@ def test_the_tiny_preset_learns_eight_puppets_by_heart(puppets_folder):
     data = open_dataset(str(puppets_folder), "train").training()
     model = drp.build("tiny", data.skeleton).train()
     images = drp.TrainImages(data, model.cfg, 0, drp.learn_completion(data))
-    (images, padded), targets, _ = collate([images[i] for i in range(8)], drp.pad_images)
+    (images, padded), people, *_ = collate([images[i] for i in range(8)], drp.pad_images)
     optimizer, values = drp.build_optimizer(model, model.cfg), []
     for step in range(200):
         seed_all(step)
-        losses = drp.batch_losses(model, model, images, padded, targets, ALONE, 0)
+        losses = step_losses(model, images, padded, people, epoch=0)
         sum(losses.values()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), model.cfg.clip)
         optimizer.step()
@@ -1361,9 +1492,10 @@ def test_the_summary_has_the_parameters_of_the_release():
 def test_k_ca_near_the_identity_returns_about_its_points():
     """On points spread over the image; the start of the release sends all of them to one place."""
     points = torch.rand(1, 170, 2, generator=torch.Generator().manual_seed(0)) * 0.9 + 0.05
-    attention = drp.PointAttention(96)
+    decoder = drp.build("tiny", queries=10, near_identity=False).decoder
+    attention = decoder.kca
     scattered = attention(points, points).std(1)
-    attention.start_near_identity(170)
+    drp.start_near_identity(decoder)
     with torch.no_grad():
         out = attention(points, points)
     assert (out - points).abs().mean() < 0.05 and (out.std(1) > 0.8 * points.std(1)).all()

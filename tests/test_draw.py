@@ -7,8 +7,8 @@ from PIL import Image
 
 from common.records import Prediction
 from common.splits import open_dataset
-from common.draw import (HOLLOW, LINES, SOLID, colours, contact_sheet, draw_completion, draw_ellipses, draw_people,
-                         draw_predictions, plot_curves, save_gif, side_of, states, ticks)
+from common.draw import (HOLLOW, LINES, SOLID, colours, contact_sheet, draw_ellipses, draw_people,
+                         draw_predictions, plot_curves, side_of, states, ticks)
 from common.skeletons import SKELETONS, get_skeleton
 
 COCO = get_skeleton("coco")
@@ -68,20 +68,6 @@ def test_an_ellipse_reaches_two_deviations_from_the_mean_in_each_direction():
     assert draw_ellipses(Image.new("RGB", (40, 20)), np.zeros((3, 0, 17, 2)), COCO).size == (800, 400)
 
 
-def test_completed_people_stand_beside_their_annotation(puppets_folder):
-    data = open_dataset(str(puppets_folder), "train")
-    calls = []
-
-    def complete(keypoints, boxes):
-        assert boxes.shape == (len(keypoints), 4)
-        calls.append(len(keypoints))
-        return np.where(keypoints[..., 2:] > 0, keypoints, np.float32([20, 20, 1]))
-
-    sheet = draw_completion(data, complete, count=2)
-    assert sheet.size[0] > 2 * sheet.size[1] and len(calls) < len(data)
-    assert draw_completion(data, lambda keypoints, boxes: keypoints).size < sheet.size, "nothing new, nothing drawn"
-
-
 @pytest.mark.parametrize("name", SKELETONS)
 def test_left_and_right_limbs_have_different_colours(name):
     s = SKELETONS[name]
@@ -106,15 +92,6 @@ def test_contact_sheet_holds_every_image():
     sheet = np.asarray(contact_sheet(images, columns=2, cell=100))
     assert {10 + i for i in range(5)} <= set(sheet[..., 0][sheet[..., 1] == 0].tolist())
     assert contact_sheet([], 3).size[0] > 0 and contact_sheet(images[:1] * 7, 4).width < 450
-
-
-def test_gif_has_every_frame_and_its_pace(tmp_path):
-    frames = [Image.new("RGB", (60, 40), (40 * i, 0, 200 - 40 * i)) for i in range(5)]
-    save_gif(frames + [Image.new("L", (30, 30), 255)], tmp_path / "a.gif", fps=10)
-    with Image.open(tmp_path / "a.gif") as gif:
-        assert (gif.n_frames, gif.size, gif.info["duration"], gif.info["loop"]) == (6, (60, 40), 100, 0)
-        gif.seek(3)
-        assert np.abs(np.asarray(gif.convert("RGB"))[20, 30].astype(int) - [120, 0, 80]).max() < 12
 
 
 @pytest.mark.parametrize("rows", [

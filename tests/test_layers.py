@@ -10,10 +10,10 @@ METHODS = ["detrpose", "diffusionregpose", "querypose", "diffusionpose", "sdpose
 ORDER = ["common.errors",
          "common.records", "common.skeletons", "common.ranks", "common.oks", "common.heatmaps",
          "common.weights", "common.nets.resnet", "common.nets.hrnet", "common.nets.swin", "common.nets.vit",
-         "common.datasets", "common.transforms", "common.cli",
+         "common.datasets", "common.transforms", "common.video", "common.cli",
          "common.posetrack", "common.draw", "common.boxes", "common.predict",
          "data.puppets", "common.splits", "common.metrics",
-         "common.run", "common.tables", "common.unet", *METHODS, "eval"]
+         "common.run", "common.tables", *METHODS, "eval"]
 
 
 def modules() -> dict[str, Path]:

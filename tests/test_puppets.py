@@ -257,13 +257,15 @@ def test_an_interrupted_run_is_not_taken_for_a_finished_one(tmp_path, monkeypatc
     assert (make(tmp_path, "coco", workers=1, progress=False, counts={"train": 2, "val": 1}) / "train2017").is_dir()
 
 
-def test_stale_temporary_folders_go_and_fresh_ones_stay(tmp_path):
-    for name in (".coco-old.tmp", ".coco-new.tmp"):
+def test_stale_temporary_folders_of_ours_go_and_all_others_stay(tmp_path):
+    stale, fresh, theirs = ".coco-0123abcd.tmp", ".crowd-0123abcd.tmp", ".anything.tmp"
+    for name in (stale, fresh, theirs):
         (tmp_path / name / "train2017").mkdir(parents=True)
-    for path in (tmp_path / ".coco-old.tmp", tmp_path / ".coco-old.tmp/train2017"):
-        os.utime(path, (time.time() - 7200,) * 2)
+    for name in (stale, theirs):
+        for path in (tmp_path / name, tmp_path / name / "train2017"):
+            os.utime(path, (time.time() - 7200,) * 2)
     make(tmp_path, "coco", workers=1, progress=False, counts={"train": 1, "val": 1})
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".coco-new.tmp", "coco"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([fresh, theirs, "coco"])
 
 
 def test_two_processes_that_make_the_same_part_both_end_well(tmp_path):

@@ -53,4 +53,4 @@ def test_one_process_is_its_own_mean_and_its_own_list():
 
 def test_a_batch_that_does_not_split_is_one_line_before_anything_is_opened():
     with pytest.raises(UserError, match="--batch 6 does not split over 1 processes x 4 micro-batches"):
-        init_ranks("cpu", SimpleNamespace(batch=6, accum=4))
+        init_ranks("cpu", SimpleNamespace(batch=6, accum=4, patience=120))

@@ -2,13 +2,18 @@
 import errno
 import json
 import math
+import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,7 +24,7 @@ from common.cli import parse, run_main
 from common.errors import UserError
 from common.heatmaps import people_heatmap_loss
 from common.predict import collate
-from common.ranks import Ranks, distribute, epoch_batches, init_ranks, seed_all
+from common.ranks import Ranks, distribute, epoch_batches, init_ranks, mean_over_ranks, rank_zero_first, seed_all
 from common.records import People
 from common.run import Ema, RunFolder, Stopper
 from common.splits import open_dataset
@@ -156,6 +161,36 @@ def test_a_run_that_is_cut_and_resumed_ends_with_the_same_bits(
     assert (tmp_path / "run" / "log.jsonl").read_text() == rows and rows.count('"AP"') == 2
 
 
+@pytest.mark.parametrize("batch", [4, 8, 2, 3])
+def test_a_run_goes_on_with_another_batch_at_the_picture_where_it_was(puppets_folder, tmp_path, capsys, batch):
+    """Stopped after 4 steps of 4 images: images seen, learning rate and the rest of the epoch are as if they were counted anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        cut(patch, "SIGTERM")
+        train(puppets_folder, tmp_path / "run", "--workers", "0")
+    count, seen, at = len(open_dataset(str(puppets_folder), "train").training()), [], []
+
+    def look(cfg, epoch, step):
+        at.append((epoch, step))
+        return cfg.size
+
+    class Seen(detrpose.TrainImages):
+        def __getitem__(self, i):
+            seen.append((self.epoch, i))
+            return super().__getitem__(i)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detrpose, "input_side", look)
+        patch.setattr(detrpose, "TrainImages", Seen)
+        train(puppets_folder, tmp_path / "run", "--resume", str(tmp_path / "run"), "--batch", str(batch), "--accum", "1")
+    an_epoch = count // batch
+    order = np.random.default_rng([0, 0]).permutation(count)[16:an_epoch * batch]
+    assert [i for epoch, i in seen if epoch == 0] == order[:len(order) // batch * batch].tolist()
+    left = len(order) // batch
+    assert [s for epoch, s in at] == list(range(an_epoch - left, 2 * an_epoch))
+    said = capsys.readouterr().out
+    assert "going on at epoch 1, step 4" in said and (f"batch 4 → {batch}" in said) == (batch != 4)
+
+
 @pytest.fixture(scope="module")
 def short_run(puppets_folder, tmp_path_factory):
     """The folder of a finished run of one epoch with one step; take a copy to change it."""
@@ -231,14 +266,99 @@ def test_a_full_disk_is_a_warning_during_the_run_and_an_error_at_its_end(puppets
     assert train(puppets_folder, tmp_path / "run", "--resume", str(tmp_path / "run"))["step"] == 2
 
 
-def test_a_log_that_cannot_be_written_does_not_end_the_run(puppets_folder, tmp_path, capsys, monkeypatch):
-    def write(name, text, mode):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    args = dict(preset="tiny", out=str(tmp_path / "run"), resume="", saved=None)
-    folder = RunFolder("detrpose", detrpose.PRESETS["tiny"], type("Args", (), args), rank(0, 1))
-    shutil.rmtree(folder.path)
+def folder_of(tmp_path, name="run", **changes) -> RunFolder:
+    args = SimpleNamespace(preset="tiny", out=str(tmp_path / name) if name else "", resume="", saved=None)
+    return RunFolder("detrpose", detrpose.PRESETS["tiny"], args, rank(0, 1))
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run_and_is_whole_afterwards(tmp_path, capsys):
+    folder = folder_of(tmp_path)
     folder.log(step=1, loss=2.0)
-    assert "log.jsonl is not written" in capsys.readouterr().err and folder.rows == [dict(step=1, loss=2.0)]
+    shutil.rmtree(folder.path)
+    folder.path.touch()                                                     # in the way of a folder
+    folder.log(step=2, loss=1.0)
+    assert "log.jsonl is not written" in capsys.readouterr().err
+    folder.path.unlink()                                                    # there is room again
+    folder.log(step=3, loss=0.5)
+    rows = [json.loads(line) for line in (folder.path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3] == [row["step"] for row in folder.rows]
+
+
+def test_two_runs_that_start_in_one_second_have_two_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run.time, "strftime", lambda form: "20260101-000000")
+    paths = [folder_of(tmp_path, name="").path for _ in range(3)]
+    assert [path.name for path in paths] == [f"detrpose-tiny-20260101-000000{end}" for end in ("", "-2", "-3")]
+
+
+@pytest.mark.parametrize("name", ["config.json", "log.jsonl", "best.pt"])
+def test_files_of_the_users_own_are_never_written_over(tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("mine")
+    with pytest.raises(UserError, match="choose another --out"):
+        folder_of(tmp_path)
+    assert (tmp_path / "run" / name).read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_training(tmp_path, monkeypatch):
+    def refuse(self, name, text, mode):
+        raise PermissionError(errno.EACCES, "Permission denied", name)
+    monkeypatch.setattr(RunFolder, "_write", refuse)                        # tests may run as root
+    with pytest.raises(UserError, match="cannot write into .*run: .*Permission denied.*--out"):
+        folder_of(tmp_path)
+
+
+HOLD = """
+import sys, time
+from types import SimpleNamespace
+import detrpose, torch
+from common.ranks import Ranks
+from common.run import RunFolder
+args = SimpleNamespace(preset="tiny", out=sys.argv[1], resume="", saved=None)
+folder = RunFolder("detrpose", detrpose.PRESETS["tiny"], args, Ranks(0, 1, torch.device("cpu")))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_a_second_run_in_a_folder_is_refused_while_the_first_lives_and_taken_when_it_is_killed(tmp_path, monkeypatch):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True,
+                              cwd=Path(__file__).parents[1])
+    assert holder.stdout.readline() == "held\n"
+    monkeypatch.setattr(RunFolder._lock, "__defaults__", (0.3,))
+    with pytest.raises(UserError, match="another run writes into .*run now"):
+        folder_of(tmp_path)
+    holder.kill()
+    holder.wait()
+    assert folder_of(tmp_path).path == tmp_path / "run"
+
+
+def test_people_come_from_a_loader_process_by_value_and_take_no_open_files():
+    people = People(torch.rand(2, 17, 2), torch.ones(2, 17), torch.rand(2, 4), torch.rand(2), image_id="a")
+    sent = multiprocessing.reduction.ForkingPickler.dumps(people)
+    back = pickle.loads(sent)
+    assert b"rebuild_storage" not in bytes(sent) and back.image_id == "a"
+    assert_equal({name: x for name, x in vars(back).items()}, {name: x for name, x in vars(people).items()})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds loader processes in /proc")
+def test_a_killed_loader_process_ends_the_run_with_its_line_and_what_was_saved_stays(puppets_folder, tmp_path):
+    words = [*FLAGS, "--epochs", "500", "--workers", "2", "--data", str(puppets_folder), "--out", str(tmp_path / "run")]
+    process = subprocess.Popen([sys.executable, "detrpose.py", *words], cwd=Path(__file__).parents[1], text=True,
+                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    end = time.monotonic() + 120
+    while not (tmp_path / "run" / "last.pt").exists():
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.1)
+    victim = None
+    while victim is None and time.monotonic() < end:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        victim = int(children[-1]) if children else None
+    os.kill(victim, signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and "error: a loader process was killed: was the memory full?" in errors
+    assert "Traceback" not in errors and load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] >= 0
 
 
 @pytest.mark.parametrize("what", ["loss_keypoints", "the gradient"])
@@ -411,6 +531,29 @@ def test_a_resumed_run_of_two_processes_equals_one_that_was_never_cut(puppets_fo
     resumed, whole = (load_checkpoint(tmp_path / name / "last.pt") for name in ("cut", "whole"))
     assert resumed["step"] == 10
     assert_equal({part: resumed[part] for part in SAME}, {part: whole[part] for part in SAME})
+
+
+def hang(config, args) -> None:
+    """A step in which the second process never arrives, after a wait for rank 0 that is longer than the patience."""
+    ranks = init_ranks("cpu", config)
+    with rank_zero_first(ranks):
+        time.sleep(6 * (ranks.rank == 0))
+    print("both here", flush=True)
+    time.sleep(600 * ranks.rank)
+    mean_over_ranks(torch.ones(1))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="--processes is for Linux")
+def test_a_process_that_hangs_in_a_step_ends_the_run_and_long_work_of_rank_zero_does_not():
+    program = ("from types import SimpleNamespace; from tests.test_run import hang; from common.cli import launch, run_main\n"
+               "config = SimpleNamespace(batch=2, accum=1, processes=2, patience=3)\n"
+               "if __name__ == '__main__':\n"
+               "    run_main(lambda: launch(hang, config, SimpleNamespace(device='cpu', resume='')))")
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True,
+                          timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2 and done.stdout.count("both here") == 2
+    assert "a process did not answer for --patience seconds" in done.stderr and time.monotonic() - start < 120
 
 
 def torchrun(function: str, data: Path, out: Path) -> str:

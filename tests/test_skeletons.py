@@ -74,11 +74,26 @@ def test_known_names_give_the_known_set_whatever_edges_the_file_has(capsys):
 
 @pytest.mark.parametrize("category, sigmas, message", [
     ({"name": "person"}, None, "no 'keypoints' names"),
-    ({"keypoints": ["a", "b"]}, [.1], "1 sigmas for the 2 keypoints"),
-    ({"keypoints": ["a", "b"], "skeleton": [[1, 3]]}, None, "outside keypoints 1..2")])
+    ({"keypoints": ["a", "b"]}, [.1], "1 sigmas for the 2 keypoints")])
 def test_a_category_that_cannot_be_used_is_explained(category, sigmas, message):
     with pytest.raises(UserError, match=message):
         skeleton_from_category(category, sigmas)
+
+
+@pytest.mark.parametrize("given, edges", [
+    ([[1, 2], [32, 33]], ((0, 1),)), ([["head", "tail"], ["Left Fin", "tail"]], ((0, 1), (2, 1))), ([[1, 2, 3]], ()),
+    (None, ()), ([1, 2, 2, 3], ()), ([["1", "2"]], ((0, 1),)), ([[1, None], [2, 3]], ((1, 2),)), ([[0, 1]], ((0, 1),)),
+    ("1-2", ()), ([[1, 1e400]], ())], ids=str)
+def test_edges_are_for_drawing_and_what_joins_nothing_is_left_out_with_a_note(given, edges, capsys):
+    category = {"keypoints": ["head", "tail", "left_fin", "right_fin"], "skeleton": given}
+    assert skeleton_from_category(category, [0.1] * 4).edges == edges
+    dropped = isinstance(given, list) and len(given) > len(edges)
+    assert ("join no two keypoints" in capsys.readouterr().out) == dropped
+
+
+@pytest.mark.parametrize("names, text", [([0, 1, 2], ("0", "1", "2")), ("a, b;c", ("a", "b", "c")), ([None, "b"], ("None", "b"))])
+def test_keypoint_names_are_taken_as_text(names, text):
+    assert skeleton_from_category({"keypoints": names}, [0.1] * len(text)).keypoints == text
 
 
 @pytest.mark.parametrize("bad", [0.0, -0.1, float("nan"), float("inf")])

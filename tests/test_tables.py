@@ -53,7 +53,7 @@ def test_every_numbered_equation_has_a_place_which_carries_its_label(method):
         assert any(re.search(rf"eq\. {n}\b", key) for key in module.EQUATIONS), f"eq. {n} is in no row"
     for key, where in module.EQUATIONS.items():
         for number in re.findall(r"eq\. (\d+)", key):
-            body = source[source.index(f"{where.__qualname__.split('.')[-1]}("):]
+            body = source[re.search(rf"(def|class) {where.__qualname__.split('.')[-1]}\b", source).start():]
             labels = re.findall(r"eqs?\. (\d+)(?:[-–](\d+))?(?: and (\d+))?", body[:6000])
             numbers = {n for a, b, c in labels for n in (*range(int(a), int(b or a) + 1), *([int(c)] if c else []))}
             assert int(number) in numbers, f"{key}: {where.__qualname__} does not say so"
@@ -66,4 +66,5 @@ def test_the_papers_figures_are_those_of_its_index(method):
     text = (Path(os.environ["POSE_REFERENCE"]) / method / "PAPER.md").read_text()
     for number, table in importlib.import_module(method).TABLES.items():
         for row in table.rows:
-            assert f"{row.figure}" in text, f"Table {number}, {row.what}"
+            figures = [figure for figure in (row.figure, *row.more.values()) if figure is not None]
+            assert all(f"{figure}" in text for figure in figures), f"Table {number}, {row.what}"

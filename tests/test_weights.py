@@ -443,3 +443,14 @@ def test_what_is_no_checkpoint_of_ours_is_refused_and_never_run(tmp_path, monkey
         with pytest.raises(UserError, match=f"{name}.pt is no checkpoint of ours, or it is cut short"):
             load_checkpoint(Path(f"{name}.pt"))
     assert not Path("ran").exists()
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(tmp_path):
+    good = dict(method="m", preset="p", config={}, skeleton={}, model={"w": torch.randn(1000)})
+    torch.save(good, tmp_path / "a.pt")
+    content = bytearray((tmp_path / "a.pt").read_bytes())
+    content[content.index(good["model"]["w"].numpy().tobytes()[:16]) + 8] ^= 1
+    (tmp_path / "b.pt").write_bytes(content)
+    assert load_checkpoint(tmp_path / "a.pt")["preset"] == "p"
+    with pytest.raises(UserError, match="b.pt is no checkpoint of ours, or it is cut short or damaged"):
+        load_checkpoint(tmp_path / "b.pt")

@@ -1,8 +1,10 @@
 """The plain Vision Transformer of ViTPose, and its weights in the four spellings in which they are published.
 
-Attention, MLP and TransformerBlock are the textbook's; methods build their own parts of them, too.
+Attention, mlp and TransformerBlock are the textbook's; methods build their own parts of them, too.
 Names    of modules are those of ViTPose's own release, so that its files load as they are
 """
+from __future__ import annotations
+
 import math
 import re
 from collections import OrderedDict
@@ -39,20 +41,6 @@ class Attention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class CrossAttention(nn.Module):
-    """Tokens (B, L, D) look at a context (B, N, D). The rows of kv are k, v."""
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        q = rearrange(self.q(x), "b l (m d) -> b m l d", m=self.heads)
-        k, v = rearrange(self.kv(context), "b n (two m d) -> two b m n d", two=2, m=self.heads)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
 class TransformerBlock(nn.Module):
     """x ← x + MHSA(LN(x));  x ← x + MLP(LN(x))."""
 
@@ -66,27 +54,20 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def conv_stem(dim: int) -> nn.Sequential:
-    """Images (B, 3, H, W) → (B, dim, H/16, W/16) by small convolutions (Xiao et al. 2021, Early convolutions help
-    transformers see better): learned from nothing, they need far fewer images than one matrix for 16x16 pixels."""
-    layers, channels = [], 3
-    for width, stride in ((24, 2), (48, 2), (48, 1), (96, 2), (96, 1), (dim, 2)):
-        layers += [nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-        channels = width
-    return nn.Sequential(*layers, nn.Conv2d(dim, dim, 1))
-
-
 class ViT(nn.Module):
     """Images (B, 3, H, W) → patch tokens (B, N, D), row by row.
 
     The picture is padded by two pixels, so that patches lie as MAE's do. The table of positions keeps MAE's slot for a
     class token, which is added to every token; there is none. No drop path.
+
+    stem: another module from images to (B, D, H/16, W/16), in place of the one matrix for a patch's pixels.
     """
 
-    def __init__(self, dim: int, depth: int, heads: int, patches: int, stem: str = "patch"):
+    def __init__(self, dim: int, depth: int, heads: int, patches: int, stem: nn.Module | None = None):
         super().__init__()
-        self.patch_embed = (conv_stem(dim) if stem == "conv" else
-                            nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, PATCH, PATCH, padding=2))))
+        if stem is None:
+            stem = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, PATCH, PATCH, padding=2)))
+        self.patch_embed = stem
         self.pos_embed = nn.Parameter(torch.empty(1, patches + 1, dim))
         self.blocks = nn.Sequential(*(TransformerBlock(dim, heads) for _ in range(depth)))
         self.last_norm = LayerNorm(dim)
@@ -136,9 +117,10 @@ def convert(state: dict[str, Tensor], dim: int, heads: int, grid: tuple[int, int
         rows = [state.pop(name.replace("query", part), torch.empty(0)) for part in ("query", "key", "value")]
         state[name.replace("attention.attention.query", "attn.qkv")] = torch.cat(rows)
     table = state.get("backbone.pos_embed", torch.empty(1, 0, 1))
-    old = grid_of(table.shape[1] - 1)
+    known = {math.prod(grid): grid}                     # whatever its shape, it fits as it is
+    old = known.get(table.shape[1] - 1) or grid_of(table.shape[1] - 1)
     if not old:                                                                         # mmpose: no class slot
-        old, table = grid_of(table.shape[1]), F.pad(table, (0, 0, 1, 0))
+        old, table = known.get(table.shape[1]) or grid_of(table.shape[1]), F.pad(table, (0, 0, 1, 0))
     if not old:
         raise UserError(f"the weights have no table of positions of a known shape: {table.shape[1] - 1} rows")
     if old != grid:
