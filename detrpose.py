@@ -82,7 +82,7 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
     fdr: bool = True               # distribution heads, pre-pose, gate (Sec. 3.3; row 4 adds); off: GroupPose's
     ksvf: bool = True              # keypoint similarity varifocal loss (eq. 5; row 5 adds); off: focal loss
     pose_lqe: bool = True          # scores look at the features under the pose (Sec. 3.3.1; row 6 adds)
-    init: str = "dfine-l-obj365"   # start weights: file or name, DETRPose, D-FINE (row 7 adds it) or HGNetv2
+    init: str = "dfine-l-obj365"   # start weights: run, file or name, DETRPose, D-FINE (row 7 adds it) or HGNetv2
     # pose denoising (release)
     dn_queries: int = 20           # G is this over the people of the fullest image of a batch, at least 1
     as_released: bool = False      # the released code's noise: its direction, its point of the person
@@ -1448,27 +1448,30 @@ def start_weights(model: DETRPose, data: PoseDataset) -> None:
         load_init(model, model.cfg.init)
 
 
+KEYPOINT_ROWS = {r"^selection\.pose\.layers\.3\.": 0, r"^(keypoint_content|noisy_keypoint)\.": 0,      # see carry_rows
+                 r"^decoder\.lqe_heads\.\d\.mlp\.layers\.0\.weight": 1, r"^heatmaps\.head\.": 0}
+OPTIONAL = {r"^heatmaps\.": "of an auxiliary loss", r"num_batches_tracked$": "frozen norms have none"}
+
+
 def load_init(model: DETRPose, source: str) -> None:
-    """Start weights by file or name: DETRPose (all), D-FINE (backbone and encoder) or HGNetv2 (backbone).
+    """Start weights by file or name: DETRPose (all, of any keypoints), D-FINE (backbone and encoder) or HGNetv2
+    (backbone).
 
     Departs from the release: of a D-FINE checkpoint it is the average that is taken.
     Raises UserError for tensors that do not fit.
     """
-    path = Path(source) if Path(source).exists() else weights.fetch(source)
-    state = convert_official(weights.load_tensors(path), model.cfg)
-    own = model.state_dict()
+    start = weights.read_start(source, "detrpose")
+    state = start.state if start.run else convert_official(start.state, model.cfg)
     if "selection.pose.layers.0.weight" in state:
-        weights.load_strict(model, state, {r"^heatmaps\.": "of an auxiliary loss, which starts anew",
-                                           r"num_batches_tracked$": "frozen norms have none"})
-        say(f"start weights from {path}: {len(state)} of {len(own)} tensors")
-        return
+        return weights.load_start(model, start, state, KEYPOINT_ROWS, OPTIONAL)
+    own = model.state_dict()
     chosen = {name: value for name, value in state.items() if name.startswith(("backbone.", "encoder.")) and name in own}
     bad = [f"{name} {tuple(v.shape)} against {tuple(own[name].shape)}" for name, v in chosen.items()
            if v.shape != own[name].shape]
     if bad or not chosen:
-        raise UserError(f"{path} does not fit this model: " + ("; ".join(bad[:5]) or "no tensor of its names"))
+        raise UserError(f"{start.path} does not fit this model: " + ("; ".join(bad[:5]) or "no tensor of its names"))
     model.load_state_dict(chosen, strict=False)
-    say(f"start weights from {path}: {len(chosen)} of {len(own)} tensors")
+    say(f"start weights from {start.path}: {len(chosen)} of {len(own)} tensors")
 
 
 @torch.no_grad()

@@ -101,7 +101,7 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
     steps: int = 1                 # DDIM steps of a prediction [P]
     ensemble: int = 1              # draws of noise whose heatmaps are averaged: one [P], DiffPose has several
     eta: float = 0.0               # share of fresh noise in a DDIM step [C]
-    init: str = ""                 # start weights: file or name; DiffusionPose, or a ViT of ViTPose or MAE
+    init: str = ""                 # start weights: run, file or name; DiffusionPose, or a ViT of ViTPose or MAE
     # data
     half_body: float = 0.3         # share of people with more than 8 joints shown by half [A: DCPose]
     scale_jitter: float = 0.35     # relative deviation of a crop's size, cut off at one [A: DCPose]
@@ -1201,21 +1201,24 @@ def recognise(state: dict[str, Tensor]) -> tuple[str, int] | None:
     return preset and (preset, joints)
 
 
+JOINT_ROWS = {r"^stfe\.keypoint_tokens": 1, r"^pdd\.pos_embed": 0, r"^patches\.head\.": 0}        # see carry_rows
+
+
 def load_init(model: DiffusionPose, source: str) -> None:
-    """Start weights by file or name: DiffusionPose (all), or a ViT of ViTPose, MAE, mmpose or transformers.
+    """Start weights by file or name: DiffusionPose (all, of any joints), or a ViT of ViTPose, MAE, mmpose or
+    transformers.
 
     Raises UserError for a file that is not there, and for tensors that do not fit.
     """
-    path = Path(source)
-    if not path.exists() and path.suffix:
+    if not Path(source).exists() and Path(source).suffix:
         raise UserError(f"there are no start weights {source}: --init takes a file of ViTPose or MAE (where "
                         "they are: data/README.md), vitpose-base, or '' to start from nothing")
-    path = path if path.exists() else weights.fetch(source)
-    state = convert_official(weights.load_tensors(path), model.cfg)
-    whole = "stfe.norm.weight" in state
-    ignored = {r"^patches\.": "of an auxiliary loss, which starts anew"}
-    weights.load_strict(model, state, ignored if whole else {r"^(?!backbone\.)": "not in a ViT's file"})
-    say(f"start weights from {path}: {len(state)} of {len(model.state_dict())} tensors")
+    start = weights.read_start(source, "diffusionpose")
+    state = convert_official(start.state, model.cfg)
+    optional = {r"^patches\.": "of an auxiliary loss"}
+    if "stfe.norm.weight" not in state:
+        optional[r"^(?!backbone\.)"] = "not in a ViT's file"
+    weights.load_start(model, start, state, JOINT_ROWS, optional)
 
 
 # Inference, building, pictures, summary.

@@ -97,7 +97,7 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
     ensemble: bool = False         # keep the people of all DDIM steps, not of the last alone
     nms: str = "official"          # against duplicates: official (distances of mixed axes), plain, none
     as_released: bool = False      # train as the released code: t = 0, Gaussian padding, no completion
-    init: str = "resnet50"         # start weights: resnet50, or a file of DiffusionRegPose or ED-Pose
+    init: str = "resnet50"         # start weights: resnet50, or a run or file of DiffusionRegPose or ED-Pose
     # denoising queries (DN-DETR, as ED-Pose has them)
     dn_queries: int = 100          # D, noisy ground-truth boxes per image; 0: none
     label_noise: float = 0.5       # fraction of them with a random label
@@ -1450,25 +1450,29 @@ def recognise(state: dict[str, Tensor]) -> tuple[str, int] | None:
     return "r50-crowdpose" if keypoints == 14 else "r50", keypoints
 
 
+KEYPOINT_ROWS = {r"^decoder\.keypoint_(content|size)\.": 0, r"^heatmaps\.head\.": 0}         # see carry_rows
+
+
 def load_init(model: DiffusionRegPose, source: str) -> None:
-    """Start weights by file or name: DiffusionRegPose (all), ED-Pose (all but 18 tensors), a ResNet-50.
-    A K-CA that was trained without `learned_share` moves keypoints all the way: its share is 1."""
-    path = Path(source) if Path(source).exists() else weights.fetch(source)
-    state = weights.load_tensors(path)
+    """Start weights by file or name: DiffusionRegPose (all, of any keypoints), ED-Pose (all but 18 tensors), a
+    ResNet-50. A K-CA that was trained without `learned_share` moves keypoints all the way: its share is 1."""
+    start, own = weights.read_start(source, "diffusionregpose"), model.state_dict()
+    state = start.state
     if "layer1.0.conv1.weight" in state:
         state = {f"backbone.0.body.{name}": x for name, x in state.items() if not name.startswith("fc.")}
-    state = convert_official(state, model.cfg)
-    groups = {r"num_batches_tracked$": "counts batches of another training",
-              r"^heatmaps\.": "of an auxiliary loss, which starts anew"}
+    state = state if start.run else convert_official(state, model.cfg)
+    optional = {r"num_batches_tracked$|^heatmaps\.": "frozen norms have none; of an auxiliary loss"}
     if all(name.startswith("backbone.") for name in state):
-        groups[r"^(?!backbone\.)"] = "not in a ResNet"
+        optional[r"^(?!backbone\.)"] = "not in a ResNet"
+    else:                                  # 14 keypoints have none, see Decoder; they have none of their own, either
+        optional[r"^decoder\.coarse_head\."] = "shared"
+        state |= {name: state[shared] for name in own if name not in state and
+                  (shared := name.replace("coarse_head", "pose_heads.0")) in state}
     if not any(re.match(NEW, name) for name in state):
-        groups[NEW] = "not in ED-Pose"
-    share = "decoder.kca_share"
-    if share in model.state_dict() and share not in state:
-        state[share] = torch.tensor(float("decoder.kca.value.weight" in state))
-    weights.load_strict(model, state, groups)
-    say(f"start weights from {path}: {len(state)} of {len(model.state_dict())} tensors")
+        optional[NEW] = "not in ED-Pose"
+    if "decoder.kca_share" in own.keys() - state.keys():
+        state["decoder.kca_share"] = torch.tensor(float("decoder.kca.value.weight" in state))
+    weights.load_start(model, start, state, KEYPOINT_ROWS, optional)
 
 
 def nms(keypoints: np.ndarray, scores: np.ndarray, size_px: tuple[int, int], kind: str) -> np.ndarray:

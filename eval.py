@@ -35,19 +35,18 @@ from tqdm import tqdm
 
 from common import draw, metrics, weights
 from common.boxes import DETECTED, NOBODY, Boxes, Found, boxes_of, detect, in_image, read_boxes, read_results, true_boxes, whole_image
-from common.cli import Parser, parse_numbers, resolve, run_main
+from common.cli import Parser, RunConfig, parse_numbers, resolve, run_main
 from common.datasets import PoseDataset
 from common.errors import UserError
 from common.ranks import Ranks, init_ranks, pick_device, rank_zero_first
 from common.records import Prediction, load_image
 from common.run import make_folder, new_folder
 from common.skeletons import Skeleton
-from common.splits import default_splits, open_dataset
+from common.splits import default_splits, has_split, open_dataset, split_off
 from common.video import Drawing, Shot, find_pictures, in_groups, save_pictures, shots, whole
-from common.weights import read_own
+from common.weights import SKELETON_OF, checkpoint_in, read_own
 
 METHODS = ("detrpose", "diffusionregpose", "querypose", "diffusionpose", "sdpose")
-SKELETON_OF = {17: "coco", 14: "crowdpose", 15: "posetrack", 133: "wholebody"}       # of weights alone, by keypoints
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -60,10 +59,7 @@ def load_model(source: str, method: str, preset: str) -> tuple[ModuleType, nn.Mo
 
     Raises UserError when there is no such file or name, when it cannot be read, or when no method has such tensors.
     """
-    path = Path(source)
-    release = any((path / part).is_dir() for part in ("unet", "vae", "decoder"))
-    if path.is_dir() and not release:
-        path = next((path / name for name in ("best.pt", "last.pt") if (path / name).exists()), path / "best.pt")
+    path = checkpoint_in(Path(source))
     if not path.exists():
         if path.suffix:
             raise UserError(f"there is no checkpoint {path}")
@@ -86,9 +82,7 @@ def from_run(saved: dict, method: str, preset: str, path: Path) -> tuple[ModuleT
     module = importlib.import_module(saved["method"])
     config = resolve(module.Config(), **saved["config"])        # as --resume does: a field younger than the run is off
     model = module.build(saved["preset"], saved["skeleton"], **vars(config))
-    ema = saved.get("ema", {})
-    average = {name[len("module."):]: value for name, value in ema.items() if name.startswith("module.")}
-    weights.load_strict(model, average or saved["model"], {})
+    weights.load_strict(model, weights.trained_tensors(saved), {})
     return module, model, saved["config"]["data"]
 
 
@@ -288,11 +282,17 @@ def boxes_in_data(pose: Pose, data: PoseDataset, args: argparse.Namespace, ranks
     return true_boxes(data)
 
 
-def evaluate_dataset(pose: Pose, model: nn.Module, args: argparse.Namespace, ranks: Ranks) -> None:
-    """Print the table of metrics, errors per keypoint and images per second; write them and results.json."""
+def evaluate_dataset(pose: Pose, model: nn.Module, args: argparse.Namespace, ranks: Ranks, trained: RunConfig) -> None:
+    """Print the table of metrics, errors per keypoint and images per second; write them and results.json.
+
+    trained: the run's own config. If it held pictures out of the training split, these are what is evaluated.
+    """
+    split = args.split or default_splits(args.data)[1]
     with rank_zero_first(ranks):
-        data = open_dataset(args.data, args.split or default_splits(args.data)[1], pose.skeleton,
-                            parse_numbers(args.sigmas), args.category)
+        if trained.val_share and args.data == trained.data and not (args.split or has_split(args.data, split)):
+            data = split_off(trained, pose.skeleton)[1]
+        else:
+            data = open_dataset(args.data, split, pose.skeleton, parse_numbers(args.sigmas), args.category)
     if ranks.rank == 0:
         print(data.report())
         out = folder_for(args)                  # before the work, not after it
@@ -439,7 +439,7 @@ def main() -> None:
         raise UserError(f"{module.__name__} finds people by itself: leave --boxes and --detector out")
     if args.boxes and args.detector:
         raise UserError("--boxes and --detector both say where people are: give one of them")
-    model = with_settings(module, model, args.set).to(ranks.device).eval()
+    trained, model = model.cfg, with_settings(module, model, args.set).to(ranks.device).eval()
     with rank_zero_first(ranks):                # it fetches
         detector = load_detector(args.detector, str(ranks.device), DETECTED) if args.detector else None
     pose = Pose(module, model, args.threshold, detector)
@@ -450,7 +450,7 @@ def main() -> None:
     args.data = args.data or trained_for
     if not args.data:
         raise UserError("these weights do not say what to evaluate them on: add --data FOLDER, or --images PICTURE")
-    evaluate_dataset(pose, model, args, ranks)
+    evaluate_dataset(pose, model, args, ranks, trained)
 
 
 if __name__ == "__main__":

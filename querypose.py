@@ -30,6 +30,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -96,7 +97,7 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
     update: str = "sim"            # how part queries go from stage to stage: sim, sum, concat, none (Table 2a)
     part_dim: int = 128            # D, channels of a part query (Table 2c)
     scheme: str = "c"              # parts (Fig. 4, Table 2d): a keypoints, b head in one, c seven, d five
-    init: str = "resnet50"         # start weights: file or name; QueryPose, or a ResNet, HRNet or Swin
+    init: str = "resnet50"         # start weights: run, file or name; QueryPose, or a ResNet, HRNet or Swin
     # optimisation (Sec. 4.1: AdamW, rates, batch, 280k steps over 57k images; the last three: release)
     epochs: int = 79               # passes over the training images; 40 are the 1× schedule of the ablations
     drop_epochs: str = "62,74"     # learning rate ×0.1 from each of these epochs on (220k, 260k); 1×: 31,37
@@ -514,8 +515,7 @@ class QueryPose(nn.Module):
         # what the first stage starts from: boxes (cx, cy, w, h in fractions of the image), Q_I and Q_P
         self.boxes = nn.Parameter(spread_boxes(cfg.queries) if cfg.spread else whole)
         self.queries = nn.Parameter(torch.randn(cfg.queries, cfg.dim))
-        everything = [list(range(skeleton.num_keypoints))]
-        parts = keypoint_parts(skeleton, cfg.scheme) if cfg.query == "part" else everything
+        parts = parts_of(skeleton, cfg)
         self.parts = nn.Parameter(torch.randn(len(parts), cfg.part_dim))
         box_stage, keypoint_stage = BoxStage(cfg), KeypointStage(cfg, parts)
         self.box_stages = nn.ModuleList(copy.deepcopy(box_stage) for _ in range(cfg.stages))
@@ -1459,19 +1459,58 @@ def backbone_names(state: dict[str, Tensor], resnet: bool) -> dict[str, Tensor]:
     return {prefix + name.removeprefix(prefix): value for name, value in state.items()}
 
 
+def parts_of(skeleton: Skeleton, cfg: Config) -> list[list[int]]:
+    return keypoint_parts(skeleton, cfg.scheme) if cfg.query == "part" else [list(range(skeleton.num_keypoints))]
+
+
 def load_init(model: QueryPose, source: str) -> None:
-    """Start weights by file or name: QueryPose (all), ResNet (torchvision's or detectron2's), HRNet, Swin."""
-    path = Path(source) if Path(source).exists() else weights.fetch(source)
-    state = weights.load_tensors(path)
-    lacking = {r"num_batches_tracked$": "counts batches of another training"}
-    if "part_query.weight" not in state:
-        state = backbone_names(state, isinstance(model.backbone, ResNet))
-    state = convert_official(state, model.cfg)
-    if not any(name.startswith("box_stages.") for name in state):
+    """Start weights by file or name: QueryPose (all, of any keypoints), ResNet (torchvision's or detectron2's),
+    HRNet, Swin."""
+    start = weights.read_start(source, "querypose")
+    state, lacking = start.state, {r"num_batches_tracked$": "frozen norms have none"}
+    if not start.run:
+        if "part_query.weight" not in state:
+            state = backbone_names(state, isinstance(model.backbone, ResNet))
+        state = convert_official(state, model.cfg)
+    if "parts" not in state:
         lacking |= {f"^{re.escape(name)}$": "not in a backbone's file" for name in model.state_dict()
                     if name not in state and re.search(LACKING, name)}
-    weights.load_strict(model, state, lacking)
-    say(f"start weights from {path}: {len(state)} of {len(model.state_dict())} tensors")
+        return weights.load_start(model, start, state, {}, lacking)
+    first = [value for name, value in state.items() if re.match(r"keypoint_stages\.0\.heads\.\d+\.sigmas\.bias", name)]
+    theirs, cfg = start.skeleton(sum(map(len, first)) // 2, model.skeleton), model.cfg
+    cfg = resolve(Config(), **start.run["config"]) if start.run else cfg
+    rows = weights.start_rows(theirs, model)
+    state = carry_parts(state, model.state_dict(), parts_of(theirs, cfg), parts_of(model.skeleton, model.cfg), rows)
+    weights.fill_and_say(model, start, state, PART_ROWS | {PART_LAYER: 0}, lacking, rows)
+
+
+PART_LAYER = r"^(keypoint_stages\.\d\.(?:heads|residual)\.)(\d+)(\..*)$"                  # before, part, after
+PART_ROWS = {r"^parts$|^keypoint_stages\.\d\.look\.attention\.(weight|bias)$": 0}       # see carry_rows
+
+
+def carry_parts(state: dict[str, Tensor], own: dict[str, Tensor], theirs: list[list[int]], ours: list[list[int]],
+                rows: list[int]) -> dict[str, Tensor]:
+    """`carry_rows` for parts: one of ours is that of theirs which has most of its keypoints; of heads, a keypoint's
+    two rows come from whichever part has it there."""
+    place = {k: (part, i) for part, members in enumerate(theirs) for i, k in enumerate(members)}
+    found = [[place[rows[k]] for k in members if rows[k] >= 0] for members in ours]
+    like = [Counter(part for part, _ in places).most_common(1)[0][0] if places else -1 for places in found]
+    carried = {name: value for name, value in state.items() if not re.match(PART_LAYER, name)}
+    carried = weights.carry_rows(carried, own, PART_ROWS, like, len(theirs))
+    for name in filter(re.compile(PART_LAYER).match, own):
+        before, part, after = re.match(PART_LAYER, name).groups()
+        pieces, blocks = [f"{before}{i}{after}" for i in range(len(theirs))], own[name].clone()
+        if not all(piece in state and state[piece].shape[1:] == blocks.shape[1:] for piece in pieces):
+            continue                                            # strict loading will name it
+        if ".residual." in name:
+            blocks = state[pieces[like[int(part)]]] if like[int(part)] >= 0 else blocks
+        else:
+            for i, k in enumerate(ours[int(part)]):
+                if rows[k] >= 0:
+                    there, j = place[rows[k]]
+                    blocks[2 * i:2 * i + 2] = state[pieces[there]][2 * j:2 * j + 2]
+        carried[name] = blocks
+    return carried
 
 
 # Pictures: where the parts of a person look (Fig. 5 and 6), and how sure its joints are.

@@ -100,7 +100,7 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
     width: int = 768               # of a person's crop, pixels (Sec. 5.1)
     keypoints: str = ""            # keypoint set, e.g. wholebody for 133; none: that of the data
     tap: int = 3                   # up block that the head reads (Sec. 4.1): 3, the last; 2 for 133 keypoints
-    init: str = "stable-diffusion-2-base"  # start weights: folder of SD 2 or of a release, or its name; "": none
+    init: str = "stable-diffusion-2-base"  # start weights: folder of SD 2 or a release, its name, a run; "": none
     init_parts: str = "all"        # of them: all; vae: VAE and text alone, no prior for the U-Net (Table 4)
     # objective (Sec. 4.3; sigma and the clean target are the release's)
     pose_weight: float = 1.0       # of the heatmap loss
@@ -123,7 +123,7 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
     flip_test: bool = True         # average with the heatmaps of the mirrored crop
     sample: bool = False           # latents are samples of the posterior, by seed and box, not its mean
     # aids to learn from nothing and in little time: ours, not the paper's; its presets do without them
-    vae_along: bool = False        # a random VAE's encoder learns with the pose branch
+    vae_along: bool = False        # the encoder of a random VAE learns with the pose branch
     cache_views: int = 0           # encode so many augmented views of a person once; 0: new ones at each step
     people: int = 0                # learn from so many people, drawn once; 0: from all
     schedule: str = "constant"     # constant or cosine
@@ -143,9 +143,8 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
             check_range(self, low, high, names)
         if self.batch % self.accum:
             raise UserError(f"--batch {self.batch} does not split into {self.accum} micro-batches (--accum)")
-        if self.vae_along and (self.init or self.cache_views):
-            raise UserError("--vae_along is for a random VAE, whose latents change as it learns: leave out "
-                            "--init and --cache_views")
+        if self.vae_along and self.cache_views:
+            raise UserError("--vae_along changes the latents as it learns: leave out --cache_views")
         if self.init_parts != "all" and not self.init:
             raise UserError(f"--init_parts {self.init_parts} takes a part of --init: name a folder or a "
                             "release there")
@@ -730,6 +729,8 @@ def training_latents(model: SDPose, crops: Tensor) -> tuple[Tensor, Tensor]:
 def train(cfg: Config, args) -> None:
     """Train, evaluate, keep all in the run folder. Runs alone or under torchrun; Ctrl-C saves and leaves."""
     ranks = init_ranks(args.device, cfg)
+    if cfg.vae_along and cfg.init and not (args.saved or weights.checkpoint_in(Path(cfg.init)).is_file()):
+        raise UserError("--vae_along is for a random VAE, or that of a run: leave out --init, or add --no-vae_along")
     data, held_out = open_splits(cfg, ranks, cfg.keypoints or None)
     seed_all(cfg.seed)                                              # equal start weights on every process
     model = SDPose(cfg, data.skeleton)
@@ -1322,27 +1323,23 @@ def convert_official(state: dict[str, Tensor], config: Config) -> dict[str, Tens
 
 
 def load_init(model: SDPose, source: str, parts: str = "all") -> None:
-    """Start weights from a folder of Stable Diffusion 2 or of a release, or by a release's name.
+    """Start weights from a folder of Stable Diffusion 2 or of a release, by a release's name, or from a run with
+    the VAE that its file carries.
 
-    Stable Diffusion has neither task embedding nor head, a release for other keypoints has no head: these
-    stay random; with parts="vae" the U-Net and the head do in any case. Raises UserError for tensors that
-    do not fit.
+    Stable Diffusion has neither task embedding nor head: these stay random; with parts="vae" the U-Net and the
+    head do in any case. Raises UserError for tensors that do not fit.
     """
-    release = weights.RELEASES.get(source)
-    if not Path(source).is_dir() and (release is None or release.method != "sdpose"):
+    path, release = weights.checkpoint_in(Path(source)), weights.RELEASES.get(source)
+    if not path.exists() and (release is None or release.method != "sdpose"):
         raise UserError(f"--init: there is no folder {source}: put Stable Diffusion 2 there (unet/, vae/, "
-                        "text_encoder/), or name sdpose-body; --init '' starts from nothing")
-    folder = Path(source) if Path(source).is_dir() else weights.fetch(source)
-    state, own, last = read_release(folder, head=False), model.state_dict(), "decoder.final_layer.weight"
-    if last in state and state[last].shape != own[last].shape:
-        state = {name: value for name, value in state.items() if not name.startswith("decoder.")}
+                        "text_encoder/), or name sdpose-body or a run; --init '' starts from nothing")
+    start = weights.read_start(source, "sdpose")
+    state = convert_official(start.state or read_release(start.path, head=False), model.cfg)
     if parts == "vae":
         state = {name: value for name, value in state.items() if name.startswith(("vae.", "text"))}
     random = ["unet."] * (parts == "vae") or ["unet.class_embedding."]
     random = [part for part in (*random, "decoder.") if not any(name.startswith(part) for name in state)]
-    weights.load_strict(model, convert_official(state, model.cfg), {f"^{part}": "new" for part in random})
-    say(f"start weights from {folder}: {len(state)} of {len(own)} tensors"
-        f"{', random: ' if random else ''}{' and '.join(part + '*' for part in random)}")
+    weights.load_start(model, start, state, {r"^decoder\.final_layer\.": 0}, {f"^{part}": "new" for part in random})
 
 
 def read_release(folder: str | Path, head: bool = True) -> dict[str, Tensor]:

@@ -39,6 +39,8 @@ class RunConfig:
     data: str = "puppets"          # puppets (made on first use) or a dataset's folder, see data/README.md
     category: str = ""             # the category to learn, where several in the file have keypoints of their own
     sigmas: str = ""               # OKS sigmas of your own keypoints, e.g. 0.03,0.08,0.08
+    val_share: float = 0.0         # share of the training pictures to evaluate on, where there is no val split
+    fresh_head: bool = False       # of start weights (--init), start anew all that depends on the keypoints
     accum: int = 1                 # micro-batches per optimiser step
     amp: str = "no"                # no, bf16 or fp16 (old GPUs); a CPU always runs float32
     processes: int = 1             # training processes when there is no GPU and no torchrun
@@ -53,6 +55,7 @@ class RunConfig:
         check_choice(self, amp=AMP)
         check_range(self, 1, math.inf, "accum processes eval_every eval_batch patience")
         check_range(self, 0, math.inf, "workers seed")
+        check_range(self, 0, 0.9, "val_share")
         parse_numbers(self.sigmas)
 
 

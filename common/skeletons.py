@@ -87,6 +87,23 @@ def flip_from_names(names: Sequence[str]) -> tuple[int, ...] | None:
     return None if None in flip else tuple(flip)
 
 
+# Two sets call the same place otherwise: CrowdPose's head is the top of it, PoseTrack's head_bottom the neck.
+ALIASES = {("head",): ("head", "top"), ("bottom", "head"): ("neck",)}
+
+
+def rows_in(theirs: Sequence[str], ours: Sequence[str]) -> list[int]:
+    """Of each keypoint of ours the index of the same one among theirs, -1 where they have none.
+
+    Names agree when they have the same words: left_wrist, LeftWrist, wrist_l and l_wrist do.
+    """
+    def plain(name: str) -> tuple[str, ...]:
+        read = tuple(sorted({"l": "left", "r": "right"}.get(word, word) for word in words(name)))
+        return ALIASES.get(read, read)
+
+    index = {plain(name): k for k, name in reversed([*enumerate(theirs)]) if plain(name)}
+    return [index.get(plain(name), -1) for name in ours]
+
+
 # ---------------------------------------------------------------- the built-in sets
 
 def pairs(*parts: str) -> tuple[str, ...]:

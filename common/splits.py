@@ -5,14 +5,18 @@ Layouts  COCO, CrowdPose, Human-Art, COCO-OOD, COCO-WholeBody, PoseTrack, the em
 """
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from common import posetrack
 from common.cli import RunConfig, parse_numbers
 from common.datasets import PoseDataset
 from common.errors import UserError
-from common.ranks import Ranks, rank_zero_first
+from common.ranks import Ranks, rank_zero_first, say
 from common.skeletons import Skeleton, get_skeleton
 from data import puppets
 
@@ -109,12 +113,50 @@ def open_dataset(data: str, split: str, skeleton: str | dict | Skeleton | None =
     return dataset
 
 
+def has_split(data: str, split: str) -> bool:
+    return data == "puppets" or bool(find_layout(Path(data), split) or posetrack.find_posetrack(Path(data), split))
+
+
 def open_splits(config: RunConfig, ranks: Ranks, skeleton: str | None = None) -> tuple[PoseDataset, PoseDataset]:
     """What to train on and what to evaluate on, both with the keypoints of the former. Raises UserError."""
-    train, val = default_splits(config.data)
+    (train, val), sigmas = default_splits(config.data), parse_numbers(config.sigmas)
     with rank_zero_first(ranks):            # it makes the puppets
-        learned = open_dataset(config.data, train, skeleton, parse_numbers(config.sigmas), config.category)
+        if Path(config.data).is_dir() and not has_split(config.data, val):
+            if not config.val_share:
+                raise UserError(f"{config.data} has no annotation file for split '{val}': --val_share 0.1 holds out a tenth "
+                                "of the pictures for it; data/README.md says where a file of its own goes")
+            return split_off(config, skeleton)
+        if config.val_share:
+            say(f"{config.data} has a split '{val}' of its own: --val_share is not needed")
+        learned = open_dataset(config.data, train, skeleton, sigmas, config.category)
         return learned, open_dataset(config.data, val, learned.skeleton, category=config.category)
+
+
+def split_off(config: RunConfig, skeleton: str | dict | Skeleton | None = None) -> tuple[PoseDataset, PoseDataset]:
+    """The training data without `val_share` of its pictures, and these; drawn by `seed` from their sorted names.
+
+    Of a folder without a split 'train' it is the only JSON file there. Raises UserError.
+    """
+    folder, sigmas = Path(config.data), parse_numbers(config.sigmas)
+    there = [*folder.glob("*.json"), *folder.glob("annotations/*.json")]
+    if len(there) == 1 and not has_split(config.data, "train"):
+        folders = [folder / "images", there[0].parent, folder]
+        data = PoseDataset("custom", there[0].stem, there, folders, skeleton, sigmas, config.category, folder)
+    else:
+        data = open_dataset(config.data, "train", skeleton, sigmas, config.category)
+    if isinstance(data, posetrack.PoseTrackDataset):
+        raise UserError("--val_share would hold out single frames of videos, whose neighbours are learned: put some of the "
+                        "videos into a split 'val'")
+    names = np.array([data.file_names[n] for n in data.rows])
+    known = np.unique(names)                # ids may share a picture
+    chosen = np.random.default_rng(config.seed).permutation(known)[:max(1, round(config.val_share * len(known)))]
+    if len(chosen) == len(known):
+        raise UserError(f"{config.data} has {len(known)} pictures: --val_share {config.val_share:g} leaves none to train on")
+    held, parts = np.isin(names, chosen), (copy.copy(data), copy.copy(data))
+    for part, rows, split in zip(parts, (data.rows[~held], data.rows[held]), ("train", "val")):
+        part.rows, part.split, part.bad = rows, f"{data.split} ({len(rows)} pictures of it for {split})", Counter()
+    say(f"--val_share {config.val_share:g}: {held.sum()} of {len(held)} pictures are held out, drawn with --seed {config.seed}")
+    return parts
 
 
 def open_crowd(skeleton: Skeleton, ranks: Ranks) -> PoseDataset:

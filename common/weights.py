@@ -33,6 +33,8 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from tqdm import tqdm
 
 from common.errors import UserError
+from common.ranks import say
+from common.skeletons import Skeleton, get_skeleton, rows_in
 
 
 # ---------------------------------------------------------------------- what can be asked for by name
@@ -461,6 +463,129 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], ignored: dict[str, s
             f"{len(keys)} {kind}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
             for kind, keys in offenders.items() if keys))
     model.load_state_dict(theirs, strict=False)            # not strict: the ignored names are absent
+
+
+# ---------------------------------------------------------------------- start weights, whatever their keypoints
+SKELETON_OF = {17: "coco", 14: "crowdpose", 15: "posetrack", 133: "wholebody"}       # of weights alone, by keypoints
+
+
+@dataclass(frozen=True)
+class Start:
+    """What --init names: tensors, and of a run of ours what its checkpoint says beside them."""
+    path: Path
+    state: dict[str, Tensor]
+    run: dict
+
+    def skeleton(self, count: int, ours: Skeleton) -> Skeleton:
+        """Whose keypoints these are. count: how many, of released weights, which do not name them. Raises UserError."""
+        if self.run:
+            return get_skeleton(self.run["skeleton"])
+        if count not in SKELETON_OF and count != ours.num_keypoints:
+            raise UserError(f"{self.path} has {count} keypoints; released weights have {sorted(SKELETON_OF)}")
+        return get_skeleton(SKELETON_OF.get(count, ours))
+
+
+def checkpoint_in(path: Path) -> Path:
+    """Of a run's folder best.pt, else last.pt; a file, and the folder of a release, as they are."""
+    if not path.is_dir() or any((path / part).is_dir() for part in ("unet", "vae", "decoder")):
+        return path
+    return next((path / name for name in ("best.pt", "last.pt") if (path / name).exists()), path / "best.pt")
+
+
+def trained_tensors(run: dict) -> dict[str, Tensor]:
+    """Of a checkpoint of ours what is evaluated: the average of the weights, if it has one, else the weights."""
+    average = {name[len("module."):]: value for name, value in run.get("ema", {}).items() if name.startswith("module.")}
+    return average or run["model"]
+
+
+def read_start(source: str, method: str) -> Start:
+    """A run of ours (folder or file), a released file or name; of a release's folder the path alone. Raises UserError."""
+    path = checkpoint_in(Path(source))
+    path = path if path.exists() else fetch(source)
+    run = None if path.is_dir() else read_own(path)
+    if run is None:
+        return Start(path, {} if path.is_dir() else load_tensors(path), {})
+    if run["method"] != method:
+        raise UserError(f"--init {source} is a run of {run['method']}: {method} starts from a run of its own")
+    return Start(path, trained_tensors(run), run)
+
+
+def carry_rows(state: dict[str, Tensor], own: dict[str, Tensor], table: dict[str, int], rows: list[int],
+               count: int) -> dict[str, Tensor]:
+    """The state, of whose tensors that depend on keypoints each block is put where our keypoint of its name is.
+
+    table: pattern of names -> the dimension that consists of equal blocks, one for each keypoint, in their order
+    rows: of each of our keypoints the number of theirs, of `count`; with -1 its block stays what it is in `own`
+    """
+    carried, known = dict(state), [k for k, row in enumerate(rows) if row >= 0]
+    for name in state.keys() & own.keys():
+        dim = next((dim for pattern, dim in table.items() if re.search(pattern, name)), None)
+        if dim is None or state[name].shape[dim] % count:
+            continue
+        theirs, ours = (x.unflatten(dim, (n, -1)).movedim(dim, 0) for x, n in
+                        ((state[name], count), (own[name].clone(), len(rows))))
+        if theirs.shape[1:] == ours.shape[1:]:                  # else strict loading will name it
+            ours[known] = theirs[[rows[k] for k in known]].to(ours)
+            carried[name] = ours.movedim(0, dim).flatten(dim, dim + 1)
+    return carried
+
+
+def load_start(model: nn.Module, start: Start, state: dict[str, Tensor], table: dict[str, int], optional: dict[str, str]
+               ) -> None:
+    """Fill a model of any keypoint set from start weights under our names, and say what came from where.
+
+    table: as for `carry_rows`; optional: as `ignored` of `load_strict`, for tensors that one side alone has.
+    Raises UserError where tensors that do not depend on keypoints do not fit.
+    """
+    own, ours, rows = model.state_dict(), model.skeleton, None
+    sizes = [(state[name].shape[dim], own[name].shape[dim]) for pattern, dim in table.items() for name in state
+             if name in own and re.search(pattern, name)]
+    if sizes:
+        theirs = start.skeleton(sizes[0][0] * ours.num_keypoints // sizes[0][1], ours)
+        rows = start_rows(theirs, model)
+        state = carry_rows(state, own, table, rows, theirs.num_keypoints)
+    fill_and_say(model, start, state, table, optional, rows)
+
+
+def start_rows(theirs: Skeleton, model: nn.Module) -> list[int]:
+    """Of each keypoint of the model the index of the same one in the start weights; -1: none, or --fresh_head."""
+    names = model.skeleton.keypoints
+    return [-1] * len(names) if model.cfg.fresh_head else rows_in(theirs.keypoints, names)
+
+
+def fill_and_say(model: nn.Module, start: Start, state: dict[str, Tensor], table: dict[str, int],
+                 optional: dict[str, str], rows: list[int] | None) -> None:
+    """The second half of `load_start`: state has our shapes; rows: see `start_rows`, None without keypoints."""
+    own, names = model.state_dict(), model.skeleton.keypoints
+    alone = [name for name in state.keys() ^ own.keys() if any(re.search(pattern, name) for pattern in optional)]
+    try:
+        load_strict(model, state, {f"^{re.escape(name)}$": "one side alone has it" for name in alone})
+    except UserError as error:
+        preset = f" (of preset {start.run['preset']})" if start.run else ""
+        raise UserError(f"{start.path}{preset}: {error}") from None
+    learned = {name for name in own if own[name].is_floating_point()}
+    mapped = {name for name in learned & state.keys() if any(re.search(pattern, name) for pattern in table)}
+    whole = rows is None or rows == list(range(len(rows)))
+    lost = learned - state.keys() | (mapped if rows and max(rows) < 0 else set())
+    mapped = set() if whole else mapped - lost
+    found, missing = ([name for name, row in zip(names, rows or ()) if (row >= 0) == known] for known in (True, False))
+    say(f"start weights from {start.path}: {len(state)} of {len(own)} tensors\n"
+        f"  carried over {len(learned - lost - mapped):>6}\n"
+        f"  mapped       {len(mapped):>6}{f'  the rows of {some(found)}' if mapped else ''}\n"
+        f"  new          {len(lost):>6}{'  ' + some(prefixes(lost, learned - lost)) if lost else ''}"
+        f"{f'  the rows of {some(missing)}' if mapped and missing else ''}")
+
+
+def some(names: list[str], most: int = 20) -> str:
+    return ", ".join(names[:most]) + f", and {len(names) - most} more" * (len(names) > most)
+
+
+def prefixes(names: set[str], others: set[str]) -> list[str]:
+    """The fewest prefixes that are of these names alone, as `decoder.*`."""
+    taken = {name[:end.start()] for name in others for end in re.finditer(r"\.|$", name)}
+    found = (next(name[:end.start()] + ".*" * (end.start() < len(name)) for end in re.finditer(r"\.|$", name)
+                  if name[:end.start()] not in taken) for name in sorted(names))
+    return [*dict.fromkeys(found)]
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -1,4 +1,5 @@
 """SDPose's crops, codec, losses, evaluation and training, against the released code's numbers and by themselves."""
+import argparse
 import importlib
 import json
 import math
@@ -587,10 +588,16 @@ def test_without_the_rgb_branch_nothing_behind_the_tap_learns():
 
 @pytest.mark.parametrize("words, says", [
     ("--target mean", "choose from"), ("--scaling 1.5", "0.9"), ("--batch 7 --accum 2", "does not split"),
-    ("--init some", "leave out --init")])
+    ("--cache_views 2", "leave out --cache_views")])
 def test_flags_that_no_run_could_use_are_one_line(words, says):
     with pytest.raises(UserError, match=says):
         parse(sd.Config, sd.PRESETS, "", words.split())
+
+
+def test_a_vae_that_learns_along_is_not_that_of_stable_diffusion():
+    args = argparse.Namespace(device="cpu", saved=None)
+    with pytest.raises(UserError, match="leave out --init"):
+        sd.train(resolve(sd.PRESETS["tiny"], init="some"), args)
 
 
 # ------------------------------------------------------------------------------------------ eval.py
