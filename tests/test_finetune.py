@@ -10,13 +10,13 @@ from functools import partial
 import pytest
 import torch
 
-from common.cli import resolve
+from common.cli import parse, resolve
 from common.errors import UserError
 from common.ranks import init_ranks
 from common.skeletons import COCO, SKELETONS, rows_in, skeleton_from_category
 from common.splits import open_splits, split_off
 from common.weights import read_start, save_checkpoint
-from tests.helpers import assert_equal
+from tests.helpers import TINY, assert_equal
 
 SMALL = dict(
     detrpose=dict(size=64, levels=1, dim=32, heads=4, layers=2, decoder_ffn=32, encoder_ffn=32, queries=6, dn_queries=2),
@@ -252,3 +252,34 @@ def test_without_a_share_a_missing_val_split_says_what_helps(one_file):
 def test_a_split_of_its_own_is_taken_before_the_share(puppets_folder, capsys):
     train, val = open_splits(config_of(puppets_folder, val_share=0.5), init_ranks("cpu"))
     assert len(train) == 24 and len(val) == 8 and "--val_share is not needed" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- the command line
+
+def test_a_run_starts_another_on_own_keypoints_and_eval_takes_the_pictures_held_out(one_file, tmp_path, monkeypatch, capsys):
+    def command(module: str, *words: str) -> str:
+        monkeypatch.setattr("sys.argv", [module, *words])
+        capsys.readouterr()
+        importlib.import_module(module).main()
+        return capsys.readouterr().out
+
+    flags = ["--train", "--data", str(one_file), "--val_share", "0.25", "--epochs", "1", "--batch", "6", *TINY]
+    command("detrpose", *flags, "--out", str(tmp_path / "first"))
+    content = json.loads((one_file / "export.json").read_text())
+    content["categories"][0].update(keypoints=EIGHT, skeleton=[])
+    for person in content["annotations"]:
+        person["keypoints"] = person["keypoints"][:24]
+    (one_file / "export.json").write_text(json.dumps(content))
+    said = command("detrpose", *flags, "--init", str(tmp_path / "first"), "--out", str(tmp_path / "second"))
+    assert f"start weights from {tmp_path / 'first' / 'best.pt'}" in said and "the rows of neck, head_top" in said
+    said = command("eval", str(tmp_path / "second"), "--out", str(tmp_path / "table"))
+    assert "6 pictures of it for val" in said and "6 images in" in said
+
+
+def test_five_presets_take_a_run_as_start_without_further_flags(tmp_path):
+    """--init is the only flag that the command line needs; that of SDPose keeps the VAE of the file learning."""
+    for method in METHODS:
+        module = importlib.import_module(method)
+        config, _ = parse(module.Config, module.PRESETS, "", ["--init", str(tmp_path / "run")])
+        assert config.init == str(tmp_path / "run")
+    assert config.vae_along
