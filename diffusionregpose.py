@@ -2,7 +2,7 @@
 
 Idea     ED-Pose finds people in two stages: decoder layers detect boxes, then further layers refine the best
          boxes together with K keypoints in each. Here diffusion comes between the stages: in training the
-         ground-truth poses, noised; at inference noise itself. Two small attentions, K-SA and K-CA, let the
+         ground-truth poses, noised; at inference, to begin with, noise. Two small attentions, K-SA and K-CA, let the
          noisy points move the first keypoints of each person; the second stage makes clean poses of them.
 Flow     image (B,3,H,W) → ResNet-50 → maps of stride 8, 16, 32, 64 → Encoder ×6, told the time t →
          memory (B,N,C) → QuerySelection: the Q best cells → boxes (B,Q,4) → 2 decoder layers → the G best
@@ -88,8 +88,8 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
     layers: int = 6                # layers of the decoder
     box_layers: int = 2            # of these, layers that see boxes alone; the others see keypoints, too
     box_queries: int = 900         # Q, cells of the memory that become box queries
-    queries: int = 100             # G, the paper's N_i (Table 5): people and noisy poses; K-SA depends on it
-    coarse_head: str = "released"  # first keypoints' head: own, shared (pose_heads[0]), released (14: shared)
+    queries: int = 100             # G, the paper's N_i (Table 5): people and noisy poses; K-SA, K-CA depend on it
+    coarse_head: str = "released"  # first keypoints' head: own, shared (pose_heads[0]), released (K = 14: shared)
     # diffusion (Sec. 3.2)
     ksa_kca: bool = True           # noise enters the decoder, t the encoder; off: ED-Pose (Tables 1 and 2)
     scale: float = 6.0             # ζ of eq. 4, signal against noise (Table 3; the paper takes 5)
@@ -333,7 +333,7 @@ def attention_mask(group: Tensor | None, num_boxes: int, keypoints: int, device:
 
 def attention_rule(group: Tensor | None, num_boxes: int, keypoints: int, device: torch.device) -> AttentionRule:
     """Attention under the mask; where no query is a denoising one, as at inference, its fast form."""
-    if group is None and not plain():      # 99 % of the mask with keypoints is ✗
+    if group is None and not plain():      # plain: POSE_KERNELS asks for formulas. 99 % of the mask is ✗
         return partial(attend_in_blocks, num_boxes=num_boxes)
     mask = attention_mask(group, num_boxes, keypoints, device)
     return partial(F.scaled_dot_product_attention, attn_mask=mask[:, None])
@@ -401,11 +401,10 @@ class Decoder(nn.Module):
              around them a layer reads the image.
     Learns   Every layer reads the image around a detached reference, and the reference that it hands on starts
              from a detached one. Its prediction starts from the reference with its gradient, so that the loss
-             of layer l also trains head l−1 (DINO's "look forward twice"): through tokens a loss goes all the
-             way back, through coordinates one layer. K-SA and K-CA therefore learn from two terms alone: L1 and
-             OKS of the first keypoint layer, an auxiliary loss; later layers see cKpts detached. Widths and
-             heights of keypoints are in no prediction: `size_head` and `keypoint_size` never learn, in the
-             release neither.
+             of layer l also trains head l−1 (DINO's "look forward twice"): through tokens a loss goes back to
+             layer 0, through coordinates one layer. So K-SA and K-CA learn from two terms alone: L1 and OKS of
+             the first keypoint layer, an auxiliary loss; later layers see cKpts detached. Widths and heights of
+             keypoints are in no prediction: `size_head` and `keypoint_size` only decay, as in the release.
     """
 
     def __init__(self, cfg: Config, keypoints: int):
@@ -567,7 +566,7 @@ class DiffusionRegPose(nn.Module):
         position = position + self.level_embed.repeat_interleave(cells, 0, output_size=memory.shape[1])
         for layer in self.encoder:
             memory = layer(memory, position, grid)                                      # F of eq. 6
-        content, proposals = self.selection(memory, grid)                               # proposals: an Output
+        content, proposals = self.selection(memory, grid)       # the chosen cells: features detached; an Output
         reference, group, dn = proposals.boxes.detach(), None, 0
         if denoising:
             content = torch.cat([denoising.content, content], 1)
@@ -687,7 +686,7 @@ def criterion(result: dict, people: list[People], sigmas: Tensor, score_weight: 
     Per person, for every layer (_0, _1, ..., the last without suffix) and the selected cells (_interm):
     2·focal + 5·L1 + 2·(1 − GIoU) and, where there are poses, 10·Σ v|Δ| + 4·(1 − OKS). Denoising queries, dn_:
     0.3·focal + 2.5·L1 + (1 − GIoU), divided by D and, as released, summed over images; hence × `pieces`, the
-    micro-batches × processes over which `train` averages. No pairs give 0 with a zero gradient.
+    micro-batches × processes over which `train` averages. Without pairs all but `ce` are 0, with a zero gradient.
     Departs from the paper: it has focal, L1 of boxes, L1 of keypoints; weights and the rest are the release's.
     """
     everybody, outputs = gather_people(people), result["outputs"]
@@ -1072,7 +1071,7 @@ TABLES = {
 # eq. 4, signal: ζ y_0 | ζ (2 y_0 − 1), y_t clamped and mapped to the image | release | weights
 # Sec. 3.2.1, t in training: – | drawn, then overwritten with 0 | uniform, or --as_released | inference starts
 #     at t = 999, which t = 0 never shows
-# Sec. 3.2.1, padding: empty poses, signal 0 | Gaussian poses | empty, signal −ζ; --padding, --as_released | eq. 4
+# Sec. 3.2.1, padding: empty poses, signal 0 | Gaussian poses | empty, signal −ζ; --padding, --as_released | eq. 4's departure
 # Table 4, mean pose: whose, and how wide, is not said | – | the batch's, the image 6 deviations wide | –
 # eq. 5, eq. 7, MLPs: yes | one linear layer each, logits times √n | release | weights
 # coarse keypoints' head: – | its own; 14 keypoints: the first pose head | the preset's coarse_head | weights
@@ -1096,7 +1095,7 @@ TABLES = {
 # results: – | the best G of 2·G class scores; 0.731 per keypoint | all G by class 1; 1 | class 0 is never trained
 # selected cells: – | padding competes for the Q queries | chosen last | boxes depended on the batch
 # NMS: – | by poses; keeps the first too often, gives kept poses the scores of others | by poses, all keep
-#     their own score; --nms none | thresholds were tuned with it
+#     their own score, x and y mixed up in `official`, see nms; --nms none | the release's thresholds fit it
 # Sec. 4.2, ×0.1: epoch 30 on COCO, 65 on CrowdPose | 31 and 61 on both | release, or --drop_epochs | recipe
 # Sec. 4.2, start weights: – | ED-Pose | ImageNet's ResNet-50; --init takes ED-Pose | a common start
 # micro-batches: – | none | averaged, each divided by its own people: --accum 2 is not exactly the gradient of
