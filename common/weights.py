@@ -19,6 +19,7 @@ import sys
 import time
 import uuid
 import zipfile
+from collections import Counter
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -530,27 +531,56 @@ def carry_rows(state: dict[str, Tensor], own: dict[str, Tensor], table: dict[str
     return carried
 
 
-def load_start(model: nn.Module, start: Start, state: dict[str, Tensor], table: dict[str, int], optional: dict[str, str]
-               ) -> None:
+def carry_groups(state: dict[str, Tensor], own: dict[str, Tensor], table: dict[str, int], layers: dict[str, int],
+                 theirs: list[list[int]], ours: list[list[int]], rows: list[int]) -> dict[str, Tensor]:
+    """`carry_rows` where keypoints are in groups that have layers of their own.
+
+    A group of ours is that of theirs which has most of its keypoints; a keypoint comes from whichever group has it.
+    table: blocks of groups, as for `carry_rows`;  theirs, ours: the keypoints of each group
+    layers: pattern of a group's own layers, (before)(group)(after) -> rows of each keypoint, 0: they are the group's
+    """
+    place = {k: (group, i) for group, members in enumerate(theirs) for i, k in enumerate(members)}
+    found = [[place[rows[k]][0] for k in members if rows[k] >= 0] for members in ours]
+    like = [Counter(groups).most_common(1)[0][0] if groups else -1 for groups in found]
+    carried = carry_rows(state, own, table, like, len(theirs))
+    for pattern, size in layers.items():
+        carried = {name: value for name, value in carried.items() if not re.match(pattern, name)}
+        for name in filter(re.compile(pattern).match, own):
+            before, group, after = re.match(pattern, name).groups()
+            pieces, value = [state.get(f"{before}{i}{after}") for i in range(len(theirs))], own[name].clone()
+            if any(piece is None or piece.shape[1:] != value.shape[1:] for piece in pieces):
+                continue                                        # strict loading will name it
+            if size == 0 and like[int(group)] >= 0:
+                value = pieces[like[int(group)]]
+            for i, k in enumerate(ours[int(group)] if size else ()):
+                if rows[k] >= 0:
+                    there, j = place[rows[k]]
+                    value[size * i:size * (i + 1)] = pieces[there][size * j:size * (j + 1)]
+            carried[name] = value
+    return carried
+
+
+def load_start(model: nn.Module, start: Start, state: dict[str, Tensor], table: dict[str, int],
+               optional: dict[str, str]) -> None:
     """Fill a model of any keypoint set from start weights under our names, and say what came from where.
 
     table: as for `carry_rows`; optional: as `ignored` of `load_strict`, for tensors that one side alone has.
     Raises UserError where tensors that do not depend on keypoints do not fit.
     """
-    own, ours, rows = model.state_dict(), model.skeleton, None
+    own, rows = model.state_dict(), None
     sizes = [(state[name].shape[dim], own[name].shape[dim]) for pattern, dim in table.items() for name in state
              if name in own and re.search(pattern, name)]
     if sizes:
-        theirs = start.skeleton(sizes[0][0] * ours.num_keypoints // sizes[0][1], ours)
-        rows = start_rows(theirs, model)
+        theirs, rows = start_rows(start, sizes[0][0] * model.skeleton.num_keypoints // sizes[0][1], model)
         state = carry_rows(state, own, table, rows, theirs.num_keypoints)
     fill_and_say(model, start, state, table, optional, rows)
 
 
-def start_rows(theirs: Skeleton, model: nn.Module) -> list[int]:
-    """Of each keypoint of the model the index of the same one in the start weights; -1: none, or --fresh_head."""
-    names = model.skeleton.keypoints
-    return [-1] * len(names) if model.cfg.fresh_head else rows_in(theirs.keypoints, names)
+def start_rows(start: Start, count: int, model: nn.Module) -> tuple[Skeleton, list[int]]:
+    """The keypoints of the start weights, `count` of them, and of each of the model's which of these it is; -1: none,
+    or --fresh_head. Raises UserError."""
+    theirs, names = start.skeleton(count, model.skeleton), model.skeleton.keypoints
+    return theirs, [-1] * len(names) if model.cfg.fresh_head else rows_in(theirs.keypoints, names)
 
 
 def fill_and_say(model: nn.Module, start: Start, state: dict[str, Tensor], table: dict[str, int],

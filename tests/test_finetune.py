@@ -76,8 +76,8 @@ def rows(method: str, state: dict, skeleton) -> dict[str, list[torch.Tensor]]:
 
 def shared_names(module) -> list[str]:
     """Patterns of the names that depend on keypoints, from the file itself."""
-    tables = [getattr(module, name, {}) for name in ("KEYPOINT_ROWS", "JOINT_ROWS", "PART_ROWS")]
-    return [*(pattern for table in tables for pattern in table), getattr(module, "PART_LAYER", "^decoder.final_layer")]
+    tables = [getattr(module, name, {}) for name in ("KEYPOINT_ROWS", "JOINT_ROWS", "PART_ROWS", "PART_LAYERS")]
+    return [*(pattern for table in tables for pattern in table), "^decoder.final_layer"]
 
 
 @pytest.mark.parametrize("method", METHODS)
