@@ -283,3 +283,14 @@ def test_five_presets_take_a_run_as_start_without_further_flags(tmp_path):
         config, _ = parse(module.Config, module.PRESETS, "", ["--init", str(tmp_path / "run")])
         assert config.init == str(tmp_path / "run")
     assert config.vae_along
+
+
+def test_the_first_pose_head_of_diffusionregpose_is_shared_by_14_keypoints_alone(tmp_path):
+    """As released, models of 14 keypoints have no coarse head: it starts as the first pose head, or is left out."""
+    module, shared = build("diffusionregpose", "crowdpose", coarse_head="released")
+    _, own = build("diffusionregpose", keypoint_set(EIGHT), seed=1, coarse_head="released")
+    module.load_init(own, save_run("diffusionregpose", shared, tmp_path / "shared.pt"))
+    decoder = own.decoder
+    assert_equal(dict(decoder.coarse_head.state_dict()), dict(decoder.pose_heads[0].state_dict()))
+    assert_equal(dict(decoder.pose_heads[0].state_dict()), dict(shared.decoder.pose_heads[0].state_dict()))
+    module.load_init(shared, save_run("diffusionregpose", own, tmp_path / "own.pt"))
