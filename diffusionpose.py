@@ -391,7 +391,7 @@ class MarkovOptimizationLayer(nn.Module):
         psi, phi = self.node(n)[:, i], self.edge(torch.cat([n[:, i], n[:, j]], -1))                 # eq. 2
         potential, follows = psi + phi, self.follows.to(n.dtype)
         message = torch.zeros_like(potential)
-        for _ in range(self.rounds):
+        for _ in range(self.rounds or 1):
             message = potential + follows @ message                                                 # eq. 1
             message = message - message.logsumexp(-1, keepdim=True) + math.log(n.shape[-1])         # its ∝
         return message
@@ -400,8 +400,8 @@ class MarkovOptimizationLayer(nn.Module):
         with torch.autocast("cpu" if h.is_meta else h.device.type, enabled=False):
             h = h.to(torch.promote_types(h.dtype, torch.float32))
             arriving = self.messages(self.norm(h)).split(self.neighbours, 1)        # J times (B, |Ng(i)|, D)
-            news = [messages.logsumexp(1) if messages.shape[1] else torch.zeros_like(h[:, 0])       # eq. 3
-                    for messages in arriving]
+            # eq. 3; nothing arrives at a joint without limbs: a 0 of the graph, for DDP waits for W_n and W_e
+            news = [messages.logsumexp(1) if messages.shape[1] else messages.sum(1) for messages in arriving]
             return torch.stack(news, 1) + h
 
 

@@ -599,7 +599,7 @@ def fill_and_say(model: nn.Module, start: Start, state: dict[str, Tensor], table
     lost = learned - state.keys() | (mapped if rows and max(rows) < 0 else set())
     mapped = set() if whole else mapped - lost
     found, missing = ([name for name, row in zip(names, rows or ()) if (row >= 0) == known] for known in (True, False))
-    say(f"start weights from {start.path}: {len(state)} of {len(own)} tensors\n"
+    say(f"start weights from {start.path}: {len(learned & state.keys())} of {len(learned)} tensors\n"
         f"  carried over {len(learned - lost - mapped):>6}\n"
         f"  mapped       {len(mapped):>6}{f'  the rows of {some(found)}' if mapped else ''}\n"
         f"  new          {len(lost):>6}{'  ' + some(prefixes(lost, learned - lost)) if lost else ''}"

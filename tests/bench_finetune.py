@@ -26,6 +26,8 @@ from data import puppets
 from eval import load_model
 
 EIGHT = ["head_top", "neck", "left_wrist", "right_wrist", "left_hip", "right_hip", "left_ankle", "right_ankle"]
+LIMBS = [[1, 2], [2, 3], [2, 4], [2, 5], [2, 6], [5, 7], [6, 8]]
+FIFTEEN = dict(nose="nose", neck="head_bottom", head_top="head_top", **{name: name for name in puppets.COCO[5:]})
 EPOCHS = dict(detrpose=26, diffusionregpose=22, querypose=32, diffusionpose=18, sdpose=18)     # less than 3 minutes
 FLAGS = dict.fromkeys(EPOCHS, ["--warmup", "20", "--seed", "1"])
 RUNS = dict(start=["--init", "START"], fresh=["--init", "START", "--fresh_head"], nothing=["--init", ""])
@@ -47,7 +49,8 @@ def scene(names: list[str], job: tuple[str, int]) -> tuple[dict, list]:
 
 
 def draw(folder: Path, names: list[str], called: list[str]) -> Path:
-    """The first puppets of each split in a folder of their own, labelled with other keypoints."""
+    """The first puppets of each split in a folder of their own, with the keypoints that the figures have by these
+    names, under those that they are called here."""
     if (folder / "annotations").is_dir():
         return folder
     source = puppets.make(puppets.ROOT, "coco")
@@ -59,7 +62,7 @@ def draw(folder: Path, names: list[str], called: list[str]) -> Path:
     (folder / "annotations").mkdir()
     for split, images in rows.items():
         content = json.loads(puppets.coco_file(images))
-        content["categories"][0].update(name="mine", keypoints=called, skeleton=[])
+        content["categories"][0].update(name="mine", keypoints=called, skeleton=LIMBS if names == EIGHT else [])
         (folder / f"annotations/{split}.json").write_text(json.dumps(content))
     return folder
 
@@ -96,9 +99,8 @@ def main() -> None:
         if not (start / "best.pt").exists():
             train(method, start, ["--epochs", str(args.start_epochs)] if args.start_epochs else [])
         count = load_model(str(start), "", "")[1].skeleton.num_keypoints
-        if count not in known:                          # PoseTrack calls the neck head_bottom
-            called = ["head_bottom" if name == "neck" else name for name in puppets.POSETRACK]
-            known[count] = draw(args.starts / "fifteen", puppets.POSETRACK, called)
+        if count not in known:
+            known[count] = draw(args.starts / "fifteen", [*FIFTEEN], [*FIFTEEN.values()])
         minutes, found = {}, {}
         for name, flags in RUNS.items():
             flags = [str(start) if flag == "START" else flag for flag in flags] + FLAGS[method]

@@ -294,3 +294,13 @@ def test_the_first_pose_head_of_diffusionregpose_is_shared_by_14_keypoints_alone
     assert_equal(dict(decoder.coarse_head.state_dict()), dict(decoder.pose_heads[0].state_dict()))
     assert_equal(dict(decoder.pose_heads[0].state_dict()), dict(shared.decoder.pose_heads[0].state_dict()))
     module.load_init(shared, save_run("diffusionregpose", own, tmp_path / "own.pt"))
+
+
+def test_all_of_diffusionpose_learns_on_keypoints_without_limbs():
+    """A parameter without a gradient would keep several processes waiting for it."""
+    module, model = build("diffusionpose", keypoint_set(EIGHT))
+    layer = model.pdd.blocks[0].mol
+    h = torch.randn(2, 8, 32)
+    out = layer(h)
+    out.sum().backward()
+    assert torch.equal(out, h) and all(p.grad is not None for p in layer.parameters())
