@@ -50,6 +50,7 @@ from common import draw, metrics, records, transforms, weights
 from common.cli import RunConfig, check_choice, check_range, parse_numbers, resolve, run_method
 from common.datasets import PoseDataset
 from common.errors import UserError
+from common.export import IMAGENET, Exported
 from common.nets.hrnet import HRNet
 from common.nets.resnet import ConvNorm, ResNet
 from common.nets.swin import Swin
@@ -239,7 +240,7 @@ def move_boxes(boxes: Tensor, delta: Tensor) -> Tensor:
 
 def image_of_rows(boxes: Tensor) -> Tensor:
     """Which image each of the R = B·Q boxes (B, Q, 4) is in: (R,)."""
-    return torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])
+    return torch.arange(boxes.shape[0], device=boxes.device).repeat_interleave(boxes.shape[1])
 
 
 class BoxStage(nn.Module):
@@ -535,7 +536,7 @@ class QueryPose(nn.Module):
         goes from the boxes of a stage into the stage before, nor from poses into boxes.
         """
         maps = self.neck(self.backbone(images))
-        boxes, queries = self.first_boxes(sizes), self.queries.expand(len(images), -1, -1)
+        boxes, queries = self.first_boxes(sizes), self.queries.expand(images.shape[0], -1, -1)
         if choose and not plain():
             # fast form: 3.6 times as fast where a quarter of the queries needs a pose; a step of tiny 1.5
             return pose_chosen(self, maps, boxes, queries, choose)
@@ -1140,7 +1141,7 @@ def roi_align_formula(maps: list[Tensor], image: Tensor, boxes: Tensor, level: T
         ·   ·   ·   ·   ·
     """
     fraction = torch.arange(0.5, 2 * bins, device=boxes.device, dtype=boxes.dtype) / (2 * bins)
-    out = boxes.new_zeros(len(boxes), 2 * bins, 2 * bins, maps[0].shape[1])
+    out = boxes.new_zeros(boxes.shape[0], 2 * bins, 2 * bins, maps[0].shape[1])
     for l, x in enumerate(maps):
         rows = (level == l).nonzero().squeeze(1)
         low, high = (boxes[rows] / (4 * 2 ** l) - 0.5).unflatten(1, (2, 2)).unbind(1)     # corners in cells
@@ -1360,6 +1361,26 @@ def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config) -> dict:
     """RGB pictures of any size → what `predict` takes."""
     return dict(images=[input_image(picture, cfg) for picture in pictures], image_ids=image_ids,
                 sizes_px=[picture.size for picture in pictures])
+
+
+def exported(model: QueryPose) -> Exported:
+    """What goes into the file of eval.py --export: it takes squares, in which any picture has room."""
+    cfg = model.cfg
+    side = (cfg.long_side + STRIDE - 1) // STRIDE * STRIDE
+
+    def inputs(batch: dict, for_file: bool) -> dict[str, Tensor]:
+        room = [torch.zeros(3, side, side)] * for_file
+        images, sizes = pad_images([*batch["images"], *room])
+        return dict(images=images[:len(batch["images"])], sizes=sizes[:len(batch["images"])])
+
+    return Exported(
+        lambda images, sizes: model(images, sizes)[-1]._asdict(), inputs,
+        before=f"images: RGB, resized (Pillow's bilinear filter) so that the shorter side is {cfg.short_side}, or less "
+               f"where the longer would exceed {cfg.long_side}; {IMAGENET}; zeros added at the right and bottom. "
+               "sizes: w, h after resizing, before the zeros",
+        after="score of a person = sigmoid(logits) * mean(1 - sigmas); in resized pixels a keypoint is "
+              "(keypoints + 0.5) * (x2 - x1, y2 - y1) + (x1, y1) of its box; divide by how much the picture was "
+              "enlarged, minus 0.5")
 
 
 TRUNK, BOX_STAGE, KEYPOINT_STAGE = (rf"^{part}\." for part in (
