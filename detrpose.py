@@ -1396,7 +1396,7 @@ def exported(model: DETRPose) -> Exported:
         return dict(logits=result["logits"], keypoints=result["keypoints"])
 
     return Exported(
-        run, lambda batch, for_file: dict(images=batch["images"]),
+        run, lambda batch: dict(images=batch["images"]),
         before=f"images: RGB, resized to {model.cfg.size} x {model.cfg.size} whatever their shape (Pillow's bilinear "
                "filter, which antialiases), divided by 255",
         after="score of a person = sigmoid(logits[..., 1]); keypoints (x, y) times the picture's width and height")

@@ -1237,7 +1237,7 @@ def to_batch(pictures: list, image_ids: list, cfg: Config, boxes: list[Found] | 
 
 def exported(model: DiffusionPose) -> Exported:
     """For eval.py --bench; --export is refused."""
-    def inputs(batch: dict, for_file: bool) -> dict:
+    def inputs(batch: dict) -> dict:
         _, crops, _, boxes = zip(*batch["people"])
         return dict(crops=torch.stack(crops), boxes=np.stack(boxes))
 

@@ -50,7 +50,7 @@ from common import draw, metrics, records, transforms, weights
 from common.cli import RunConfig, check_choice, check_range, parse_numbers, resolve, run_method
 from common.datasets import PoseDataset
 from common.errors import UserError
-from common.export import IMAGENET, Exported
+from common.export import RESIZED, Exported
 from common.nets.hrnet import HRNet
 from common.nets.resnet import ConvNorm, ResNet
 from common.nets.swin import Swin
@@ -1364,23 +1364,13 @@ def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config) -> dict:
 
 
 def exported(model: QueryPose) -> Exported:
-    """What goes into the file of eval.py --export: it takes squares, in which any picture has room."""
-    cfg = model.cfg
-    side = (cfg.long_side + STRIDE - 1) // STRIDE * STRIDE
-
-    def inputs(batch: dict, for_file: bool) -> dict[str, Tensor]:
-        room = [torch.zeros(3, side, side)] * for_file
-        images, sizes = pad_images([*batch["images"], *room])
-        return dict(images=images[:len(batch["images"])], sizes=sizes[:len(batch["images"])])
-
+    """What goes into the file of eval.py --export."""
     return Exported(
-        lambda images, sizes: model(images, sizes)[-1]._asdict(), inputs,
-        before=f"images: RGB, resized (Pillow's bilinear filter) so that the shorter side is {cfg.short_side}, or less "
-               f"where the longer would exceed {cfg.long_side}; {IMAGENET}; zeros added at the right and bottom. "
-               "sizes: w, h after resizing, before the zeros",
-        after="score of a person = sigmoid(logits) * mean(1 - sigmas); in resized pixels a keypoint is "
-              "(keypoints + 0.5) * (x2 - x1, y2 - y1) + (x1, y1) of its box; divide by how much the picture was "
-              "enlarged, minus 0.5")
+        lambda images, sizes: model(images, sizes)[-1]._asdict(),
+        lambda batch: dict(zip(("images", "sizes"), pad_images(batch["images"]))),
+        RESIZED.format(model.cfg.short_side, model.cfg.long_side) + "sizes: w, h before the zeros",
+        "score of a person = sigmoid(logits) * mean(1 - sigmas); in resized pixels a keypoint is "
+        "(keypoints + 0.5) * (x2 - x1, y2 - y1) + (x1, y1) of its box; then undo the resizing and take 0.5 off")
 
 
 TRUNK, BOX_STAGE, KEYPOINT_STAGE = (rf"^{part}\." for part in (

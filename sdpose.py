@@ -1298,7 +1298,7 @@ def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config,
 
 def exported(model: SDPose) -> Exported:
     """What goes into the file of eval.py --export: no noise, latents are means."""
-    def inputs(batch: dict, for_file: bool) -> dict[str, Tensor]:
+    def inputs(batch: dict) -> dict[str, Tensor]:
         return dict(crops=normalise(torch.stack([crop for _, crop, _, _ in batch["people"]])).contiguous())
 
     width, height = model.cfg.width, model.cfg.height
