@@ -151,6 +151,12 @@ def test_a_file_that_differs_from_the_model_is_not_kept(model, pretended, tmp_pa
     assert "largest difference from detrpose on drawn and random pictures 1.0e-05" in capsys.readouterr().out
 
 
+def test_a_few_queries_that_rounding_ranks_otherwise_are_told_and_kept(model, pretended, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export, "relative", lambda a, b: torch.tensor([0.0] * 99 + [0.5]))
+    export.export(detrpose, model, tmp_path / "x.pt2", "")
+    assert "largest difference from detrpose on drawn and random pictures 5.0e-01 (1.0% above" in capsys.readouterr().out
+
+
 def test_formulas_are_exported_and_the_setting_from_before_comes_back(model, pretended, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(torch.export, "export",
