@@ -171,7 +171,7 @@ def open_onnx(path: Path, device: str = "CPU") -> Callable[[dict[str, Tensor]], 
     import onnxruntime
     options, here = onnxruntime.SessionOptions(), onnxruntime.get_available_providers()
     options.intra_op_num_threads = torch.get_num_threads()
-    providers = [f"{kind}ExecutionProvider" for kind in (device.upper(), "CPU")]
+    providers = [f"{kind}ExecutionProvider" for kind in dict.fromkeys((device.upper(), "CPU"))]
 
     def checked(work: Callable, *arguments):
         try:
