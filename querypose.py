@@ -53,6 +53,7 @@ from common import draw, metrics, records, transforms, weights
 from common.cli import RunConfig, check_choice, check_range, parse_numbers, resolve, run_method
 from common.datasets import PoseDataset
 from common.errors import UserError
+from common.export import RESIZED, Exported
 from common.nets.hrnet import HRNet
 from common.nets.resnet import ConvNorm, ResNet
 from common.nets.swin import Swin
@@ -244,7 +245,7 @@ def move_boxes(boxes: Tensor, delta: Tensor) -> Tensor:
 
 def image_of_rows(boxes: Tensor) -> Tensor:
     """Which image each of the R = B·Q boxes (B, Q, 4) is in: (R,)."""
-    return torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])
+    return torch.arange(boxes.shape[0], device=boxes.device).repeat_interleave(boxes.shape[1])
 
 
 class BoxStage(nn.Module):
@@ -546,7 +547,7 @@ class QueryPose(nn.Module):
         choose: which queries need a pose, for `--matched`; not for --full --iterate. None: all of them
         """
         maps = self.neck(self.backbone(images))
-        boxes, queries = self.first_boxes(sizes), self.queries.expand(len(images), -1, -1)
+        boxes, queries = self.first_boxes(sizes), self.queries.expand(images.shape[0], -1, -1)
         if choose:                  # no fast form of what follows: in training SPEGM's norm sees other boxes
             return pose_chosen(self, maps, boxes, queries, choose)
 
@@ -1167,7 +1168,7 @@ def roi_align_formula(maps: list[Tensor], image: Tensor, boxes: Tensor, level: T
         ·   ·   ·   ·   ·
     """
     fraction = torch.arange(0.5, 2 * bins, device=boxes.device, dtype=boxes.dtype) / (2 * bins)
-    out = boxes.new_zeros(len(boxes), 2 * bins, 2 * bins, maps[0].shape[1])
+    out = boxes.new_zeros(boxes.shape[0], 2 * bins, 2 * bins, maps[0].shape[1])
     for l, x in enumerate(maps):
         rows = (level == l).nonzero().squeeze(1)
         low, high = (boxes[rows] / (4 * 2 ** l) - 0.5).unflatten(1, (2, 2)).unbind(1)     # corners in cells
@@ -1391,6 +1392,16 @@ def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config) -> dict:
     """RGB pictures of any size → what `predict` takes."""
     return dict(images=[input_image(picture, cfg) for picture in pictures], image_ids=image_ids,
                 sizes_px=[picture.size for picture in pictures])
+
+
+def exported(model: QueryPose) -> Exported:
+    """What goes into the file of eval.py --export."""
+    return Exported(
+        lambda images, sizes: model(images, sizes)[-1]._asdict(),
+        lambda batch: dict(zip(("images", "sizes"), pad_images(batch["images"]))),
+        RESIZED.format(model.cfg.short_side, model.cfg.long_side) + "sizes: w, h before the zeros",
+        "score of a person = sigmoid(logits) * mean(1 - sigmas); in resized pixels a keypoint is "
+        "(keypoints + 0.5) * (x2 - x1, y2 - y1) + (x1, y1) of its box; then undo the resizing and take 0.5 off")
 
 
 TRUNK, BOX_STAGE, KEYPOINT_STAGE = (rf"^{part}\." for part in (
