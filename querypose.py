@@ -1506,28 +1506,23 @@ def parts_of(skeleton: Skeleton, cfg: Config) -> list[list[int]]:
 
 
 PART_ROWS = {r"^parts$|^keypoint_stages\.\d\.look\.attention\.(weight|bias)$": 0}           # see carry_rows
-PART_LAYERS = {rf"^(keypoint_stages\.\d\.{layers}\.)(\d+)(\..*)": rows for layers, rows in
-               dict(heads=2, residual=0).items()}                                        # see carry_groups
+PART_LAYERS = {rf"^(keypoint_stages\.\d\.{kind}\.)(\d+)(\..*)": n for kind, n in (("heads", 2), ("residual", 0))}
 
 
 def load_init(model: QueryPose, source: str) -> None:
-    """Start weights by run, file or name: QueryPose (all, of any keypoints), ResNet (torchvision's or
-    detectron2's), HRNet, Swin."""
+    """Start weights by run, file or name: QueryPose (of any keypoints), ResNet (of two spellings), HRNet, Swin."""
     start, own, cfg = weights.read_start(source, "querypose"), model.state_dict(), model.cfg
     state, lacking = start.state, {r"num_batches_tracked$": "frozen norms have none"}
-    if not start.run:
-        if "part_query.weight" not in state:
-            state = backbone_names(state, isinstance(model.backbone, ResNet))
-        state = convert_official(state, cfg)
+    if not start.run and "part_query.weight" not in state:
+        state = backbone_names(state, isinstance(model.backbone, ResNet))
+    state = state if start.run else convert_official(state, cfg)
     if "parts" not in state:
-        lacking |= {f"^{re.escape(name)}$": "not in a backbone's file" for name in own
-                    if name not in state and re.search(LACKING, name)}
+        lacking[LACKING] = "not in a backbone's file"
         return weights.load_start(model, start, state, {}, lacking)
     count = sum(len(value) for name, value in state.items() if re.search(r"stages\.0\.heads.*sigmas\.bias", name)) // 2
-    theirs, rows = weights.start_rows(start, count, model)
-    theirs = parts_of(theirs, resolve(Config(), **start.run["config"]) if start.run else cfg)
-    ours = parts_of(model.skeleton, cfg)
-    state = weights.carry_groups(state, own, PART_ROWS, PART_LAYERS, theirs, ours, rows)
+    skeleton, rows = weights.start_rows(start, count, model)
+    theirs = parts_of(skeleton, resolve(Config(), **start.run["config"]) if start.run else cfg)
+    state = weights.carry_groups(state, own, PART_ROWS, PART_LAYERS, theirs, parts_of(model.skeleton, cfg), rows)
     weights.fill_and_say(model, start, state, PART_ROWS | PART_LAYERS, lacking, rows)
 
 

@@ -1383,12 +1383,9 @@ def convert_official(state: dict[str, Tensor], config: Config) -> dict[str, Tens
 
 
 def load_init(model: SDPose, source: str, parts: str = "all") -> None:
-    """Start weights from a folder of Stable Diffusion 2 or of a release, by a release's name, or from a run with
-    the VAE that its file carries.
+    """Start weights: a folder of Stable Diffusion 2 or of a release, a release's name, a run with its own VAE.
 
-    Stable Diffusion has neither task embedding nor head: these stay random; with parts="vae" the U-Net and the
-    head do in any case. Raises UserError for tensors that do not fit.
-    """
+    Without task embedding or head in it, these stay random; with parts="vae" U-Net and head do. UserError."""
     path, release = weights.checkpoint_in(Path(source)), weights.RELEASES.get(source)
     if not path.exists() and (release is None or release.method != "sdpose"):
         raise UserError(f"--init: there is no folder {source}: put Stable Diffusion 2 there (unet/, vae/, "
