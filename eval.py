@@ -105,7 +105,8 @@ def from_release(path: Path, method: str, preset: str) -> tuple[ModuleType, nn.M
         if found:
             break
     else:
-        raise UserError(f"{path} has no tensors of {method or ', '.join(METHODS)}: start weights belong to --init")
+        raise UserError(f"{path} has no tensors of {method or ', '.join(METHODS)}, its first is {next(iter(state), 'none')}: "
+                        "start weights belong to --init")
     own_preset, keypoints = found
     if keypoints not in SKELETON_OF:
         raise UserError(f"{path} has {keypoints} keypoints; released weights have {sorted(SKELETON_OF)}")

@@ -116,16 +116,19 @@ def white_of_value(largest: float, mode: str) -> float:
 def white_of(paths: Sequence[Path], most: int = 16) -> float | None:
     """One white for all deep pictures of a set, by `most` of them, so that no frame is brighter than its neighbours.
 
-    None where the first picture that can be read is an ordinary one.
+    Of a file with pages it is by `most` of these. None where the first picture that can be read is an ordinary one.
     """
     found = []
     for path in paths[::max(1, len(paths) // most)]:
         try:
             with Image.open(path) as picture:
-                if not is_deep(picture):
+                pages = getattr(picture, "n_frames", 1)
+                for page in range(0, pages, max(1, pages // most)) if is_deep(picture) else ():
+                    picture.seek(page)
+                    values = np.nan_to_num(np.asarray(picture).astype(np.float64), posinf=0, neginf=0)
+                    found.append(white_of_value(values.max(initial=0), picture.mode))
+                if not found:
                     break
-                largest = np.nan_to_num(np.asarray(picture).astype(np.float64), posinf=0, neginf=0).max(initial=0)
-                found.append(white_of_value(largest, picture.mode))
         except Exception:                   # `load_image` will say what is wrong with it
             continue
     return max(found, default=None)

@@ -11,6 +11,7 @@ Environment  POSE_CACHE             folder that keeps what was fetched; default:
 import contextlib
 import difflib
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -19,6 +20,8 @@ import sys
 import time
 import uuid
 import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -29,7 +32,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch.serialization import safe_globals
 from tqdm import tqdm
 
 from common.errors import UserError
@@ -322,61 +325,116 @@ def file_kind(path: Path) -> str:
 
 
 RUNS_CODE = "it holds more than tensors, reading it would run {}: ask for a file with the state dict alone"
-# What training scripts save beside the tensors: settings, and numbers of a log.
-SETTINGS = re.compile(r"(omegaconf|argparse|numpy|pathlib|collections|typing)\.")
+CONTAINERS = {"set": OrderedDict, "append": list, "extend": list}        # by what torch refuses to do to another class
 
 
-def stand_in(name: str) -> type:
+def stand_in(name: str, base: type = object) -> type:
     """A class that takes the place of `name` while a pickle is read, so that nothing is imported and nothing runs.
 
-    Settings become empty objects. Other names may be mentioned (settings hold classes), but a file that wants
-    one of them called is refused: os.system is such a name.
+    Calling it gives an empty object, or an empty OrderedDict or list, which is then filled.
     """
     def new(cls, *args):
-        if not SETTINGS.match(name):
-            raise Unusable(RUNS_CODE.format(name))
-        return object.__new__(cls)
+        return object.__new__(cls) if base is object else base()
 
     def forget(self, *args):
         pass
 
-    return type("StandIn", (), {"__new__": new, "__init__": forget, "__setstate__": forget})
+    return type(name, (), {"__new__": new, "__init__": forget, "__setstate__": forget, "__module__": "stand_in"})
 
 
 def read_torch(path: Path, zipped: bool):
-    """torch.load of tensors and plain values; whatever else the file names becomes a stand_in."""
+    """torch.load of tensors and plain values; whatever else the file names becomes a stand_in, and is said.
+
+    torch names one class at a time, which is then known at the next try. Names of builtins and of modules like `os`
+    stay refused: they are in no file that was written in good faith.
+    """
+    bases: dict[str, type] = {}
+    while True:
+        try:
+            with safe_globals([(stand_in(name, base), name) for name, base in bases.items()]):
+                # mapped, not read: of a training file with optimiser and average only what is used is ever loaded
+                saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            break
+        except Exception as error:             # a damaged file can fail anywhere in torch's reader
+            unknown = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+            filled = re.search(r"Can only (set|append|extend).* got <class 'stand_in\.(\S+)'>", str(error), re.IGNORECASE)
+            name, base = ((unknown[1], object) if unknown else
+                          (filled[2], CONTAINERS[filled[1].lower()]) if filled else ("", object))
+            if "persistent_load" in str(error):     # of a file from before torch 1.6
+                raise Unusable(RUNS_CODE.format("a torch.nn.Module")) from None
+            if not name:
+                raise Unusable(f"it is cut short or damaged ({type(error).__name__})") from None
+            if bases.get(name) is base or "." not in name:
+                raise Unusable(RUNS_CODE.format(name)) from None
+            bases[name] = base
+    if bases:
+        print(f"{path} holds more than tensors; left out, and nothing of it run: {', '.join(sorted(bases)[:5])}"
+              + ", ..." * (len(bases) > 5))
+    return saved
+
+
+def shards(path: Path) -> list[Path]:
+    """The files of weights called `path`: itself, or the parts that its index names. Part and index stand for all."""
+    whole = re.sub(r"-\d+-of-\d+(?=\.\w+$)", "", path.name.removesuffix(".index.json"))
+    index = path.with_name(whole + ".index.json")
+    if not index.is_file() or path.name == whole and path.is_file():
+        return [path]
     try:
-        names = get_unsafe_globals_in_checkpoint(path) if zipped else []
-        with safe_globals([(stand_in(name), name) for name in names]):
-            # mapped, not read: of a training file with optimiser and average only what is used is ever loaded
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Unusable:
-        raise
-    except Exception as error:                 # a damaged file can fail anywhere in torch's reader
-        code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if code:
-            raise Unusable(RUNS_CODE.format(code[1])) from None
-        raise Unusable(f"it is cut short or damaged ({type(error).__name__})") from None
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        parts = [index.with_name(Path(name).name) for name in names]        # never of another folder
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise Unusable(f"its index {index.name} is damaged") from None
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise Unusable(f"{len(missing)} of its {len(parts)} parts are not there, e.g. {missing[0]}")
+    return parts
+
+
+WRAPPERS = ("ema_model.", "model.", "network.", "net.")          # of a model that stands beside something else
+PLACES = ("ema", "model", "state_dict")
+
+
+def tensor_groups(saved, where: tuple = ()) -> Iterator[tuple[tuple, dict[str, Tensor]]]:
+    """Every dict of tensors in nested dicts, with the keys that lead to it."""
+    items = saved.items() if isinstance(saved, dict) else ()
+    if tensors := {str(key): value for key, value in items if isinstance(value, Tensor)}:
+        yield where, tensors
+    for key, value in items:
+        if len(where) < 3:
+            yield from tensor_groups(value, (*where, str(key)))
+
+
+def unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what wrappers (DistributedDataParallel, torch.compile, a training script's class) put into the names."""
+    tensors = {re.sub(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.", "", key): x for key, x in tensors.items()}
+    for wrapper in WRAPPERS:
+        inner = {key[len(wrapper):]: x for key, x in tensors.items() if key.startswith(wrapper)}
+        if 3 * len(inner) >= len(tensors):
+            return unwrapped(inner)                             # without losses and teachers beside it
+    return tensors
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a released file, on the CPU: its ema.module, else ema, model, state_dict, or the file itself.
+    """The tensors of a released file, on the CPU, by the model's names; parts of one model are joined.
 
-    A leading `module.` (DistributedDataParallel) is taken off. Raises UserError if the file cannot be read.
+    Of several dicts of tensors `ema` comes before `model`, `state_dict`, any other; small ones (an optimiser's) do not
+    count. Raises UserError if the file cannot be read.
     """
-    path = Path(path)
+    path, saved = Path(path), {}
     try:
-        kind = file_kind(path)
-        saved = load_file(path) if kind == "safetensors" else read_torch(path, zipped=kind == "zip")
-        for place in (("ema", "module"), ("ema",), ("model",), ("state_dict",), ()):
-            part = saved
-            for key in place:
-                part = part.get(key) if isinstance(part, dict) else None
-            items = part.items() if isinstance(part, dict) else ()
-            tensors = {str(key).removeprefix("module."): value for key, value in items if isinstance(value, Tensor)}
-            if tensors:
-                return tensors
-        raise Unusable("it holds no tensors under ema, model or state_dict, nor by themselves")
+        for part in shards(path):
+            kind = file_kind(part)
+            read = load_file(part) if kind == "safetensors" else read_torch(part, zipped=kind == "zip")
+            saved = saved | read if isinstance(read, dict) else read
+        groups = list(tensor_groups(saved))
+        if not groups:
+            raise Unusable("it holds no tensors, by themselves or under ema, model or state_dict: ask for its state dict")
+        most = max(len(tensors) for _, tensors in groups)
+        groups = [(where, tensors) for where, tensors in groups if 2 * len(tensors) >= most]
+        where, tensors = min(groups, key=lambda group: PLACES.index(group[0][0]) if {*group[0][:1]} & {*PLACES} else 9)
+        if len(groups) > 1:
+            print(f"{path}: of {', '.join('.'.join(one) or 'the file itself' for one, _ in groups)} the tensors of "
+                  f"{'.'.join(where) or 'the file itself'} are taken")
+        return unwrapped(tensors)
     except Unusable as reason:
         raise UserError(f"cannot read weights from {path}: {reason}") from None
 
