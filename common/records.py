@@ -73,8 +73,8 @@ def load_image(image: Path | str | Image.Image, size: tuple[int, int] | None = N
         raise BadImage(name, "this is a folder or a pipe, not a file")
     try:
         picture = image if isinstance(image, Image.Image) else Image.open(image)
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1)    # before Pillow turns a TIFF by itself
         picture.load()
-        turned = picture.getexif().get(ExifTags.Base.Orientation, 1)
         upright = ImageOps.exif_transpose(picture)
         if size is not None and picture.size == tuple(size) != upright.size:
             return to_rgb(picture, white)
@@ -109,8 +109,9 @@ def is_deep(picture: Image.Image) -> bool:
 
 def white_of_value(largest: float, mode: str) -> float:
     """What is white where `largest` is the largest value: the end of the scale of 8, 10, 12, 14 or 16 bits, or 1.0."""
-    scales = (1.0, *WHITES) if mode == "F" else WHITES
-    return next((white for white in scales if largest <= white), float(largest))
+    if mode == "F" and largest <= 16:           # floats up to about 1, in which lights may be brighter than white
+        return max(1.0, float(largest))
+    return next((white for white in WHITES if largest <= white), float(largest))
 
 
 def white_of(paths: Sequence[Path], most: int = 16) -> float | None:
