@@ -19,10 +19,9 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from common.errors import UserError
-from common.records import BOX_TO_AREA, BadImage, Sample, load_image, white_of
+from common.records import BOX_TO_AREA, BadImage, Sample, load_image, open_picture, white_of
 from common.skeletons import SKELETONS, Skeleton, get_skeleton, keypoint_names, skeleton_from_category, words
 
 MOST = 20                   # predictions of an image that COCO's and CrowdPose's evaluation look at
@@ -227,7 +226,7 @@ class PoseDataset:
 
     def _real_size(self, n: int) -> tuple[int, int] | None:
         try:
-            with Image.open(self.paths[n]) as picture:
+            with open_picture(self.paths[n]) as picture:
                 return picture.size
         except Exception:                   # `load` will say what is wrong with it
             return None

@@ -50,9 +50,12 @@ class Skeleton:
 
     @staticmethod
     def from_dict(d: dict) -> "Skeleton":
-        flip = None if d["flip"] is None else tuple(d["flip"])
-        edges = tuple((int(a), int(b)) for a, b in d["edges"])
-        return Skeleton(d["name"], tuple(d["keypoints"]), edges, flip, tuple(float(s) for s in d["sigmas"]))
+        try:
+            flip = None if d["flip"] is None else tuple(d["flip"])
+            edges = tuple((int(a), int(b)) for a, b in d["edges"])
+            return Skeleton(d["name"], tuple(map(str, d["keypoints"])), edges, flip, tuple(float(s) for s in d["sigmas"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"this is no keypoint set: {type(error).__name__}: {error}") from None
 
 
 # ---------------------------------------------------------------- left and right

@@ -29,7 +29,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.records import BadImage, load_image, white_of
+from common.records import BadImage, load_image, open_picture, white_of
 
 try:
     import av
@@ -83,7 +83,7 @@ def open_clip(path: Path) -> Clip | None:
     """The moving picture of a file, None for a still one. Raises BadImage; UserError where a video needs a package."""
     if path.suffix.lower() not in VIDEOS:
         try:
-            with Image.open(path) as image:
+            with open_picture(path) as image:
                 moves, loop = getattr(image, "n_frames", 1) > 1, image.info.get("loop")
                 clip = Clip(path, iter(()), image.n_frames, loop=loop, video=False)
                 clip.frames = _animation(clip)

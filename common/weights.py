@@ -136,15 +136,17 @@ def writable(folder: Path) -> bool:
     return True
 
 
-def fetch(name: str, cache: Path | None = None, timeout: float = 30.0) -> Path:
+def fetch(name: str, cache: Path | None = None, timeout: float = 30.0, finds_poses: bool = False) -> Path:
     """The file of a release, or its folder if it has several; downloaded on first use.
 
-    timeout: seconds without a byte after which a connection counts as broken.
+    timeout: seconds without a byte after which a connection counts as broken; finds_poses: of a name that does not
+    exist, suggest only what is more than weights to start from.
     Raises UserError, one line with the address and the place for the file, if it cannot be had.
     Processes may fetch at once; each then downloads its own copy, so under torchrun let rank 0 go first.
     """
     if name not in RELEASES:
-        near = difflib.get_close_matches(name, RELEASES, n=3) or list(RELEASES)
+        names = [one for one, release in RELEASES.items() if release.method or not finds_poses]
+        near = difflib.get_close_matches(name, names, n=3) or names
         raise UserError(f"no released weights are called {name!r}: did you mean {', '.join(near)}?")
     release, mirror = RELEASES[name], os.environ.get("POSE_WEIGHTS_URL")
     folder, spare = Path(cache or cache_folder()), Path("weights")
@@ -298,8 +300,8 @@ def check_hash(path: Path, name: str) -> None:
 # ---------------------------------------------------------------------- reading
 def file_kind(path: Path) -> str:
     """'zip' or 'pickle' (torch since and before 1.6) or 'safetensors', by content; else raises Unusable."""
-    if path.is_dir():
-        raise Unusable("it is a folder, name a file in it")
+    if path.exists() and not path.is_file():
+        raise Unusable("it is a folder, name a file in it" if path.is_dir() else "it is no ordinary file")
     try:
         with open(path, "rb") as file:
             head = file.read(512)
@@ -477,13 +479,16 @@ def load_checkpoint(path: Path) -> dict:
 def read_own(path: Path) -> dict | None:
     """A checkpoint of ours, or None if the file is something else (released weights, a damaged file)."""
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            return None                                         # flipped bits, at which torch does not look
+        if not path.is_file() or zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            return None                                         # a pipe; flipped bits, at which torch does not look
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:                                           # whoever reads it next says what it is
         return None
-    ours = isinstance(content, dict) and {"method", "preset", "config", "skeleton", "model"} <= content.keys()
-    return content if ours else None
+    kinds = dict(method=str, preset=str, config=dict, skeleton=(dict, str), model=dict)
+    ours = isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in kinds.items())
+    states = [content["model"], content.get("ema", {})] if ours else []
+    return content if ours and all(isinstance(state, dict) and all(isinstance(x, Tensor) for x in state.values())
+                                   for state in states) else None
 
 
 # ---------------------------------------------------------------------- into a model
@@ -513,7 +518,8 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], ignored: dict[str, s
         "not in the model": [f"{key} {tuple(theirs[key].shape)}" for key in theirs if key not in ours],
         "not in the weights": [f"{key} {tuple(ours[key].shape)}" for key in ours if key not in theirs],
         "of another shape": [f"{key} {tuple(theirs[key].shape)} for {tuple(ours[key].shape)}"
-                             for key in theirs if key in ours and theirs[key].shape != ours[key].shape]}
+                             for key in theirs if key in ours and theirs[key].shape != ours[key].shape],
+        "not finite": [key for key, value in model.named_parameters() if key in theirs and not theirs[key].isfinite().all()]}
     if any(offenders.values()):
         raise UserError("the weights do not fit the model: " + "; ".join(
             f"{len(keys)} {kind}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"

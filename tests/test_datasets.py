@@ -13,6 +13,8 @@ from common.records import BadImage, load_image
 from data import puppets
 from common.splits import default_splits, open_dataset
 from common.skeletons import SKELETONS
+from common.video import open_clip
+from common.weights import load_tensors, read_own
 from tests.helpers import golden
 
 COCO = {"id": 1, "name": "person", "keypoints": list(SKELETONS["coco"].keypoints), "skeleton": [[16, 14]]}
@@ -643,9 +645,29 @@ def test_a_split_that_two_files_could_be_is_not_guessed(tmp_path):
         open_dataset(str(tmp_path), "val")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_among_the_pictures_is_no_picture_and_is_not_waited_for(tmp_path):
+    write(tmp_path, [image(1), image(2)], [person(1, 1), person(2, 2)])
+    change(tmp_path, lambda content: content["images"][0].pop("width"))
+    (tmp_path / "val2017/1.jpg").unlink()
+    os.mkfifo(tmp_path / "val2017/1.jpg")
+    dataset = open_dataset(str(tmp_path), "val")
+    assert dataset.white is None and "folder or a pipe" in dataset.load(0)[1] and dataset.load(1)[0] is not None
+    assert open_clip(tmp_path / "val2017/1.jpg") is None
+    os.mkfifo(tmp_path / "a.pt")
+    assert read_own(tmp_path / "a.pt") is None
+    with pytest.raises(UserError, match="no ordinary file"):
+        load_tensors(tmp_path / "a.pt")
+
+
 def test_ids_with_leading_zeros_are_other_ids(tmp_path):
     dataset = opened(tmp_path, [image("01"), image("1"), image("2.0")], [person(1, "01"), person(2, 1), person(3, 2)])
     assert [(sample.image_id, len(sample.keypoints)) for sample in dataset] == [("01", 1), ("1", 1), ("2", 1)]
+
+
+def test_floats_with_lights_above_white_are_not_black(tmp_path):
+    Image.fromarray(np.linspace(0, 1.25, 60, dtype=np.float32)[None].repeat(40, 0)).save(tmp_path / "a.tif")
+    assert np.asarray(load_image(tmp_path / "a.tif"))[0, 48, 0] in range(200, 212)        # 1.017 of 1.25
 
 
 def test_a_category_may_be_asked_for_by_its_id_and_unnamed_keypoints_are_said(tmp_path):

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import sys
 import threading
@@ -455,6 +456,13 @@ def test_strict_loading_fills_every_parameter_and_leaves_ignored_names_alone():
     ignored = {r"\.num_batches_tracked$": "not used", "^anchors$": "made anew"}
     load_strict(model, state | {"anchors": torch.ones(4)}, ignored)
     assert (model[0].weight == 5).all() and (model[1].running_var == 5).all() and model[1].num_batches_tracked == 0
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    model = nn.Linear(3, 2)
+    for bad in math.nan, math.inf:
+        with pytest.raises(UserError, match="1 not finite: bias"):
+            load_strict(model, model.state_dict() | {"bias": torch.tensor([0, bad])}, {})
 
 
 def test_strict_loading_names_five_offenders_of_each_kind_and_changes_nothing():
