@@ -10,6 +10,7 @@ Environment  POSE_CACHE             folder that keeps what was fetched; default:
 """
 import contextlib
 import difflib
+import glob
 import hashlib
 import json
 import os
@@ -202,6 +203,9 @@ def download(url: str, target: Path, timeout: float) -> None:
     part = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")     # others may fetch the same file now
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(f"{glob.escape(target.name)}.*.part"):           # by a process that was killed
+            if time.time() - left.stat().st_mtime > 86400:
+                left.unlink(missing_ok=True)
         with open(part, "xb") as file:
             receive(url, file, timeout)
         file_kind(part)

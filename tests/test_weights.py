@@ -153,6 +153,15 @@ def test_halves_of_two_versions_are_never_joined(server, monkeypatch):
     assert fetch(NAME).read_bytes() == server.body
 
 
+def test_what_a_killed_process_left_of_a_file_goes_after_a_day(server, tmp_path):
+    old, new = (tmp_path / "cache" / f"{FILE}.{name}.part" for name in ("a" * 32, "b" * 32))
+    (tmp_path / "cache").mkdir()
+    old.touch(), new.touch()
+    os.utime(old, (0, 0))
+    fetch(NAME)
+    assert files_below(tmp_path) == [f"cache/{FILE}", f"cache/{new.name}"]
+
+
 def test_a_length_that_is_not_announced_is_no_obstacle(server):
     server.manners = ["silent"]
     assert fetch(NAME).read_bytes() == server.body
