@@ -1,7 +1,7 @@
 """From a folder, or the word "puppets", to what a method trains on and what it is evaluated on.
 
 Layouts  COCO, CrowdPose, Human-Art, COCO-OOD, COCO-WholeBody, PoseTrack, the embedded puppets, and your own keypoints in
-         COCO's format: see `layouts` and data/README.md
+         COCO's format: see `layouts`, `find_by_word` and data/README.md
 """
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def layouts(split: str) -> list[tuple[str, list[str], list[str]]]:
          [".", "HumanArt"]),
         ("wholebody", [f"annotations/coco_wholebody_{'val' if split == 'ood' else split}_v1.0.json"],
          ["val2017oil"] if split == "ood" else [f"{split}2017", f"images/{split}2017"]),
-        ("custom", [file for one in own for file in (f"annotations/person_keypoints_{one}.json", f"annotations/{one}.json",
-                                                     f"{one}.json", f"{one}/_annotations.coco.json")],
+        ("custom", [f"annotations/person_keypoints_{split}.json", f"annotations/{split}.json", f"{split}.json",
+                    f"{split}/_annotations.coco.json"],
          [*(place for one in own for place in (f"images/{one}", one)), "images", "."]),
     ]
 
