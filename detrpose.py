@@ -955,6 +955,7 @@ class TrainImages(torch.utils.data.Dataset):
         cfg, epoch, flip = self.cfg, self.epoch, self.data.skeleton.flip
         rng = np.random.default_rng([cfg.seed, epoch, i])
         sample, skipped = self.data.load_readable(i)
+        sample = transforms.shrink(sample, max(1280, 2 * cfg.size))         # zoom-out makes 16 pixels of one
         if cfg.aug_from <= epoch < cfg.mosaic_until and rng.random() < cfg.mosaic:
             others = [self.data.load_readable(j) for j in rng.integers(len(self.data), size=3).tolist()]
             sample = transforms.mosaic([sample, *(other for other, _ in others)], cfg.size // 2)

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from common import draw, metrics, weights
 from common.boxes import DETECTED, NOBODY, Boxes, Found, boxes_of, detect, in_image, read_boxes, read_results, true_boxes, whole_image
-from common.cli import Parser, RunConfig, parse_numbers, resolve, run_main
+from common.cli import Parser, RunConfig, config_of, parse_numbers, resolve, run_main
 from common.datasets import PoseDataset
 from common.errors import UserError
 from common.export import bench, check_target, export
@@ -71,7 +71,7 @@ def load_model(source: str, method: str, preset: str) -> tuple[ModuleType, nn.Mo
             raise UserError(f"{source} are weights to start from, for --init; they find no poses by themselves")
         if known and known.method not in METHODS:
             raise UserError(f"{source} is of method {known.method}; known are {', '.join(METHODS)}")
-        path = weights.fetch(source)                    # or UserError: did you mean ...
+        path = weights.fetch(source, finds_poses=True)  # or UserError: did you mean ...
     saved = read_own(path)
     return from_run(saved, method, preset, path) if saved else from_release(path, method, preset)
 
@@ -83,10 +83,10 @@ def from_run(saved: dict, method: str, preset: str, path: Path) -> tuple[ModuleT
     if saved["method"] not in METHODS:
         raise UserError(f"{path} is of method {saved['method']}; known are {', '.join(METHODS)}")
     module = importlib.import_module(saved["method"])
-    config = resolve(module.Config(), **saved["config"])        # as --resume does: a field younger than the run is off
+    config = config_of(module.Config(), saved)
     model = module.build(saved["preset"], saved["skeleton"], **vars(config))
     weights.load_strict(model, weights.trained_tensors(saved), {})
-    return module, model, saved["config"]["data"]
+    return module, model, config.data
 
 
 def from_release(path: Path, method: str, preset: str) -> tuple[ModuleType, nn.Module, str]:
@@ -102,16 +102,22 @@ def from_release(path: Path, method: str, preset: str) -> tuple[ModuleType, nn.M
         if found:
             break
     else:
-        raise UserError(f"{path} has no tensors of {method or ', '.join(METHODS)}: start weights belong to --init")
+        raise UserError(f"{path} has no tensors of {method or ', '.join(METHODS)}, its first is {next(iter(state), 'none')}: "
+                        "start weights belong to --init")
     own_preset, keypoints = found
     if keypoints not in SKELETON_OF:
         raise UserError(f"{path} has {keypoints} keypoints; released weights have {sorted(SKELETON_OF)}")
     if preset and preset not in module.PRESETS:
         raise UserError(f"there is no preset {preset}: choose from {', '.join(module.PRESETS)}")
     preset = preset or own_preset
-    state = module.convert_official(state, module.PRESETS[preset])      # or UserError, before a large model is made
-    model = module.build(preset, SKELETON_OF[keypoints])
-    weights.load_strict(model, state, {})
+    try:
+        state = module.convert_official(state, module.PRESETS[preset])      # or UserError, before a large model is made
+        model = module.build(preset, SKELETON_OF[keypoints])
+        weights.load_strict(model, state, {})
+    except UserError:
+        if preset != own_preset:
+            raise UserError(f"{path} is preset {own_preset}, not {preset}: leave --preset out") from None
+        raise
     print(f"{path}: {name}, preset {preset}, {keypoints} keypoints")
     return module, model, ""
 
@@ -282,6 +288,8 @@ def boxes_in_data(pose: Pose, data: PoseDataset, args: argparse.Namespace, ranks
         return read_boxes(args.boxes, data)
     if pose.detector:
         return detect(lambda picture, name: pose.detector.predict([picture], [name], None)[0], data, ranks, args.detector)
+    if not data.labelled:
+        raise UserError(f"{data.files[0]} has no labels, so no boxes of people: add --boxes or --detector")
     return true_boxes(data)
 
 
@@ -308,7 +316,8 @@ def evaluate_dataset(pose: Pose, model: nn.Module, args: argparse.Namespace, ran
         return
     lines = [metrics.format_table(metrics.keypoint_errors(predictions, data)),
              "(errors of the people found, as fractions of √area; close: OKS term of at least 0.5)\n",
-             metrics.format_table(table), *map(str, boxes), *data.caveats()]
+             metrics.format_table(table), *map(str, boxes), *data.caveats()] if data.labelled else [
+             f"{data.files[0]} has no labels: results.json for its own evaluation server, and no table"]
     print("\n".join(lines))
     for name, text in {"results.json": json.dumps(metrics.to_results(predictions)),
                        "table.txt": "\n".join([f"{args.checkpoint} on {args.data}", data.report(), *lines, ""])}.items():

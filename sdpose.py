@@ -1418,10 +1418,10 @@ def read_release(folder: str | Path, head: bool = True) -> dict[str, Tensor]:
 
 
 def release_file(folder: Path, part: str) -> Path | None:
-    """The file with a part's weights: .safetensors before .bin, full precision before half; or None."""
+    """The file with a part's weights, or its shards' name: .safetensors before .bin, full precision before half; or None."""
     endings = [variant + suffix for suffix in (".safetensors", ".bin") for variant in ("", ".fp16")]
     files = (folder / part / f"{stem}{ending}" for ending in endings for stem in STEMS)
-    return next((file for file in files if file.is_file()), None)
+    return next((file for file in files if file.is_file() or Path(f"{file}.index.json").is_file()), None)
 
 
 def empty_text(folder: Path) -> Tensor:

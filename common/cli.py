@@ -79,6 +79,8 @@ def run_main(main: Callable[[], None]) -> None:
         if isinstance(error, OSError) and error.errno == errno.EMFILE:
             message = f"{message}: allow more open files (ulimit -n), or use fewer --workers"
         leave(message)
+    except MemoryError:
+        leave(MEMORY)
     except RuntimeError as error:
         text = str(error)
         if "DataLoader worker" in text:
@@ -90,7 +92,7 @@ def run_main(main: Callable[[], None]) -> None:
         if "Too many open files" in text:
             leave("too many open files: allow more (ulimit -n), or use fewer --workers")
         if re.search("can't allocate memory|not enough memory", text):
-            leave(f"the memory is full: {SMALLER}")
+            leave(MEMORY)
         if re.search("Timed out waiting|timed out", text):
             leave(f"a process did not answer for --patience seconds: it hangs, or died elsewhere; {RESUME}")
         if not (dist.is_initialized() and re.search("Connection (closed|reset) by peer", text)):
@@ -107,6 +109,7 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 SMALLER = "choose a smaller --batch, for training also a larger --accum"
+MEMORY = f"the memory is full: {SMALLER}"
 RESUME = "a training goes on with --resume"
 
 
@@ -217,7 +220,22 @@ def config_to_resume(config_class: type[ConfigT], saved: dict, preset: str) -> C
         raise UserError(f"the checkpoint is of method {saved['method']}: go on with python {saved['method']}.py")
     if saved["preset"] != preset:
         raise UserError(f"the checkpoint is of preset {saved['preset']}, not {preset}: leave --preset out")
-    return resolve(config_class(), **saved["config"])
+    return config_of(config_class(), saved)
+
+
+def config_of(defaults: ConfigT, saved: dict) -> ConfigT:
+    """The config of a checkpoint of ours, in which a field that is younger than its run is off.
+
+    Raises UserError for options and values that this code does not know.
+    """
+    known = vars(defaults)
+    if older := sorted(saved["config"].keys() - known.keys()):
+        raise UserError(f"the checkpoint was made by another version of {saved['method']}.py: this one has no option "
+                        f"{', '.join(map(str, older))}")
+    for name, value in saved["config"].items():
+        if type(value) is not type(known[name]) and (type(value), type(known[name])) != (int, float):
+            raise UserError(f"the checkpoint is damaged: its {name} is {value!r}")
+    return resolve(defaults, **saved["config"])
 
 
 def resolve(config: ConfigT, **overrides: Any) -> ConfigT:
@@ -229,13 +247,16 @@ def resolve(config: ConfigT, **overrides: Any) -> ConfigT:
     return replace(config, **overrides)
 
 
+LARGEST = 10 ** 12         # more than any setting can mean, and little enough to be squared
+
+
 def check_range(config: Any, low: float, high: float, names: str) -> None:
     """Raises UserError unless low ≤ value ≤ high for each of the fields; NaN and infinity are never right."""
     for name in names.split():
         value = getattr(config, name)
-        if not (low <= value <= high and math.isfinite(value)):
-            raise UserError(f"--{name} {value}: expected a number from {low} to {high}" if high < math.inf else
-                            f"--{name} {value}: expected at least {low}")
+        if not low <= value <= min(high, LARGEST):
+            raise UserError(f"--{name} {value}: expected at least {low}" if high == math.inf and not value > LARGEST else
+                            f"--{name} {value}: expected a number from {low} to {min(high, LARGEST)}")
 
 
 def check_choice(config: Any, **choices: Iterable[str]) -> None:

@@ -19,10 +19,9 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from common.errors import UserError
-from common.records import BOX_TO_AREA, BadImage, Sample, load_image, white_of
+from common.records import BOX_TO_AREA, BadImage, Sample, load_image, open_picture, white_of
 from common.skeletons import SKELETONS, Skeleton, get_skeleton, keypoint_names, skeleton_from_category, words
 
 MOST = 20                   # predictions of an image that COCO's and CrowdPose's evaluation look at
@@ -46,10 +45,11 @@ def load_json(path: Path) -> dict | list:
 def read_json(path: Path) -> dict:
     """The content of a COCO annotation file, or one line that says what is wrong with it."""
     content = load_json(path)
-    lists = ("images", "annotations")
-    if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in lists):
+    lists = [content.get(name) for name in ("images", "annotations")] if isinstance(content, dict) else [None]
+    secret = lists[0] and lists[1] is None                  # labels of test sets are
+    if not isinstance(lists[0], list) or not (secret or isinstance(lists[1], list)):
         raise UserError(f"{path} is not a COCO annotation file: it needs the lists 'images' and 'annotations'")
-    return content
+    return content | dict(annotations=lists[1] or [])
 
 
 def _without_outlines(pairs: list[tuple]) -> dict:
@@ -67,10 +67,10 @@ def numbers(values, count: int | None = None) -> np.ndarray | None:
 
 
 def id_key(value) -> str:
-    """An id as text, so that 17, 17.0 and "17" are one."""
+    """An id as text, so that 17, 17.0, "17" and "17.0" are one."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return str(value)
+    return re.sub(r"(?<=\d)\.0+$", "", value) if isinstance(value, str) else str(value)
 
 
 class Texts:
@@ -162,7 +162,7 @@ class PoseDataset:
                 by_id[id_key(image["id"])] = image
         if not by_id:
             raise UserError(f"{self.files[0]} lists no images")
-        whole = all(re.fullmatch(r"-?\d{1,18}", key) for key in by_id)
+        whole = all(re.fullmatch(r"0|-?[1-9]\d{0,17}", key) for key in by_id)     # 01 is another than 1
         by_id = dict(sorted(by_id.items(), key=lambda item: int(item[0]) if whole else item[0]))
         images = list(by_id.values())
         self.ids = np.array([int(key) for key in by_id]) if whole else Texts(by_id)
@@ -226,7 +226,7 @@ class PoseDataset:
 
     def _real_size(self, n: int) -> tuple[int, int] | None:
         try:
-            with Image.open(self.paths[n]) as picture:
+            with open_picture(self.paths[n]) as picture:
                 return picture.size
         except Exception:                   # `load` will say what is wrong with it
             return None
@@ -242,13 +242,16 @@ class PoseDataset:
         named = [c for c in categories if isinstance(c, dict) and keypoint_names(c)]
         people_of = Counter(id_key(p.get("category_id")) for p in people if isinstance(p, dict))
 
+        def called(c: dict) -> tuple[str, str]:
+            return str(c.get("name")), id_key(c.get("id"))
+
         def fits(c: dict) -> tuple:
             names = keypoint_names(c)
             same = wanted is not None and [words(n) for n in names] == [words(n) for n in wanted.keypoints]
-            return (str(c.get("name")) == category, same, wanted is not None and len(names) == wanted.num_keypoints,
+            return (category in called(c), same, wanted is not None and len(names) == wanted.num_keypoints,
                     people_of[id_key(c.get("id"))])
 
-        if category and not any(str(c.get("name")) == category for c in named):
+        if category and not any(category in called(c) for c in named):
             raise UserError(f"{self.files[0]} has no category {category} with keypoints: choose from "
                             + (", ".join(str(c.get("name")) for c in named) or "none"))
         own = max(named, key=fits, default=None)
@@ -276,7 +279,9 @@ class PoseDataset:
         elif wanted is None:
             wanted = next((s for s in SKELETONS.values() if s.num_keypoints == count), None)
             if wanted is None:
-                raise UserError(f"{self.files[0]} does not name its {count} keypoints: add them to 'categories'")
+                raise UserError(f"{self.files[0]} does not name its {count} keypoints: add them to 'categories'"
+                                if people else f"{self.files[0]} has no labels: train on a split that has")
+            self._note(f"keypoint sets that the file does not name: {count} keypoints are taken for those of", [wanted.name])
         elif own and named == count and list(map(words, keypoint_names(own))) != list(map(words, wanted.keypoints)):
             self._note(f"categories name the keypoints otherwise than skeleton '{wanted.name}', which is used",
                        [own.get("id")])
@@ -347,17 +352,19 @@ class PoseDataset:
         with np.errstate(invalid="ignore"):
             low, high = boxes[:, :2].clip(0), np.minimum(boxes[:, :2] + boxes[:, 2:], sizes)
         usable = np.isfinite(boxes).all(1) & (high > low).all(1)
-        boxless = ~usable
+        boxless, tiny = ~usable, np.zeros(len(people), bool)
         for n in np.flatnonzero(boxless):
             xy = keypoints[n, keypoints[n, :, 2] > 0, :2]
             xy = xy[((xy >= 0) & (xy <= sizes[n])).all(1)]
             if len(xy):
                 margin = np.maximum(0.15 * np.ptp(xy, axis=0), 2)
+                tiny[n] = (margin == 2).all()
                 low, high = (xy.min(0) - margin).clip(0), np.minimum(xy.max(0) + margin, sizes[n])
                 boxes[n], usable[n] = [*low, *(high - low)], True
         without = "a box of no area, or outside the image, or none"
         self._note(f"annotations skipped: {without}, and no keypoints", ids_of(people, ~usable))
         self._note(f"people with {without}: taken from their keypoints", ids_of(people, boxless & usable))
+        self.tiny = tiny[usable]
         return boxes, usable
 
     def _read_fields(self, people: list[dict]):
@@ -369,9 +376,9 @@ class PoseDataset:
         crowdpose = self.name == "crowdpose"
         area, crowd, stated = column("area"), column("iscrowd"), column("num_keypoints")
         self.areas = BOX_TO_AREA * self.boxes[:, 2] * self.boxes[:, 3]
-        if not crowdpose:                                   # its evaluation always uses the box
-            given = (area > 0) & (area < 1e12)
-            self.areas[given] = area[given]
+        given = (area > 0) & (area < 1e12) & (not crowdpose)        # its evaluation always uses the box
+        self.areas[given] = area[given]
+        if not crowdpose:
             self._note(f"people without area: {BOX_TO_AREA} of the box taken", ids_of(people, ~given))
         self.iscrowd = np.nan_to_num(crowd) > 0
         self._note("people without iscrowd: taken as single people", ids_of(people, np.isnan(crowd)))
@@ -380,6 +387,8 @@ class PoseDataset:
         share = self.areas / (self.boxes[:, 2] * self.boxes[:, 3])
         odd = ~self.iscrowd & ((share < 0.02) | (share > 1.2))
         self._note("people whose area does not suit their box: OKS and AP follow the area", ids_of(people, odd))
+        self._note("people of whose size a few pixels around their keypoints are all that is known: OKS and AP follow it",
+                   ids_of(people, self.tiny & ~given))
         labelled = self.keypoints[..., 2] > 0
         self.num_keypoints = labelled.sum(1)
         if crowdpose:                                       # its own count leaves out head and neck
@@ -476,6 +485,11 @@ class PoseDataset:
                     "skeleton": [[a + 1, b + 1] for a, b in self.skeleton.edges]}
         return {"info": {}, "images": images, "annotations": annotations, "categories": [category]}
 
+    @property
+    def labelled(self) -> bool:
+        """Whether there is anything to evaluate predictions with; of test sets the labels are secret."""
+        return len(self.keypoints) > 0
+
     def caveats(self) -> list[str]:
         """What a reader of a table of this data set must know, a line each."""
         lines, missing = [], int((~self.present).sum())
@@ -484,13 +498,13 @@ class PoseDataset:
         unread = sum(text.startswith("cannot read image") for text in self.bad)
         if unread:
             lines.append(f"{unread} images could not be read: their people count as missed")
+        turned = sum("EXIF" in text for text in self.bad)
+        if turned:
+            lines.append(f"{turned} images were turned as their EXIF orientation says: labels made without it are elsewhere")
         crowded = int((np.diff(np.concatenate([[0], np.cumsum(~self.iscrowd)])[self.offsets])[self.rows] > MOST).sum())
         if crowded and self.metric != "posetrack":
             lines.append(f"{crowded} images have more than {MOST} people; the metric looks at the best {MOST} predictions of each")
-        odd = [count for reason, (count, _) in self.notes.items() if "does not suit" in reason]
-        if odd:
-            lines.append(f"the areas of {odd[0]} people do not suit their boxes: OKS, and so AP, follows the areas")
-        return lines
+        return lines + [f"{count} {reason}" for reason, (count, _) in self.notes.items() if "AP follow" in reason]
 
     def report(self) -> str:
         """What the annotation file holds, then one line per kind of thing that was skipped or mended."""

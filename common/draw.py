@@ -202,12 +202,12 @@ def contact_sheet(images: Sequence[Image.Image], columns: int = 4, cell: int = 4
 
 def draw_predictions(data: PoseDataset, predictions: Sequence[Prediction], count: int = 12,
                      min_score: float = 0.3) -> Image.Image:
-    """The first images with labelled people: the labels left, the predictions of at least `min_score` right."""
+    """The first images with labelled people, or of a set without labels: the labels left, the predictions of at least `min_score` right."""
     found, pairs = {id_key(p.image_id): p for p in predictions}, []
     for i in range(len(data)):
         if len(pairs) == count:
             break
-        if not (data[i].keypoints[..., 2] > 0).any() or id_key(data[i].image_id) not in found:
+        if data.labelled and not (data[i].keypoints[..., 2] > 0).any() or id_key(data[i].image_id) not in found:
             continue
         sample, p = data.load(i)[0], found[id_key(data[i].image_id)]
         if sample is None:

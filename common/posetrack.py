@@ -22,7 +22,7 @@ from PIL import Image
 
 from common.datasets import PoseDataset, id_key, load_json, numbers
 from common.errors import UserError
-from common.records import BOX_TO_AREA, BadImage, Prediction, Sample, load_image
+from common.records import BOX_TO_AREA, BadImage, Prediction, Sample, load_image, open_picture
 from common.skeletons import POSETRACK, Skeleton, words
 
 HEAD_SHARE, MATCH_DISTANCE = 0.6, 0.5       # head size over its box's diagonal; a match is half of that away
@@ -191,7 +191,7 @@ class PoseTrackDataset(PoseDataset):
         """The original files do not have it; all frames of a video have that of the first one which can be read."""
         for frame in frames:
             try:
-                with Image.open(self.root / frame.name) as picture:
+                with open_picture(self.root / frame.name) as picture:
                     return picture.size
             except Exception:               # `load` will say what is wrong with it
                 continue

@@ -59,6 +59,13 @@ UNDER = (127, 127, 127)     # what shows through where a picture is transparent
 WHITES = (255, 1023, 4095, 16383, 65535)            # of pictures with 8 to 16 bits a pixel
 
 
+def open_picture(path: Path | str) -> Image.Image:
+    """Pillow's, of files only: it would wait for ever at a pipe. Raises what Pillow does, and BadImage."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise BadImage(path, "this is a folder or a pipe, not a file")
+    return Image.open(path)
+
+
 def load_image(image: Path | str | Image.Image, size: tuple[int, int] | None = None,
                white: float | None = None) -> Image.Image:
     """A fully decoded 8-bit RGB picture, from whatever the file holds; of an animation the first frame. Raises `BadImage`.
@@ -69,12 +76,10 @@ def load_image(image: Path | str | Image.Image, size: tuple[int, int] | None = N
     white  what is white in a picture of more than 8 bits, see `white_of`; by default as its largest value suggests
     """
     name = getattr(image, "filename", "") or "picture" if isinstance(image, Image.Image) else image
-    if not isinstance(image, Image.Image) and os.path.exists(image) and not os.path.isfile(image):
-        raise BadImage(name, "this is a folder or a pipe, not a file")
     try:
-        picture = image if isinstance(image, Image.Image) else Image.open(image)
+        picture = image if isinstance(image, Image.Image) else open_picture(image)
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1)    # before Pillow turns a TIFF by itself
         picture.load()
-        turned = picture.getexif().get(ExifTags.Base.Orientation, 1)
         upright = ImageOps.exif_transpose(picture)
         if size is not None and picture.size == tuple(size) != upright.size:
             return to_rgb(picture, white)
@@ -82,6 +87,8 @@ def load_image(image: Path | str | Image.Image, size: tuple[int, int] | None = N
         if size is not None and turned in range(2, 9) and picture.size == upright.size:
             result.info["orientation"] = turned
         return result
+    except BadImage:
+        raise
     except FileNotFoundError:
         raise BadImage(name, "there is no such file") from None
     except Image.UnidentifiedImageError:
@@ -109,23 +116,27 @@ def is_deep(picture: Image.Image) -> bool:
 
 def white_of_value(largest: float, mode: str) -> float:
     """What is white where `largest` is the largest value: the end of the scale of 8, 10, 12, 14 or 16 bits, or 1.0."""
-    scales = (1.0, *WHITES) if mode == "F" else WHITES
-    return next((white for white in scales if largest <= white), float(largest))
+    if mode == "F" and largest <= 16:           # floats up to about 1, in which lights may be brighter than white
+        return max(1.0, float(largest))
+    return next((white for white in WHITES if largest <= white), float(largest))
 
 
 def white_of(paths: Sequence[Path], most: int = 16) -> float | None:
     """One white for all deep pictures of a set, by `most` of them, so that no frame is brighter than its neighbours.
 
-    None where the first picture that can be read is an ordinary one.
+    Of a file with pages it is by `most` of these. None where the first picture that can be read is an ordinary one.
     """
     found = []
     for path in paths[::max(1, len(paths) // most)]:
         try:
-            with Image.open(path) as picture:
-                if not is_deep(picture):
+            with open_picture(path) as picture:
+                pages = getattr(picture, "n_frames", 1)
+                for page in range(0, pages, max(1, pages // most)) if is_deep(picture) else ():
+                    picture.seek(page)
+                    values = np.nan_to_num(np.asarray(picture).astype(np.float64), posinf=0, neginf=0)
+                    found.append(white_of_value(values.max(initial=0), picture.mode))
+                if not found:
                     break
-                largest = np.nan_to_num(np.asarray(picture).astype(np.float64), posinf=0, neginf=0).max(initial=0)
-                found.append(white_of_value(largest, picture.mode))
         except Exception:                   # `load_image` will say what is wrong with it
             continue
     return max(found, default=None)

@@ -63,7 +63,7 @@ def restore(parts: dict, saved: dict) -> None:
     Of an optimiser that is what it remembers of each weight; its settings (learning rate, ...) stay those of the
     config, where a flag may have changed them.
     """
-    if missing := parts.keys() - saved.keys():
+    if missing := {*parts, "epoch", "done", "step", "best", "rows"} - saved.keys():
         raise UserError(f"the checkpoint has no {', '.join(sorted(missing))}: last.pt is to go on from, best.pt for eval.py")
     for name, part in parts.items():
         settings = [{k: v for k, v in group.items() if k != "params"} for group in getattr(part, "param_groups", [])]

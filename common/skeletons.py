@@ -50,9 +50,12 @@ class Skeleton:
 
     @staticmethod
     def from_dict(d: dict) -> "Skeleton":
-        flip = None if d["flip"] is None else tuple(d["flip"])
-        edges = tuple((int(a), int(b)) for a, b in d["edges"])
-        return Skeleton(d["name"], tuple(d["keypoints"]), edges, flip, tuple(float(s) for s in d["sigmas"]))
+        try:
+            flip = None if d["flip"] is None else tuple(d["flip"])
+            edges = tuple((int(a), int(b)) for a, b in d["edges"])
+            return Skeleton(d["name"], tuple(map(str, d["keypoints"])), edges, flip, tuple(float(s) for s in d["sigmas"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"this is no keypoint set: {type(error).__name__}: {error}") from None
 
 
 # ---------------------------------------------------------------- left and right
@@ -210,19 +213,20 @@ def keypoint_names(category: dict) -> list[str]:
     names = category.get("keypoints")
     if isinstance(names, str):
         names = [name for name in re.split(r"[,;\s]+", names) if name]
-    return [str(name) for name in names] if isinstance(names, (list, tuple)) else []
+    names = names if isinstance(names, (list, tuple)) else []
+    return [str(name.get("name", name) if isinstance(name, dict) else name) for name in names]
 
 
 def edges_of(category: dict, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
     """`skeleton`, pairs of numbers from 1 on or of names, as pairs from 0 on. What is no such pair is left out, said."""
     given, edges = category.get("skeleton") or (), []
-    given = given if isinstance(given, (list, tuple)) else ()
+    given = given if isinstance(given, (list, tuple)) else (given,)
     place = {words(name): k + 1 for k, name in enumerate(names)}
     for edge in given:
         ends = edge if isinstance(edge, (list, tuple)) and len(edge) == 2 else (None, None)
         ends = [place.get(words(end)) if isinstance(end, str) and words(end) in place else end for end in ends]
         try:
-            edges.append(tuple(int(end) for end in ends))
+            edges.append(tuple(-1 if int(end) != float(end) else int(end) for end in ends))
         except (TypeError, ValueError, OverflowError):
             edges.append((-1, -1))
     first = 0 if any(0 in edge for edge in edges) else 1     # COCO counts from 1; some tools from 0

@@ -1,11 +1,12 @@
 """From a folder, or the word "puppets", to what a method trains on and what it is evaluated on.
 
 Layouts  COCO, CrowdPose, Human-Art, COCO-OOD, COCO-WholeBody, PoseTrack, the embedded puppets, and your own keypoints in
-         COCO's format: see `layouts` and data/README.md
+         COCO's format: see `layouts`, `find_by_word` and data/README.md
 """
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,18 +28,19 @@ WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), 
 def layouts(split: str) -> list[tuple[str, list[str], list[str]]]:
     """(name, annotation files, image folders) of the known layouts; the first one that has such a file counts."""
     word = {"train": "training", "val": "validation"}.get(split, split)
-    coco = f"annotations/person_keypoints_{split}2017.json"
+    coco = [f"annotations/{kind}_{split}2017.json" for kind in ("person_keypoints", "image_info")]      # info: no labels
     own = WORDS.get(split, (split,))                        # tools call the splits differently
     return [
-        ("coco", [coco], [f"{split}2017", f"images/{split}2017", "images", *["val2017oil"] * (split == "val")]),
+        ("coco", coco, [f"{split.removesuffix('-dev')}2017", f"images/{split}2017", "images",
+                        *["val2017oil"] * (split == "val")]),
         ("ood", ["annotations/person_keypoints_val2017.json"] if split == "ood" else [], ["val2017oil"]),
         ("crowdpose", [f"json/crowdpose_{split}.json", f"annotations/crowdpose_{split}.json"], ["images"]),
         ("humanart", [f"annotations/{word}_humanart.json", f"HumanArt/annotations/{word}_humanart.json"],
          [".", "HumanArt"]),
         ("wholebody", [f"annotations/coco_wholebody_{'val' if split == 'ood' else split}_v1.0.json"],
          ["val2017oil"] if split == "ood" else [f"{split}2017", f"images/{split}2017"]),
-        ("custom", [file for one in own for file in (f"annotations/person_keypoints_{one}.json", f"annotations/{one}.json",
-                                                     f"{one}.json", f"{one}/_annotations.coco.json")],
+        ("custom", [f"annotations/person_keypoints_{split}.json", f"annotations/{split}.json", f"{split}.json",
+                    f"{split}/_annotations.coco.json"],
          [*(place for one in own for place in (f"images/{one}", one)), "images", "."]),
     ]
 
@@ -65,7 +67,20 @@ def find_layout(folder: Path, split: str, first: str = "") -> tuple[str, list[Pa
         parts = [find_layout(folder, part, first) for part in ("train", "val")]
         if all(part and part[0] == "crowdpose" for part in parts):
             return "crowdpose", parts[0][1] + parts[1][1], parts[0][2]
-    return None
+    return None if posetrack.find_posetrack(folder, split) else find_by_word(folder, split)
+
+
+def find_by_word(folder: Path, split: str) -> tuple[str, list[Path], list[Path]] | None:
+    """The only JSON file in whose name, or whose folder's, a word says that it is of this split and of no other."""
+    def says(path: Path) -> set[str]:
+        read = set(re.split(r"[\W\d_]+", path.relative_to(folder).as_posix().lower()))
+        return {name for name, words in WORDS.items() if read & {*words}}
+
+    found = [path for path in [*folder.glob("*.json"), *folder.glob("*/*.json")] if says(path) == {split}]
+    if len(found) != 1:
+        return None
+    places = {found[0].parent, *(path for path in [*folder.glob("*"), *folder.glob("images/*")] if says(path) == {split})}
+    return "custom", found, [*sorted(path for path in places if path.is_dir()), folder / "images", folder]
 
 
 def default_splits(data: str) -> tuple[str, str]:

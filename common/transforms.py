@@ -79,6 +79,13 @@ def resize_short_side(sample: Sample, short_side: int, longest: float = float("i
     return resize(sample, short_side_size(sample.size, short_side, longest))
 
 
+def shrink(sample: Sample, longest: int) -> Sample:
+    """The sample with no side longer than `longest` px, so that what follows costs no more than with a small photo."""
+    w, h = sample.size
+    scale = longest / max(w, h)
+    return sample if scale >= 1 else resize(sample, (max(1, round(scale * w)), max(1, round(scale * h))))
+
+
 def crop(sample: Sample, x: int, y: int, w: int, h: int) -> Sample:
     """The window of w x h pixels whose top left corner is (x, y), as the DETR family cuts it.
 
@@ -98,9 +105,10 @@ def mosaic(samples: Sequence[Sample], short_side: int) -> Sample:
     """Four images in a 2×2 grid: top left, top right, bottom left, bottom right (YOLOv4's mosaic without its crop).
 
     Each is resized to `short_side` and lies in the top left corner of its cell; all cells are as wide as the widest
-    and as high as the highest of the four, the rest is black. The result carries the id of the first.
+    and as high as the highest of the four, the rest is black. The result carries the id of the first. The longer side
+    of very thin images is 8 times `short_side`.
     """
-    samples = [resize_short_side(sample, short_side) for sample in samples]
+    samples = [resize_short_side(sample, short_side, 8 * short_side) for sample in samples]
     cell_w, cell_h = np.max([sample.size for sample in samples], axis=0).tolist()
     canvas = Image.new("RGB", (2 * cell_w, 2 * cell_h))
     corners = [(0, 0), (cell_w, 0), (0, cell_h), (cell_w, cell_h)]

@@ -29,7 +29,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.records import BadImage, load_image
+from common.records import BadImage, load_image, open_picture, white_of
 
 try:
     import av
@@ -61,6 +61,7 @@ class Clip:
         self.total, self.fps, self.seconds = total, fps, seconds        # as the file says or nearly so; 0: not known
         self.sound, self.loop = sound, loop                             # loop of a GIF: 0 for ever, None once
         self.grid = grid                                                # frames a second where they are closest
+        self.last = 0.0                                                 # seconds of the last frame, once it was read
 
     def __iter__(self) -> Iterator[Frame]:
         """The frames up to the end or a break. Raises BadImage when there is not even one."""
@@ -82,9 +83,11 @@ def open_clip(path: Path) -> Clip | None:
     """The moving picture of a file, None for a still one. Raises BadImage; UserError where a video needs a package."""
     if path.suffix.lower() not in VIDEOS:
         try:
-            with Image.open(path) as image:
+            with open_picture(path) as image:
                 moves, loop = getattr(image, "n_frames", 1) > 1, image.info.get("loop")
-                return Clip(path, _animation(path), image.n_frames, loop=loop, video=False) if moves else None
+                clip = Clip(path, iter(()), image.n_frames, loop=loop, video=False)
+                clip.frames = _animation(clip)
+                return clip if moves else None
         except Image.UnidentifiedImageError:
             if not _is_video(path):
                 return None                                 # load_image will say what is wrong
@@ -165,10 +168,14 @@ def find_pictures(paths: list[str]) -> list[Source]:
 def shots(sources: list[Source]) -> Iterator[Shot]:
     """Every picture of every source. A still of a folder has the stills beside it around it; one that is missing,
     damaged or of another size gives way to the picture itself."""
+    @lru_cache
+    def white(folder: Path | None) -> float | None:
+        return white_of([source.path for source in sources if source.folder == folder]) if folder else None
+
     @lru_cache(4)
     def still(i: int) -> Image.Image | BadImage:
         try:
-            return load_image(sources[i].path)
+            return load_image(sources[i].path, white=white(sources[i].folder))
         except BadImage as error:
             return error
 
@@ -205,15 +212,18 @@ def _is_video(path: Path) -> bool:
     return head[4:8] == b"ftyp" or head[:4] == b"\x1a\x45\xdf\xa3" or head[:4] + head[8:] == b"RIFFAVI "
 
 
-def _animation(path: Path) -> Iterator[tuple[Image.Image, float]]:
+def _animation(clip: Clip) -> Iterator[tuple[Image.Image, float]]:
     """GIF, WebP, PNG, or the pages of a TIFF, by Pillow."""
     time = 0.0
-    with Image.open(path) as image:
+    with Image.open(clip.path) as image:
         first = int(bool(image.info.get("default_image")))              # of a PNG: not a part of the animation
+        white = white_of([clip.path])
         for i in range(first, image.n_frames):
             image.seek(i)
-            yield load_image(image.copy()), time
-            time += (image.info.get("duration") or 1000 * STILL) / 1000
+            image.load()                                                # WebP knows the frame's time only then
+            clip.last = (image.info.get("duration") or 1000 * STILL) / 1000
+            yield load_image(image.copy(), white=white), time
+            time += clip.last
 
 
 def _open_av(path: Path) -> Clip:
@@ -400,7 +410,7 @@ class Writer:
             return
         try:
             if kind is None:
-                self.sink.write(*self.waiting, self.shown)
+                self.sink.write(*self.waiting, self.clip.last or self.shown)
             self.sink.close()
             if kind is None:
                 self.part.replace(self.path)

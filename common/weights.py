@@ -10,7 +10,9 @@ Environment  POSE_CACHE             folder that keeps what was fetched; default:
 """
 import contextlib
 import difflib
+import glob
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -19,7 +21,8 @@ import sys
 import time
 import uuid
 import zipfile
-from collections import Counter
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -30,7 +33,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch.serialization import safe_globals
 from tqdm import tqdm
 
 from common.errors import UserError
@@ -136,15 +139,17 @@ def writable(folder: Path) -> bool:
     return True
 
 
-def fetch(name: str, cache: Path | None = None, timeout: float = 30.0) -> Path:
+def fetch(name: str, cache: Path | None = None, timeout: float = 30.0, finds_poses: bool = False) -> Path:
     """The file of a release, or its folder if it has several; downloaded on first use.
 
-    timeout: seconds without a byte after which a connection counts as broken.
+    timeout: seconds without a byte after which a connection counts as broken; finds_poses: of a name that does not
+    exist, suggest only what is more than weights to start from.
     Raises UserError, one line with the address and the place for the file, if it cannot be had.
     Processes may fetch at once; each then downloads its own copy, so under torchrun let rank 0 go first.
     """
     if name not in RELEASES:
-        near = difflib.get_close_matches(name, RELEASES, n=3) or list(RELEASES)
+        names = [one for one, release in RELEASES.items() if release.method or not finds_poses]
+        near = difflib.get_close_matches(name, names, n=3) or names
         raise UserError(f"no released weights are called {name!r}: did you mean {', '.join(near)}?")
     release, mirror = RELEASES[name], os.environ.get("POSE_WEIGHTS_URL")
     folder, spare = Path(cache or cache_folder()), Path("weights")
@@ -200,6 +205,9 @@ def download(url: str, target: Path, timeout: float) -> None:
     part = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")     # others may fetch the same file now
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(f"{glob.escape(target.name)}.*.part"):           # by a process that was killed
+            if time.time() - left.stat().st_mtime > 86400:
+                left.unlink(missing_ok=True)
         with open(part, "xb") as file:
             receive(url, file, timeout)
         file_kind(part)
@@ -298,8 +306,8 @@ def check_hash(path: Path, name: str) -> None:
 # ---------------------------------------------------------------------- reading
 def file_kind(path: Path) -> str:
     """'zip' or 'pickle' (torch since and before 1.6) or 'safetensors', by content; else raises Unusable."""
-    if path.is_dir():
-        raise Unusable("it is a folder, name a file in it")
+    if path.exists() and not path.is_file():
+        raise Unusable("it is a folder, name a file in it" if path.is_dir() else "it is no ordinary file")
     try:
         with open(path, "rb") as file:
             head = file.read(512)
@@ -325,61 +333,116 @@ def file_kind(path: Path) -> str:
 
 
 RUNS_CODE = "it holds more than tensors, reading it would run {}: ask for a file with the state dict alone"
-# What training scripts save beside the tensors: settings, and numbers of a log.
-SETTINGS = re.compile(r"(omegaconf|argparse|numpy|pathlib|collections|typing)\.")
+CONTAINERS = {"set": OrderedDict, "append": list, "extend": list}        # by what torch refuses to do to another class
 
 
-def stand_in(name: str) -> type:
+def stand_in(name: str, base: type = object) -> type:
     """A class that takes the place of `name` while a pickle is read, so that nothing is imported and nothing runs.
 
-    Settings become empty objects. Other names may be mentioned (settings hold classes), but a file that wants
-    one of them called is refused: os.system is such a name.
+    Calling it gives an empty object, or an empty OrderedDict or list, which is then filled.
     """
     def new(cls, *args):
-        if not SETTINGS.match(name):
-            raise Unusable(RUNS_CODE.format(name))
-        return object.__new__(cls)
+        return object.__new__(cls) if base is object else base()
 
     def forget(self, *args):
         pass
 
-    return type("StandIn", (), {"__new__": new, "__init__": forget, "__setstate__": forget})
+    return type(name, (), {"__new__": new, "__init__": forget, "__setstate__": forget, "__module__": "stand_in"})
 
 
 def read_torch(path: Path, zipped: bool):
-    """torch.load of tensors and plain values; whatever else the file names becomes a stand_in."""
+    """torch.load of tensors and plain values; whatever else the file names becomes a stand_in, and is said.
+
+    torch names one class at a time, which is then known at the next try. Names of builtins and of modules like `os`
+    stay refused: they are in no file that was written in good faith.
+    """
+    bases: dict[str, type] = {}
+    while True:
+        try:
+            with safe_globals([(stand_in(name, base), name) for name, base in bases.items()]):
+                # mapped, not read: of a training file with optimiser and average only what is used is ever loaded
+                saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            break
+        except Exception as error:             # a damaged file can fail anywhere in torch's reader
+            unknown = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+            filled = re.search(r"Can only (set|append|extend).* got <class 'stand_in\.(\S+)'>", str(error), re.IGNORECASE)
+            name, base = ((unknown[1], object) if unknown else
+                          (filled[2], CONTAINERS[filled[1].lower()]) if filled else ("", object))
+            if "persistent_load" in str(error):     # of a file from before torch 1.6
+                raise Unusable(RUNS_CODE.format("a torch.nn.Module")) from None
+            if not name:
+                raise Unusable(f"it is cut short or damaged ({type(error).__name__})") from None
+            if bases.get(name) is base or "." not in name:
+                raise Unusable(RUNS_CODE.format(name)) from None
+            bases[name] = base
+    if bases:
+        print(f"{path} holds more than tensors; left out, and nothing of it run: {', '.join(sorted(bases)[:5])}"
+              + ", ..." * (len(bases) > 5))
+    return saved
+
+
+def shards(path: Path) -> list[Path]:
+    """The files of weights called `path`: itself, or the parts that its index names. Part and index stand for all."""
+    whole = re.sub(r"-\d+-of-\d+(?=\.\w+$)", "", path.name.removesuffix(".index.json"))
+    index = path.with_name(whole + ".index.json")
+    if not index.is_file() or path.name == whole and path.is_file():
+        return [path]
     try:
-        names = get_unsafe_globals_in_checkpoint(path) if zipped else []
-        with safe_globals([(stand_in(name), name) for name in names]):
-            # mapped, not read: of a training file with optimiser and average only what is used is ever loaded
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Unusable:
-        raise
-    except Exception as error:                 # a damaged file can fail anywhere in torch's reader
-        code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if code:
-            raise Unusable(RUNS_CODE.format(code[1])) from None
-        raise Unusable(f"it is cut short or damaged ({type(error).__name__})") from None
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        parts = [index.with_name(Path(name).name) for name in names]        # never of another folder
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise Unusable(f"its index {index.name} is damaged") from None
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise Unusable(f"{len(missing)} of its {len(parts)} parts are not there, e.g. {missing[0]}")
+    return parts
+
+
+WRAPPERS = ("ema_model.", "model.", "network.", "net.")          # of a model that stands beside something else
+PLACES = ("ema", "model", "state_dict")
+
+
+def tensor_groups(saved, where: tuple = ()) -> Iterator[tuple[tuple, dict[str, Tensor]]]:
+    """Every dict of tensors in nested dicts, with the keys that lead to it."""
+    items = saved.items() if isinstance(saved, dict) else ()
+    if tensors := {str(key): value for key, value in items if isinstance(value, Tensor)}:
+        yield where, tensors
+    for key, value in items:
+        if len(where) < 3:
+            yield from tensor_groups(value, (*where, str(key)))
+
+
+def unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what wrappers (DistributedDataParallel, torch.compile, a training script's class) put into the names."""
+    tensors = {re.sub(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.", "", key): x for key, x in tensors.items()}
+    for wrapper in WRAPPERS:
+        inner = {key[len(wrapper):]: x for key, x in tensors.items() if key.startswith(wrapper)}
+        if 3 * len(inner) >= len(tensors):
+            return unwrapped(inner)                             # without losses and teachers beside it
+    return tensors
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a released file, on the CPU: its ema.module, else ema, model, state_dict, or the file itself.
+    """The tensors of a released file, on the CPU, by the model's names; parts of one model are joined.
 
-    A leading `module.` (DistributedDataParallel) is taken off. Raises UserError if the file cannot be read.
+    Of several dicts of tensors `ema` comes before `model`, `state_dict`, any other; small ones (an optimiser's) do not
+    count. Raises UserError if the file cannot be read.
     """
-    path = Path(path)
+    path, saved = Path(path), {}
     try:
-        kind = file_kind(path)
-        saved = load_file(path) if kind == "safetensors" else read_torch(path, zipped=kind == "zip")
-        for place in (("ema", "module"), ("ema",), ("model",), ("state_dict",), ()):
-            part = saved
-            for key in place:
-                part = part.get(key) if isinstance(part, dict) else None
-            items = part.items() if isinstance(part, dict) else ()
-            tensors = {str(key).removeprefix("module."): value for key, value in items if isinstance(value, Tensor)}
-            if tensors:
-                return tensors
-        raise Unusable("it holds no tensors under ema, model or state_dict, nor by themselves")
+        for part in shards(path):
+            kind = file_kind(part)
+            read = load_file(part) if kind == "safetensors" else read_torch(part, zipped=kind == "zip")
+            saved = saved | read if isinstance(read, dict) else read
+        groups = list(tensor_groups(saved))
+        if not groups:
+            raise Unusable("it holds no tensors, by themselves or under ema, model or state_dict: ask for its state dict")
+        most = max(len(tensors) for _, tensors in groups)
+        groups = [(where, tensors) for where, tensors in groups if 2 * len(tensors) >= most]
+        where, tensors = min(groups, key=lambda group: PLACES.index(group[0][0]) if {*group[0][:1]} & {*PLACES} else 9)
+        if len(groups) > 1:
+            print(f"{path}: of {', '.join('.'.join(one) or 'the file itself' for one, _ in groups)} the tensors of "
+                  f"{'.'.join(where) or 'the file itself'} are taken")
+        return unwrapped(tensors)
     except Unusable as reason:
         raise UserError(f"cannot read weights from {path}: {reason}") from None
 
@@ -422,13 +485,16 @@ def load_checkpoint(path: Path) -> dict:
 def read_own(path: Path) -> dict | None:
     """A checkpoint of ours, or None if the file is something else (released weights, a damaged file)."""
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            return None                                         # flipped bits, at which torch does not look
+        if not path.is_file() or zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            return None                                         # a pipe; flipped bits, at which torch does not look
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:                                           # whoever reads it next says what it is
         return None
-    ours = isinstance(content, dict) and {"method", "preset", "config", "skeleton", "model"} <= content.keys()
-    return content if ours else None
+    kinds = dict(method=str, preset=str, config=dict, skeleton=(dict, str), model=dict)
+    ours = isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in kinds.items())
+    states = [content["model"], content.get("ema", {})] if ours else []
+    return content if ours and all(isinstance(state, dict) and all(isinstance(x, Tensor) for x in state.values())
+                                   for state in states) else None
 
 
 # ---------------------------------------------------------------------- into a model
@@ -458,7 +524,8 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], ignored: dict[str, s
         "not in the model": [f"{key} {tuple(theirs[key].shape)}" for key in theirs if key not in ours],
         "not in the weights": [f"{key} {tuple(ours[key].shape)}" for key in ours if key not in theirs],
         "of another shape": [f"{key} {tuple(theirs[key].shape)} for {tuple(ours[key].shape)}"
-                             for key in theirs if key in ours and theirs[key].shape != ours[key].shape]}
+                             for key in theirs if key in ours and theirs[key].shape != ours[key].shape],
+        "not finite": [key for key, value in model.named_parameters() if key in theirs and not theirs[key].isfinite().all()]}
     if any(offenders.values()):
         raise UserError("the weights do not fit the model: " + "; ".join(
             f"{len(keys)} {kind}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"

@@ -3,6 +3,7 @@ import errno
 import sys
 from dataclasses import dataclass, fields
 
+import numpy as np
 import pytest
 import torch
 
@@ -72,7 +73,8 @@ def test_precedence_is_class_preset_checkpoint_command_line(tmp_path):
     ("--preset tny", "there is no preset tny: choose from tiny, n, s"), ("--amp foo", "--amp foo: choose from no, bf16"),
     ("--schedule foo", "--schedule foo: choose from constant, cosine"), ("--backbone foo", "--backbone foo: choose from"),
     ("--batch 0", "--batch 0: expected at least 1"), ("--epochs 0", "--epochs 0"), ("--accum 0", "--accum 0"),
-    ("--lr -1", "--lr -1.0: expected"), ("--lr nan", "--lr nan"), ("--clip 0", "--clip"), ("--workers -1", "--workers -1"),
+    ("--lr -1", "--lr -1.0: expected"), ("--lr nan", "--lr nan"), ("--lr 1e300", "--lr 1e+300: expected a number from"),
+    (f"--batch {10 ** 20}", "expected a number from 1 to 1000000000000"), ("--clip 0", "--clip"), ("--workers -1", "--workers -1"),
     ("--mosaic 2", "--mosaic 2.0: expected a number from 0 to 1"), ("--heads 5", "choose a multiple of 20"),
     ("--size 100", "multiple of 32"), ("--resume nowhere", "there is no checkpoint nowhere"), ("--init", "expected one argument")])
 def test_a_wrong_command_line_is_one_line_that_says_what_to_do(argv, message, capsys):
@@ -96,6 +98,7 @@ def test_errors_of_loader_processes_memory_and_disk_are_one_line_too(capsys):
     wrapped = "Caught UserError in DataLoader worker process 0.\nTraceback\n  x\ncommon.UserError: no image"
     assert last_line(capsys, lambda: fail(UserError(wrapped))) == "error: no image"
     assert "smaller --batch" in last_line(capsys, lambda: fail(torch.OutOfMemoryError("CUDA out of memory. Tried")))
+    assert "smaller --batch" in last_line(capsys, lambda: np.zeros(2 ** 57))
     assert "No space left" in last_line(capsys, lambda: fail(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(SystemExit) as end:
         run_main(lambda: fail(KeyboardInterrupt()))

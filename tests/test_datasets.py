@@ -13,6 +13,8 @@ from common.records import BadImage, load_image
 from data import puppets
 from common.splits import default_splits, open_dataset
 from common.skeletons import SKELETONS
+from common.video import open_clip
+from common.weights import load_tensors, read_own
 from tests.helpers import golden
 
 COCO = {"id": 1, "name": "person", "keypoints": list(SKELETONS["coco"].keypoints), "skeleton": [[16, 14]]}
@@ -599,8 +601,94 @@ def test_a_table_says_what_it_is_of(tmp_path):
     said = "\n".join(dataset.caveats())
     assert "1 of 3 images are not there: this table is of the others" in said
     assert "1 images could not be read: their people count as missed" in said
-    assert "1 images have more than 20 people" in said and "the areas of 1 people do not suit their boxes" in said
+    assert "1 images have more than 20 people" in said and "1 people whose area does not suit their box" in said
     assert "1 people with ignore: 1" in notes(dataset) and len(dataset.ground_truth()["images"]) == 2
+
+
+def test_a_table_says_where_sizes_and_orientations_are_guessed(tmp_path):
+    point = dict(bbox=[30, 20, 0, 0], area=0, num_keypoints=1, keypoints=[30, 20, 2])
+    write(tmp_path, [image(1), image(2)], [person(1, 1, 1, **point)], [COCO | dict(keypoints=["tip"], skeleton=[])])
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    picture().save(tmp_path / "val2017/2.jpg", exif=exif)
+    dataset = open_dataset(str(tmp_path), "val")
+    dataset.remember([dataset.load(i)[1] for i in range(2)])
+    assert "1 people of whose size a few pixels around their keypoints are all" in dataset.caveats()[1]
+    assert "1 images were turned as their EXIF orientation says" in dataset.caveats()[0]
+    sized = open_dataset(str(write(tmp_path, [image(1)], [person(1, 1, 1, **point | dict(area=8))])), "val", dataset.skeleton)
+    assert sized.caveats() == []
+
+
+@pytest.mark.parametrize("annotations", [[], None])
+def test_a_test_set_without_labels_opens_and_is_not_trained_on(tmp_path, annotations):
+    """As COCO's image_info_test-dev2017.json, whose pictures are those of test2017."""
+    write(tmp_path, [image(1)], [], [{"id": 1, "name": "person"}], "test-dev", "annotations/image_info_{}2017.json", "test2017")
+    change(tmp_path, lambda content: content.pop("annotations") if annotations is None else None)
+    dataset = open_dataset(str(tmp_path), "test-dev", "coco")
+    assert not dataset.labelled and len(dataset) == 1 and dataset.load(0)[0].image.size == (60, 40)
+    with pytest.raises(UserError, match="nothing to train on|has no labels"):
+        open_dataset(str(tmp_path), "test-dev").training()
+
+
+@pytest.mark.parametrize("file, folder", [
+    ("{}.json", "{}"), ("{}/labels.json", "{}"), ("annotations/mine_keypoints_{}.json", "images"), ("{}_annotations.json", "."),
+    ("annotations/instances_{}2017.json", "images/{}"), ("labels/coco-{}.json", "images/{}")])
+@pytest.mark.parametrize("split, words", [("val", ("valid", "VALID", "Val", "validation")), ("train", ("Training", "TRAIN")),
+                                          ("test", ("test", "Testing"))])
+def test_a_split_is_known_by_the_word_in_the_name_of_its_file_or_folder(tmp_path, file, folder, split, words):
+    for n, word in enumerate(words):
+        root = write(tmp_path / str(n), [image(1)], [person(1, 1)], file=file, folder=folder, split=word)
+        other = "train" if split != "train" else "val"
+        write(root, [image(2)], [person(1, 2)], file=file, folder=folder, split=other)
+        assert [sample.image_id for sample in open_dataset(str(root), split)] == [1]
+
+
+def test_a_split_that_two_files_could_be_is_not_guessed(tmp_path):
+    for name in "a_valid.json", "b_valid.json":
+        write(tmp_path, [image(1)], [person(1, 1)], file=name, folder=".")
+    with pytest.raises(UserError, match="JSON files there: a_valid.json, b_valid.json"):
+        open_dataset(str(tmp_path), "val")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_among_the_pictures_is_no_picture_and_is_not_waited_for(tmp_path):
+    write(tmp_path, [image(1), image(2)], [person(1, 1), person(2, 2)])
+    change(tmp_path, lambda content: content["images"][0].pop("width"))
+    (tmp_path / "val2017/1.jpg").unlink()
+    os.mkfifo(tmp_path / "val2017/1.jpg")
+    dataset = open_dataset(str(tmp_path), "val")
+    assert dataset.white is None and "folder or a pipe" in dataset.load(0)[1] and dataset.load(1)[0] is not None
+    assert open_clip(tmp_path / "val2017/1.jpg") is None
+    os.mkfifo(tmp_path / "a.pt")
+    assert read_own(tmp_path / "a.pt") is None
+    with pytest.raises(UserError, match="no ordinary file"):
+        load_tensors(tmp_path / "a.pt")
+
+
+def test_ids_with_leading_zeros_are_other_ids(tmp_path):
+    dataset = opened(tmp_path, [image("01"), image("1"), image("2.0")], [person(1, "01"), person(2, 1), person(3, 2)])
+    assert [(sample.image_id, len(sample.keypoints)) for sample in dataset] == [("01", 1), ("1", 1), ("2", 1)]
+
+
+def test_floats_with_lights_above_white_are_not_black(tmp_path):
+    Image.fromarray(np.linspace(0, 1.25, 60, dtype=np.float32)[None].repeat(40, 0)).save(tmp_path / "a.tif")
+    assert np.asarray(load_image(tmp_path / "a.tif"))[0, 48, 0] in range(200, 212)        # 1.017 of 1.25
+
+
+def test_a_category_may_be_asked_for_by_its_id_and_unnamed_keypoints_are_said(tmp_path):
+    dog = {"id": 7, "name": "dog", "keypoints": [{"name": "nose"}, {"name": "tail"}]}
+    write(tmp_path, [image(1)], [person(1, 1), person(2, 1, 2, category_id=7)], [COCO, dog])
+    assert open_dataset(str(tmp_path), "val", category="7").skeleton.keypoints == ("nose", "tail")
+    change(tmp_path, lambda content: content.update(categories=[{"id": 1}], annotations=content["annotations"][:1]))
+    assert "does not name: 17 keypoints are taken for those of (coco)" in notes(open_dataset(str(tmp_path), "val"))
+
+
+def test_a_tiff_that_pillow_turns_by_itself_is_noted_as_others_are(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for ending in "png", "tif":
+        picture().save(tmp_path / f"a.{ending}", exif=exif)
+        assert load_image(tmp_path / f"a.{ending}", (60, 40)).info["orientation"] == 3
 
 
 @pytest.mark.parametrize("content", [

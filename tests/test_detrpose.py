@@ -1,6 +1,7 @@
 """DETRPose against the released code's numbers, and by itself. Cases are found by file pattern (see golden())."""
 import argparse
 import json
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -604,6 +605,18 @@ def test_the_tiny_preset_learns_eight_puppets_by_heart(puppets_folder):
         optimizer.zero_grad()
         values.append(losses["loss_keypoints"].item())
     assert np.mean(values[-10:]) < values[0] / 5
+
+
+def test_a_large_photo_is_made_smaller_before_zoom_out_pads_it(monkeypatch):
+    photo = Image.new("RGB", (2600, 1300))
+    sample = Sample(photo, 1, photo.size, np.full((1, 17, 3), 2, np.float32), np.float32([[0, 0, 9, 9]]), np.float32([81]),
+                    np.zeros(1, bool))
+    data = types.SimpleNamespace(load_readable=lambda i: (sample, []), skeleton=get_skeleton("coco"))
+    seen, pad = [], transforms.pad
+    monkeypatch.setattr(transforms, "pad", lambda sample, *sides: seen.append(sample.size) or pad(sample, *sides))
+    config = replace(detrpose.PRESETS["s"], zoom_out=1.0, mosaic=0.0, jitter=0.0, size=64)
+    image, people, *_ = detrpose.TrainImages(data, config, config.aug_from)[0]
+    assert seen == [(1280, 640)] and image.shape == (3, 64, 64) and len(people) == 1
 
 
 @pytest.mark.slow

@@ -166,7 +166,7 @@ def test_a_released_file_is_recognised_and_draws(official, call):
     assert code == 0 and "detrpose, preset n, 17 keypoints" in out and len(results) > 0
     assert all(result["image_id"] == "photo.jpg" for result in results) and Path("drawn/photo.png").exists()
     code, line, _ = call(official, "--preset", "l", "--images", "photo.jpg")
-    assert code == 2 and "do not fit the model" in line
+    assert code == 2 and "is preset n, not l: leave --preset out" in line
     assert "there is no preset q" in call(official, "--preset", "q", "--images", "photo.jpg")[1]
     assert "add --data FOLDER, or --images PICTURE" in call(official)[1]
 
@@ -217,11 +217,40 @@ def test_files_that_are_no_checkpoint_are_one_line_each_and_never_run(run, offic
     assert not Path("ran").exists()
 
 
+@pytest.mark.parametrize("change, message", [
+    (dict(preset=[1]), "has no tensors of"), (dict(skeleton=None), "has no tensors of"), (dict(skeleton={}), "no keypoint set"),
+    (dict(skeleton=dict(name="a", keypoints=5, edges=[], flip=None, sigmas=[])), "no keypoint set"),
+    (dict(model=True, ema={}), "holds no tensors"), (dict(model={"a": 5}, ema={}), "holds no tensors"), (dict(config=None), "has no tensors"),
+    ({"lr": "x"}, "damaged: its lr is 'x'"), ({"dim": 1e9}, "damaged: its dim"), (dict(ema=5), "has no tensors of"),
+    ({"cf": 1.0}, "another version of detrpose.py: this one has no option cf")], ids=str)
+def test_a_checkpoint_with_odd_values_is_one_line(run, call, change, message):
+    saved = torch.load(run / "best.pt", weights_only=True)
+    whole = change.keys() <= saved.keys() | {"ema"}
+    torch.save(saved | (change if whole else dict(config=saved["config"] | change)), "odd.pt")
+    code, line, _ = call("odd.pt")
+    assert code == 2 and message in line, line
+
+
+def test_a_dataset_without_labels_gives_results_and_no_table(run, puppets_folder, call):
+    truth = json.loads((puppets_folder / "annotations/person_keypoints_val2017.json").read_text())
+    Path("d/annotations").mkdir(parents=True)
+    shutil.copytree(puppets_folder / "val2017", "d/test2017")
+    images = truth["images"][:2]
+    Path("d/annotations/image_info_test-dev2017.json").write_text(json.dumps(dict(images=images, categories=[dict(id=1, name="person")])))
+    code, out, results = call(run / "best.pt", "--data", "d", "--split", "test-dev", "--workers", 0)
+    assert code == 0 and "has no labels: results.json" in out and "AP50" not in out + Path("drawn/table.txt").read_text()
+    assert results and {row["image_id"] for row in results} <= {image["id"] for image in images}
+    assert Image.open("drawn/predictions.png").size[1] > 64, "the pictures with what was found"
+
+
 def test_wrong_flags_are_one_line(run, official, call, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no GPU that torch" in call(run, "--device", "cuda")[1]
     assert "leave --preset out" in call(run, "--preset", "l")[1]
     assert "there is no method nosuch" in call(official, "--method", "nosuch")[1]
+    assert f"{official} is preset n, not tiny: leave --preset out" in call(official, "--preset", "tiny", "--images", "a.jpg")[1]
+    suggested = call("nosuch", "--images", "a.jpg")[1]
+    assert "detrpose-l" in suggested and "resnet50" not in suggested and "dfine" not in suggested
     assert "did you mean --images?" in call(run, "--image", "a.jpg")[1]
     assert "required: checkpoint" in call("--split", "val")[1]
     assert call("--help")[0] == 0 and "--images" in call("--help")[1]

@@ -217,7 +217,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_line_and_stays_what_it_was(short_
     torch.save(saved | {"method": "querypose"}, last)
     assert "go on with python querypose.py" in resume_line(capsys, puppets_folder, folder, run)
     torch.save(saved | {"config": saved["config"] | {"layer": 1}}, last)
-    assert "no option layer: did you mean layers?" in resume_line(capsys, puppets_folder, folder, run)
+    assert "another version of detrpose.py: this one has no option layer" in resume_line(capsys, puppets_folder, folder, run)
     last.write_bytes(before[:-1000])
     assert "cut short or damaged" in resume_line(capsys, puppets_folder, folder, run)
 

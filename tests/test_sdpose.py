@@ -488,6 +488,21 @@ def test_a_release_of_any_precision_fills_a_float32_model(tmp_path, tiny_state, 
         assert model.heatmaps(model.encode(torch.zeros(1, 3, 32, 24))).isfinite().all()
 
 
+def test_a_release_whose_unet_is_in_shards_is_joined(tmp_path, tiny_state):
+    folder = write_release(tmp_path / "release", tiny_state)
+    whole, before = sd.release_file(folder, "unet"), sd.read_release(folder)
+    tensors, where = weights.load_tensors(whole), {}
+    for n in range(2):
+        name = f"{whole.stem}-0000{n + 1}-of-00002.safetensors"
+        part = dict(list(tensors.items())[n::2])
+        save_file(part, whole.with_name(name))
+        where |= dict.fromkeys(part, name)
+    whole.unlink()
+    Path(f"{whole}.index.json").write_text(json.dumps(dict(weight_map=where)))
+    joined = sd.read_release(folder)
+    assert joined.keys() == before.keys() and all(torch.equal(joined[name], x) for name, x in before.items())
+
+
 def test_the_text_encoder_is_read_once(tmp_path, tiny_state):
     folder = write_release(tmp_path / "release", tiny_state)
     first = sd.read_release(folder)["text"]

@@ -82,12 +82,12 @@ def test_a_category_that_cannot_be_used_is_explained(category, sigmas, message):
 
 @pytest.mark.parametrize("given, edges", [
     ([[1, 2], [32, 33]], ((0, 1),)), ([["head", "tail"], ["Left Fin", "tail"]], ((0, 1), (2, 1))), ([[1, 2, 3]], ()),
-    (None, ()), ([1, 2, 2, 3], ()), ([["1", "2"]], ((0, 1),)), ([[1, None], [2, 3]], ((1, 2),)), ([[0, 1]], ((0, 1),)),
-    ("1-2", ()), ([[1, 1e400]], ())], ids=str)
+    (None, ()), ([1, 2, 2, 3], ()), ([["1", "2"]], ((0, 1),)), ([[1, None], [2, 3], [1.5, 2]], ((1, 2),)), ([[0, 1]], ((0, 1),)),
+    ("1-2", ()), ({"a": 1}, ()), ([[1, 1e400]], ())], ids=str)
 def test_edges_are_for_drawing_and_what_joins_nothing_is_left_out_with_a_note(given, edges, capsys):
     category = {"keypoints": ["head", "tail", "left_fin", "right_fin"], "skeleton": given}
     assert skeleton_from_category(category, [0.1] * 4).edges == edges
-    dropped = isinstance(given, list) and len(given) > len(edges)
+    dropped = given is not None and len(given if isinstance(given, list) else [given]) > len(edges)
     assert ("join no two keypoints" in capsys.readouterr().out) == dropped
 
 

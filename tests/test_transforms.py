@@ -79,6 +79,16 @@ def test_released_mosaic_is_ours_in_pixels(file):
     np.testing.assert_allclose(ours.areas, golden["mosaic_area"], rtol=1e-6)
 
 
+def test_very_large_and_very_thin_pictures_take_little_memory():
+    small, large = random_sample(0), sample_of(np.zeros((20, 400, 3), np.uint8), *(np.zeros((0, *n)) for n in ((4,), (17, 3), ())))
+    assert T.shrink(small, 50) is small and T.shrink(large, 100).size == (100, 5)
+    half = T.shrink(small, 25)
+    assert half.size == (25, 15) and np.allclose(half.boxes, small.boxes / 2) and np.allclose(half.areas, small.areas / 4)
+    thin = [sample_of(np.zeros((h, w, 3), np.uint8), *(np.zeros((0, *n)) for n in ((4,), (17, 3), ())))
+            for w, h in ((6, 3000), (3000, 6), (60, 40), (40, 60))]
+    assert T.mosaic(thin, 32).size == (1000, 1000)                  # not 2 * 16,000: 500 is the longer side beside 1
+
+
 @golden_files
 def test_released_colour_steps_are_ours_to_the_last_bit(file):
     golden = np.load(file)

@@ -116,6 +116,18 @@ def test_a_gif_keeps_its_durations_and_how_often_it_runs(loop, tmp_path):
             out.add(one.picture, one.time)
     again = open_clip(tmp_path / "b.gif")
     assert again.loop == loop and [one.time for one in again] == pytest.approx([0, 0.1, 0.4])
+    assert again.last == pytest.approx(0.05)
+
+
+def test_deep_pages_and_the_deep_pictures_of_a_folder_have_one_brightness(tmp_path):
+    """1000 is the same gray beside 1000 as beside 4000, of which alone it would be white."""
+    pages = [Image.fromarray(np.full((8, 8), 1000, np.uint16)) for _ in range(3)]
+    pages[1].putpixel((0, 0), 4000)
+    pages[0].save(tmp_path / "a.tiff", save_all=True, append_images=pages[1:])
+    for n, page in enumerate(pages):
+        page.save(tmp_path / f"{n}.png")
+    seen = [one.frame.picture.getpixel((4, 4)) for one in shots(find_pictures([str(tmp_path)]))]
+    assert seen == [(62, 62, 62)] * 6
 
 
 def test_a_gif_is_written_no_larger_than_it_has_to_be(tmp_path):

@@ -1,8 +1,11 @@
 """Fetching from a server that misbehaves, reading files that are not what they seem, strict loading."""
 import argparse
+import collections
 import errno
 import hashlib
 import io
+import json
+import math
 import os
 import sys
 import threading
@@ -11,6 +14,7 @@ import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -147,6 +151,15 @@ def test_halves_of_two_versions_are_never_joined(server, monkeypatch):
             server.version, server.body = '"2"', torch_bytes(model={"a": torch.zeros(50_000)})
     monkeypatch.setattr(weights, "copy", replaced_meanwhile)
     assert fetch(NAME).read_bytes() == server.body
+
+
+def test_what_a_killed_process_left_of_a_file_goes_after_a_day(server, tmp_path):
+    old, new = (tmp_path / "cache" / f"{FILE}.{name}.part" for name in ("a" * 32, "b" * 32))
+    (tmp_path / "cache").mkdir()
+    old.touch(), new.touch()
+    os.utime(old, (0, 0))
+    fetch(NAME)
+    assert files_below(tmp_path) == [f"cache/{FILE}", f"cache/{new.name}"]
 
 
 def test_a_length_that_is_not_announced_is_no_obstacle(server):
@@ -326,13 +339,97 @@ class Hostile:
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("call, name", [
-    ((os.mkdir, "ran"), "mkdir"), ((exec, "open('ran', 'w')"), "exec"), ((nn.Linear, 1, 1), "Linear")])
+    ((os.mkdir, "ran"), "mkdir"), ((exec, "open('ran', 'w')"), "exec"), ((getattr, "", "upper"), "getattr")])
 def test_a_file_that_wants_to_run_code_is_refused_and_nothing_runs(tmp_path, monkeypatch, call, name, zipped):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": TWO, "args": Hostile(*call)}, "evil.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match=f"more than tensors.*{name}") as error:
         load_tensors("evil.pth")
     assert "\n" not in str(error.value) and files_below(tmp_path) == ["evil.pth"] and not Path("ran").exists()
+
+
+class Log(collections.OrderedDict):
+    """A class of somebody's library; saved as one of a module that is not there, see `saved_as_foreign`."""
+
+
+class History(list):
+    pass
+
+
+class Buffer:
+    def __init__(self):
+        self.values, self.tensor = np.ones(3), torch.ones(3)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("made", [Buffer, lambda: Log(a=1), lambda: History([1, 2]), lambda: collections.deque([1], 9)])
+def test_objects_of_a_library_beside_the_tensors_are_left_out_and_named(tmp_path, monkeypatch, capsys, made, zipped):
+    beside = made()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "theirs", types.SimpleNamespace(Log=Log, History=History, Buffer=Buffer))
+        for kind in (Log, History, Buffer):
+            patch.setattr(kind, "__module__", "theirs")
+        torch.save({"state_dict": TWO, "hub": {"x": beside}}, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    assert torch.equal(load_tensors(tmp_path / "a.pth")["w"], TWO["w"])
+    name = "collections.deque" if type(beside) is collections.deque else f"theirs.{type(beside).__name__}"
+    assert name in capsys.readouterr().out and "theirs" not in sys.modules
+
+
+def test_a_whole_module_is_not_built(tmp_path):
+    for zipped, reason in (True, "holds no tensors"), (False, "more than tensors.*torch.nn.Module"):
+        torch.save({"model": nn.Linear(1, 1)}, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(UserError, match=reason):
+            load_tensors(tmp_path / "a.pth")
+
+
+NET = {"backbone.w": torch.zeros(2), "head.w": torch.zeros(3), "head.b": torch.zeros(1)}
+
+
+def named(prefix: str) -> dict:
+    return {prefix + name: x for name, x in NET.items()}
+
+
+@pytest.mark.parametrize("saved", [
+    named("_orig_mod."), named("module._orig_mod."), named("model."), {"state_dict": named("model.")},
+    {"state_dict": named("model.") | {"loss.w": torch.ones(1)}, "hyper_parameters": {"lr": 1.0}, "callbacks": {}},
+    {"state_dict": named("ema_model.module.") | named("model.")}, {"model": {"state_dict": NET}, "epoch": 3},
+    {"model_state_dict": named("net."), "optimizer_state_dict": {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": []}},
+    {"ema": {"module": named("module."), "updates": torch.ones(())}, "model": named("module.")}, {"weights": named("model.model.")},
+    {"backbone._orig_mod.w": NET["backbone.w"], "head.w": NET["head.w"], "head.b": NET["head.b"]}])
+def test_wrappers_of_training_scripts_are_taken_off(tmp_path, saved):
+    torch.save(saved, tmp_path / "a.pth")
+    assert {name: x.shape for name, x in load_tensors(tmp_path / "a.pth").items()} == {name: x.shape for name, x in NET.items()}
+
+
+def test_which_of_several_tensors_are_taken_is_said(tmp_path, capsys):
+    torch.save({"model": ONE, "ema": {"module": TWO}}, tmp_path / "a.pth")
+    load_tensors(tmp_path / "a.pth")
+    assert "of model, ema.module the tensors of ema.module are taken" in capsys.readouterr().out
+    torch.save({"model": ONE, "epoch": 1}, tmp_path / "a.pth")
+    load_tensors(tmp_path / "a.pth")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("ending, write", [("safetensors", save_file), ("bin", torch.save)])
+def test_parts_of_one_model_are_joined(tmp_path, ending, write):
+    parts = [f"model-0000{n}-of-00002.{ending}" for n in (1, 2)]
+    index = tmp_path / f"model.{ending}.index.json"
+    write({"a": torch.ones(1)}, tmp_path / parts[0])
+    write({"b": torch.ones(2)}, tmp_path / parts[1])
+    index.write_text(json.dumps(dict(weight_map=dict(a=parts[0], b=parts[1]))))
+    for name in (f"model.{ending}", index.name, parts[1]):
+        assert {key: len(x) for key, x in load_tensors(tmp_path / name).items()} == dict(a=1, b=2)
+    (tmp_path / parts[0]).unlink()
+    with pytest.raises(UserError, match=f"1 of its 2 parts are not there, e.g. {parts[0]}"):
+        load_tensors(index)
+    for damaged in ("{", "[]", '{"weight_map": {"a": 5}}'):
+        index.write_text(damaged)
+        with pytest.raises(UserError, match="index .* is damaged"):
+            load_tensors(index)
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "inside" / index.name).write_text(json.dumps(dict(weight_map=dict(b=f"../{parts[1]}"))))
+    with pytest.raises(UserError, match="not there"):               # no file of another folder is read
+        load_tensors(tmp_path / "inside" / index.name)
 
 
 def test_every_kind_of_bad_file_is_one_clear_line(tmp_path):
@@ -368,6 +465,13 @@ def test_strict_loading_fills_every_parameter_and_leaves_ignored_names_alone():
     ignored = {r"\.num_batches_tracked$": "not used", "^anchors$": "made anew"}
     load_strict(model, state | {"anchors": torch.ones(4)}, ignored)
     assert (model[0].weight == 5).all() and (model[1].running_var == 5).all() and model[1].num_batches_tracked == 0
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    model = nn.Linear(3, 2)
+    for bad in math.nan, math.inf:
+        with pytest.raises(UserError, match="1 not finite: bias"):
+            load_strict(model, model.state_dict() | {"bias": torch.tensor([0, bad])}, {})
 
 
 def test_strict_loading_names_five_offenders_of_each_kind_and_changes_nothing():
