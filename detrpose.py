@@ -1036,7 +1036,7 @@ def train(cfg: Config, args) -> None:
         net.train()
         # micro-batches; a resumed run goes on in mid-epoch, unreadable files are reported
         for images, people in run.batches(TrainImages(train_set, cfg, epoch)):
-            factor = lr_scale(run.step, run.steps, epoch, cfg)
+            factor = lr_scale(run.step, run.steps, epoch, run.cfg)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             side = input_side(cfg, epoch, run.step)
@@ -1044,6 +1044,8 @@ def train(cfg: Config, args) -> None:
             if side != cfg.size:
                 images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
             people = [one.to(ranks.device) for one in people]
+            if run.first_batch:                                     # train_batch.png
+                run.show_batch(images, [one.keypoints * side for one in people], [one.visible for one in people])
 
             with autocast(ranks.device, cfg.amp):
                 result = net(images, people)

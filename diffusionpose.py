@@ -952,7 +952,7 @@ def train(cfg: Config, args) -> None:
         net.train()
         # micro-batches; a resumed run goes on in mid-epoch, unreadable files are reported
         for clips, joints in run.batches(TrainClips(train_set, people, cfg, epoch)):
-            factor = lr_scale(run.step, run.steps, epoch, cfg)
+            factor = lr_scale(run.step, run.steps, epoch, run.cfg)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             # grows over the first epoch [C]: on maps without peaks the Markov loss would lead
@@ -960,6 +960,8 @@ def train(cfg: Config, args) -> None:
             frames = transforms.normalise(clips.to(ranks.device, non_blocking=True) / 255)
             joints = torch.stack(joints).to(ranks.device)
             visible = joints[..., 2]
+            if run.first_batch:                                     # train_batch.png, of the key frames
+                run.show_batch(clips[:, KEY] / 255, list(joints[:, None, :, :2]), list(visible[:, None]))
 
             target = target_heatmaps(joints[..., :2] / STRIDE, visible, cfg.heatmap, cfg.sigma)     # G
             t = torch.randint(TIMES, (len(frames),), device=ranks.device)

@@ -980,12 +980,16 @@ def train(cfg: Config, args) -> None:
         net.train()
         # micro-batches; a resumed run goes on in mid-epoch, unreadable files are reported
         for (images, padded), people in run.batches(TrainImages(training, cfg, epoch, completion), pad_images):
-            factor = lr_scale(run.step, run.steps, epoch, cfg)
+            factor = lr_scale(run.step, run.steps, epoch, run.cfg)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             images = images.to(ranks.device, non_blocking=True, memory_format=torch.channels_last)
             padded = padded.to(ranks.device, non_blocking=True)
             people = [one.to(ranks.device) for one in people]
+            if run.first_batch:                                     # train_batch.png
+                sizes = torch.stack([(~padded).any(1).sum(-1), (~padded).any(2).sum(-1)], 1)
+                run.show_batch(transforms.denormalise(images), [one.keypoints * size for one, size in zip(people, sizes)],
+                               [one.visible for one in people])
 
             noise = draw_pose_noise([len(one) for one in people], joints, cfg, ranks.device)
             y_t = noise_poses(pad_poses(people, noise, cfg.padding), noise.t, noise.eps, cfg.scale)

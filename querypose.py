@@ -891,11 +891,14 @@ def train(cfg: Config, args) -> None:
         net.train()
         # micro-batches; a resumed run goes on in mid-epoch, unreadable files are reported
         for (images, sizes), people in run.batches(TrainImages(train_set, cfg, epoch), pad_images):
-            factor = lr_scale(run.step, run.steps, epoch, cfg)
+            factor = lr_scale(run.step, run.steps, epoch, run.cfg)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             images = images.to(ranks.device, non_blocking=True, memory_format=torch.channels_last)
             people = [one.to(ranks.device) for one in people]
+            if run.first_batch:                                     # train_batch.png
+                run.show_batch(transforms.denormalise(images), [one.keypoints for one in people],
+                               [one.visible for one in people])
             choose = partial(matched_queries, people=people) if cfg.matched else None
 
             with autocast(ranks.device, cfg.amp):

@@ -759,13 +759,17 @@ def train(cfg: Config, args) -> None:
         net.train()
         # micro-batches; a resumed run goes on in mid-epoch, unreadable files are reported
         for crops, keypoints in run.batches(crops_of(epoch)):
-            factor = lr_scale(run.step, run.steps, cfg)
+            factor = lr_scale(run.step, run.steps, run.cfg)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             keypoints = torch.stack(keypoints).to(ranks.device)
             target, weight = udp_encode(keypoints[..., :2], keypoints[..., 2], cfg)                # H_Pose
 
             z_input, z_rgb = training_latents(model, crops)
+            if run.first_batch:                                     # train_batch.png
+                with torch.no_grad():                               # encoded once: what the VAE still knows of them
+                    seen = crops[:, 0] / 255 if crops.dtype == torch.uint8 else model.decode(z_input) / 2 + 0.5
+                run.show_batch(seen, list(keypoints[:, None, :, :2]), list(keypoints[:, None, :, 2]))
             with autocast(ranks.device, cfg.amp):
                 output = net(z_input, cfg.rgb_weight > 0)                          # both tasks, at t = 999
             losses = criterion(output, z_rgb, target, weight, cfg)

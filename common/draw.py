@@ -201,11 +201,42 @@ def contact_sheet(images: Sequence[Image.Image], columns: int = 4, cell: int = 4
     return sheet
 
 
+def captioned(image: Image.Image, text: str) -> Image.Image:
+    """The image below a strip with a text, over as many lines as it needs."""
+    font, lines = ImageFont.load_default(14), [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines[-1:] = [longer] if not lines[-1] or font.getlength(longer) <= image.width - 8 else [lines[-1], word]
+    strip = 18 * len(lines) + 6
+    canvas = Image.new("RGB", (image.width, image.height + strip), RIM)
+    canvas.paste(image, (0, strip))
+    ImageDraw.Draw(canvas).multiline_text((4, 3), "\n".join(lines), LIGHT, font)
+    return canvas
+
+
+def draw_batch(images: np.ndarray, people: Sequence[np.ndarray], skeleton: Skeleton, count: int = 12) -> Image.Image:
+    """The first images (B, 3, H, W) of a batch, RGB in [0, 1], with the people of each, (P, K, 3) x, y, v in its pixels."""
+    pixels = (255 * np.clip(images[:count], 0, 1)).round().astype(np.uint8).transpose(0, 2, 3, 1)
+    return contact_sheet([draw_people(Image.fromarray(image), keypoints, None, skeleton, min_side=256)
+                          for image, keypoints in zip(pixels, people)])
+
+
+def clips_first(data: PoseDataset) -> list[int]:
+    """Indices of a dataset; of videos the middle frame of each, then the others in order."""
+    places: dict[str, list[int]] = {}
+    if data.metric == "posetrack":
+        for i in range(len(data)):
+            places.setdefault(str(Path(data[i].image).parent), []).append(i)
+    first = [indices[len(indices) // 2] for indices in places.values()]
+    return first + sorted(set(range(len(data))) - set(first))
+
+
 def draw_predictions(data: PoseDataset, predictions: Sequence[Prediction], count: int = 12,
                      min_score: float = 0.3) -> Image.Image:
-    """The first images with labelled people: the labels left, the predictions of at least `min_score` right."""
+    """The first images with labelled people, of videos one frame of each: the labels left, the predictions of at least
+    `min_score` right."""
     found, pairs = {id_key(p.image_id): p for p in predictions}, []
-    for i in range(len(data)):
+    for i in clips_first(data):
         if len(pairs) == count:
             break
         if not (data[i].keypoints[..., 2] > 0).any() or id_key(data[i].image_id) not in found:
@@ -229,16 +260,16 @@ PANEL = (440, 300)                                      # pixels; drawn twice as
 
 
 def plot_curves(rows: Sequence[dict], path: Path | str):
-    """Every number in the rows against `step`, a panel per quantity; APs share one, ARs share one.
+    """Every number in the rows against `step`, a panel per quantity; APs share one, ARs share one, from 0 on.
 
-    Values that are not finite, or -1 (nothing to find), are left out. A positive quantity that spans more than
+    Values that are not finite, or -1 (nothing to find), are left out. Another positive quantity that spans more than
     two decades gets a logarithmic axis. Writes a picture in the format of the path's suffix.
     """
     panels: dict[str, dict[str, list]] = {}
     for row in rows:
         for name, value in row.items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if number and name not in ("step", "epoch") and math.isfinite(value) and value != -1:
+            if number and name not in ("step", "epoch", "seconds") and math.isfinite(value) and value != -1:
                 family = re.match(r".*?A[PR](?=_|\d|[A-Z]|$)", name)
                 panel = panels.setdefault(family.group() if family else name, {})
                 panel.setdefault(name, []).append((row["step"], value))
@@ -259,11 +290,12 @@ def draw_panel(title: str, series: dict[str, list[tuple[float, float]]], x0: flo
 
     values = np.array([y for line in series.values() for _, y in line] or [0.0], dtype=float)
     y0, y1 = values.min(), values.max()
-    logarithmic = y0 > 0 and y1 / y0 > 100
+    score = bool(re.fullmatch(r".*A[PR]|Mean", title))  # its axis starts at 0, however small it is
+    logarithmic = not score and y0 > 0 and y1 / y0 > 100
     scale = np.log10 if logarithmic else np.asarray
     low, high = scale([y0, y1])
     room = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
-    low, high = low - room, high + room
+    low, high = 0.0 if score else low - room, high + room
 
     def place(x, y) -> np.ndarray:
         return np.stack([left + (np.asarray(x) - x0) / (x1 - x0) * (right - left),
