@@ -1106,32 +1106,39 @@ TABLES = {"4": Table(
 # training alone, as the release does)
 #
 # eq. 2, n⃗: random unit vector | norm over the wrong axis: right and down, dozens long | paper, or
-# --as_released | after two epochs of puppets AP 0.230 with the paper's, 0.059 with the release's Sec. 3.1,
-# KS: uniform | −ln KS is uniform | release | recipe Sec. 3.1, labels of noisy queries: – | a quarter
-# replaced at random (DN-DETR) | release | recipe Sec. 3.2, a noisy person's point: mean of the keypoints |
-# (cx, cy, w, h) read as corners | centre of the     true box, or --as_released | the release's is no point
-# of the person; unlabelled keypoints sit at (0, 0)     and would pull the mean Sec. 3.2, content: one
-# learned query a person | rank on keypoint tokens, one instance token | release | weights Sec. 3.2,
-# positional queries: N (k + 1) | the instance token has a reference point and no position | release |
-# weights Sec. 3.2, cells at the edge: – | blanked, but still compete | release | weights Sec. 3.3, mask:
-# positives, negatives, predictions apart | a group sees itself and all matching queries |     release |
-# recipe Sec. 3.3, position: – | added in place: values, residuals and h_{l−1} have it, too | release |
-# weights Sec. 3.3, after the cross-attention: – | D-FINE's gate | release; --no-fdr: a norm | weights Sec.
-# 3.3.1: top-k values, one layer | four values and their mean, two layers | release | weights Fig. 3,
-# keypoints visible or missing: yes; App. B: no | not predicted | not predicted | – eq. 5, q: KS of a
-# keypoint | OKS of the person | release | recipe; a query has one score Sec. 3.4, other losses: – | L1 10,
-# OKS 4, score 2, Hungarian matching, union of matches | release | recipe Sec. 3.4, ties in the union: – |
-# any | the first of equals | runs repeat OKS in the losses: – | of fractions, also of a stretched picture |
-# release | recipe Table 4, loss of the scores without KSVF: – | a focal loss, switched off | that focal
-# loss | – batch without people: – | crashes | no denoising queries | – micro-batches: – | gradients added |
-# averaged, each divided by its own people and pairs | the size of the union     is known only after a
-# forward pass, so --accum 2 is not exactly the gradient of the batch; clipping hides     the release's
-# factor Sec. 4.1, augmentation: flip, colour, mosaic, multi-scale | and zoom-out | release | recipe Table
-# 1, epochs of S, M, L, X: 96, 60, 48, 48 | 100, 64, 52, 52, the last 4 without mosaic, zoom-out and
-# multi-scale | release | recipe. CrowdPose (Sec. 4.2.2): S 150, X 80 | 176, 52 Tables 2 and 5, parameters
-# of S to X: 11.9, 23.5, 36.8, 82.3 M | 11.5, 20.8, 32.8, 73.3 M | release | it     counts what is deployed
-# Sec. 4.1, start weights: D-FINE on Objects365 | n: on COCO, there is no other | release | recipe --init
-# with D-FINE: – | takes `model` | takes the average where there is one | it is what D-FINE evaluates
+#     --as_released | after two epochs of puppets AP 0.230 with the paper's, 0.059 with the release's
+# Sec. 3.1, KS: uniform | −ln KS is uniform | release | recipe
+# Sec. 3.1, labels of noisy queries: – | a quarter replaced at random (DN-DETR) | release | recipe
+# Sec. 3.2, a noisy person's point: mean of the keypoints | (cx, cy, w, h) read as corners | centre of the
+#     true box, or --as_released | the release's is no point of the person; unlabelled keypoints sit at (0,
+#     0) and would pull the mean
+# Sec. 3.2, content: one learned query a person | rank on keypoint tokens, one instance token | release |
+#     weights
+# Sec. 3.2, positional queries: N (k + 1) | the instance token has a reference point and no position |
+#     release | weights
+# Sec. 3.2, cells at the edge: – | blanked, but still compete | release | weights
+# Sec. 3.3, mask: positives, negatives, predictions apart | a group sees itself and all matching queries |
+#     release | recipe
+# Sec. 3.3, position: – | added in place: values, residuals and h_{l−1} have it, too | release | weights
+# Sec. 3.3, after the cross-attention: – | D-FINE's gate | release; --no-fdr: a norm | weights
+# Sec. 3.3.1: top-k values, one layer | four values and their mean, two layers | release | weights
+# Fig. 3, keypoints visible or missing: yes; App. B: no | not predicted | not predicted | –
+# eq. 5, q: KS of a keypoint | OKS of the person | release | recipe; a query has one score
+# Sec. 3.4, other losses: – | L1 10, OKS 4, score 2, Hungarian matching, union of matches | release | recipe
+# Sec. 3.4, ties in the union: – | any | the first of equals | runs repeat
+# OKS in the losses: – | of fractions, also of a stretched picture | release | recipe
+# Table 4, loss of the scores without KSVF: – | a focal loss, switched off | that focal loss | –
+# batch without people: – | crashes | no denoising queries | –
+# micro-batches: – | gradients added | averaged, each divided by its own people and pairs | the size of the
+#     union is known only after a forward pass, so --accum 2 is not exactly the gradient of the batch;
+#     clipping hides the release's factor
+# Sec. 4.1, augmentation: flip, colour, mosaic, multi-scale | and zoom-out | release | recipe
+# Table 1, epochs of S, M, L, X: 96, 60, 48, 48 | 100, 64, 52, 52, the last 4 without mosaic, zoom-out and
+#     multi-scale | release | recipe. CrowdPose (Sec. 4.2.2): S 150, X 80 | 176, 52
+# Tables 2 and 5, parameters of S to X: 11.9, 23.5, 36.8, 82.3 M | 11.5, 20.8, 32.8, 73.3 M | release | it
+#     counts what is deployed
+# Sec. 4.1, start weights: D-FINE on Objects365 | n: on COCO, there is no other | release | recipe
+# --init with D-FINE: – | takes `model` | takes the average where there is one | it is what D-FINE evaluates
 # sampling points of n: – | all points of a head start in one place | along rays | equal points stay equal
 
 # ---- Appendix: borrowed parts, released names, start weights, summary. Not needed on a first reading. ----

@@ -140,6 +140,7 @@ def with_settings(module: ModuleType, model: nn.Module, settings: list[str]) -> 
 # ---------------------------------------------------------------------------------------------------------
 
 Picture = str | Path | np.ndarray | Image.Image
+WHOLE = "each picture as a whole is taken for one person: {}"
 
 
 class People:
@@ -173,7 +174,7 @@ class Pose:
     def __init__(self, module: ModuleType, model: nn.Module, threshold: float, detector: "Pose | None" = None):
         self.module, self.model = module, module.fuse(model.eval())
         self.skeleton, self.threshold, self.detector = model.skeleton, threshold, detector
-        self.top_down, self.clips = is_top_down(module), getattr(module, "CLIPS", False)
+        self.top_down, self.clips, self.said = is_top_down(module), getattr(module, "CLIPS", False), False
 
     def __call__(self, pictures: Picture | Sequence[Picture], boxes: Sequence | None = None,
                  threshold: float | None = None, batch: int = 8) -> list[People]:
@@ -193,12 +194,15 @@ class Pose:
         boxes = [boxes] if alone and boxes is not None and np.ndim(boxes[0]) == 1 else boxes
         if boxes is not None and len(boxes) != len(pictures):
             raise UserError(f"there are boxes for {len(boxes)} pictures, and {len(pictures)} pictures")
+        if self.top_down and boxes is None and not self.detector and not self.said:
+            self.said = True
+            print(WHOLE.format("boxes= or a detector says where people are"))
         people = []
         for first in range(0, len(pictures), batch):
             numbers = range(first, min(first + batch, len(pictures)))
             loaded = [as_picture(pictures[i]) for i in numbers]
             names = [Path(pictures[i]).name if isinstance(pictures[i], (str, Path)) else i for i in numbers]
-            found = [self.boxes_in(picture, name, boxes and boxes[i]) for i, picture, name in
+            found = [self.boxes_in(picture, name, None if boxes is None else boxes[i]) for i, picture, name in
                      zip(numbers, loaded, names)] if self.top_down else None
             for picture, p in zip(loaded, self.predict(loaded, names, found)):
                 confident = keep_confident(p, self.threshold if threshold is None else threshold)
@@ -325,8 +329,7 @@ def boxes_in_pictures(pose: Pose, names: list[str], args: argparse.Namespace) ->
     """
     if not args.boxes:
         if not pose.detector:
-            print("each picture as a whole is taken for one person: --boxes FILE.json or --detector CHECKPOINT say "
-                  "where people are")
+            print(WHOLE.format("--boxes FILE.json or --detector CHECKPOINT say where people are"))
         return lambda shot: pose.boxes_in(shot.frame.picture, shot.source.name)
     people, _ = read_results(args.boxes)
     ids = {key[0] if isinstance(key, tuple) else key for key in people}

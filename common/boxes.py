@@ -77,21 +77,23 @@ def people_to_learn(data: PoseDataset, most: int = 0, seed: int = 0) -> np.ndarr
     return people
 
 
-def read_results(path: str) -> tuple[dict[str, Found], int]:
+def read_results(path: str) -> tuple[dict[str | tuple[str, int], Found], int]:
     """COCO results → people by image id as text, and how many rows were left out. Without `score` it is 1.
 
+    Rows about a frame of a video, with its number as `frame`, are under (image id, number).
     Of several categories the people are number 1; a file with one category is taken whatever its number.
     Raises UserError for a file that is no such list, or that holds no boxes.
     """
     results = load_json(Path(path))
     results = [r for r in results if isinstance(r, dict)] if isinstance(results, list) else []
     categories = {id_key(r.get("category_id", 1)) for r in results}
-    rows: dict[str, list] = {}
+    rows: dict[str | tuple[str, int], list] = {}
     for r in results:
         person = "image_id" in r and (len(categories) == 1 or id_key(r.get("category_id", 1)) == "1")
         box, score = numbers(r.get("bbox"), 4), numbers(r.get("score", 1.0), 1)
         if person and box is not None and score is not None:
-            rows.setdefault(id_key(r["image_id"]), []).append([*box, *score])
+            key, frame = id_key(r["image_id"]), r.get("frame")
+            rows.setdefault((key, frame) if isinstance(frame, int) else key, []).append([*box, *score])
     if not rows:
         raise UserError(f"{path} holds no person boxes: expected COCO results, [{{image_id, bbox: [x, y, w, h], "
                         "score}, ...] of one category or of category 1")
@@ -108,7 +110,7 @@ def read_boxes(path: str, data: PoseDataset) -> Boxes:
     (people, dropped), sizes = read_results(path), {id_key(data[i].image_id): data[i].size for i in range(len(data))}
     known = people.keys() & sizes.keys()
     if not known:
-        raise UserError(f"{path} has boxes for {len(people)} images ({', '.join(sorted(people)[:3])}, ...), and none of "
+        raise UserError(f"{path} has boxes for {len(people)} images ({', '.join(map(str, list(people)[:3]))}, ...), and none of "
                         f"them is in {data.files[0]}: choose the boxes that were detected in these images")
     chosen, outside = {}, 0
     for key in known:

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common.datasets import PoseDataset, id_key
 from common.records import Prediction
-from common.skeletons import Skeleton
+from common.skeletons import Skeleton, words
 
 Colour = tuple[int, int, int]
 LEFT, RIGHT = ((40, 150, 255), (60, 230, 150)), ((255, 180, 40), (255, 60, 100))
@@ -28,9 +28,8 @@ ABSENT, HOLLOW, SOLID = 0, 1, 2
 
 def side_of(skeleton: Skeleton, k: int) -> int:
     """-1 left, 1 right, 0 neither or unknown, by the name: left_eye, Left Eye, l_eye, eye.r."""
-    name = skeleton.keypoints[k].lower()
-    parts = re.split(r"[\W_]+", name)
-    return int("right" in name or "r" in parts) - int("left" in name or "l" in parts)
+    read = set(words(skeleton.keypoints[k]))
+    return bool(read & {"right", "r"}) - bool(read & {"left", "l"})
 
 
 def colours(sides: Sequence[int]) -> list[Colour]:

@@ -6,11 +6,13 @@ import os
 import zlib
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -126,3 +128,36 @@ def watch(**modules: nn.Module):
 
 TINY = ("--size 64 --levels 1 --dim 32 --layers 1 --decoder_ffn 32 --encoder_ffn 32 --queries 5 --dn_queries 2 "
         "--processes 1 --workers 0 --eval_every 1").split()      # DETRPose: a step takes a few hundredths of a second
+
+
+# ---------------------------------------------------------------- a small video
+
+TIMES = [0.0, 0.04, 0.08, 0.2, 0.24, 0.5]                # a variable rate; the last frame is shown for 0.1 s
+SIZE = (64, 48)
+
+
+def frame(i: int, size: tuple[int, int] = SIZE) -> Image.Image:
+    """Gray by its number, with a white corner at the top left."""
+    picture = Image.new("RGB", size, (40 * i,) * 3)
+    picture.paste((255, 255, 255), (0, 0, size[0] // 4, size[1] // 4))
+    return picture
+
+
+def encode(path: Path, sound: bool = False, times: list[float] = TIMES) -> Path:
+    import av
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libvpx" if path.suffix == ".webm" else "libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        tone = file.add_stream("aac", rate=8000) if sound else None
+        if tone:
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            samples.sample_rate = 8000
+            file.mux(tone.encode(samples))
+            file.mux(tone.encode(None))
+        for i, time in enumerate(times):
+            one = av.VideoFrame.from_image(frame(i % 6))
+            one.pts, one.time_base = round(1000 * time), Fraction(1, 1000)
+            file.mux(stream.encode(one))
+        file.mux(stream.encode(None))
+    return path

@@ -19,13 +19,16 @@ from pycocotools.cocoeval import COCOeval
 
 import detrpose
 from common import weights
+from common.boxes import read_results
 from common.cli import parse, run_main
 from common.errors import UserError
 from common.records import Prediction
 from common.splits import open_dataset
 from data import puppets
-from tests.helpers import TINY, reference
+from tests.helpers import TIMES, TINY, encode, reference, required
 from tests.test_detrpose import official_state
+
+av = required("av")
 
 evaluation = importlib.import_module("eval")                 # `import eval` would hide Python's own
 
@@ -300,6 +303,67 @@ def test_only_confident_people_are_drawn_and_a_model_that_sees_nobody_is_no_erro
     code, out, results = call(run, "--images", "photo.png", "--threshold", 1)
     assert code == 0 and "0 people of score 1 or more in 1 pictures" in out and len(results) > 0
     assert Image.open("drawn/photo.png").getextrema() == ((255, 255),) * 3
+
+
+def test_a_video_gives_a_video_of_its_times_and_rows_with_frame_and_time(run, call):
+    encode(Path("clip.mp4"), sound=True)
+    Image.new("RGB", (60, 40)).save("photo.png")
+    code, out, results = call(run, "--images", "clip.mp4", "photo.png", "--threshold", 0, "--eval_batch", 4)
+    assert code == 0 and "sound" in out and "in 2 pictures" in out
+    seen = {(row["frame"], row["time"]) for row in results if row["image_id"] == "clip.mp4"}
+    assert seen == set(enumerate(TIMES)) and any(row["image_id"] == "photo.png" for row in results)
+    with av.open("drawn/clip.mp4") as drawn:
+        times = [frame.time for frame in drawn.decode(video=0)]
+    assert np.allclose(times, TIMES, atol=1e-3)
+
+
+def test_boxes_of_a_file_may_be_about_one_frame_or_about_all(tmp_path):
+    rows = [{"image_id": "clip.mp4", "frame": 1, "bbox": [1, 2, 3, 4]}, {"image_id": "clip.mp4", "bbox": [5, 6, 7, 8]}]
+    (tmp_path / "boxes.json").write_text(json.dumps(rows))
+    found, left_out = read_results(str(tmp_path / "boxes.json"))
+    assert left_out == 0 and found[("clip.mp4", 1)][0].tolist() == [[1, 2, 4, 6]]
+    assert found["clip.mp4"][0].tolist() == [[5, 6, 12, 14]]
+
+
+# ------------------------------------------------------------------------------------------ from Python
+
+def test_from_python_paths_arrays_and_pictures_give_the_people_of_the_command(run, call):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), np.uint8))
+    picture.save("photo.png")
+    _, _, rows = call(run, "--images", "photo.png", "--threshold", 0)
+    pose = evaluation.load(run, device="cpu", threshold=0)
+    people = pose(["photo.png", np.asarray(picture), picture])
+    assert [len(one) for one in people] == [len(rows)] * 3 and people[0].names[0] == "nose"
+    for one in people:
+        assert one.keypoints.shape == (len(rows), 17, 2) and one.draw().mode == "RGB"
+        assert np.allclose([row["keypoints"] for row in one.to_coco()], [row["keypoints"] for row in rows], atol=0.02)
+    assert [row["image_id"] for one in people[:2] for row in one.to_coco()[:1]] == ["photo.png", 1]
+    alone = pose(picture, threshold=1.0)
+    assert len(alone) == 1 and len(alone[0]) == 0 and alone[0].draw().size >= picture.size
+    assert pose([]) == []
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (np.zeros((4, 4, 3)), "uint8"), (np.zeros((4, 4, 4), np.uint8), "uint8"), (5, "expected a path"),
+    ("nowhere.png", "nowhere.png")])
+def test_from_python_what_is_no_picture_is_an_error_that_says_what_is_wanted(run, wrong, message):
+    with pytest.raises(UserError, match=message):
+        evaluation.load(run, device="cpu")([wrong])
+    with pytest.raises(UserError, match="finds people by itself"):
+        evaluation.load(run, device="cpu", detector="detrpose-n")
+
+
+def test_a_top_down_model_takes_boxes_or_the_whole_picture(tmp_path, capsys):
+    import sdpose
+    torch.manual_seed(0)
+    model = sdpose.build("tiny").eval()
+    pose = evaluation.Pose(sdpose, model, 0.0)
+    picture = Image.new("RGB", (80, 60), "gray")
+    whole, one = pose(picture)[0], pose([picture], boxes=[[[10, 5, 40, 55]]])[0]
+    assert "whole" in capsys.readouterr().out and len(whole) == len(one) == 1
+    assert (np.abs(one.keypoints - [25, 30]) < 40).all() and np.allclose(whole.boxes, [[0, 0, 80, 60]])
+    with pytest.raises(UserError, match="outside of the picture"):
+        pose(picture, boxes=[[[90, 5, 99, 55]]])
 
 
 # ------------------------------------------------------------------------------------------ settings

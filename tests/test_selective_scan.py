@@ -28,6 +28,7 @@ GOLDEN = sorted((REFERENCE / "diffusionpose").glob("golden_scan_*.npz"))
 SHORT = [path for path in GOLDEN if np.load(path)["grad_out"].shape[2] < 40]    # for the slow interpreter
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of norms
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+SLOW = [] if torch.cuda.is_available() else [pytest.mark.slow]      # marks of what is seconds in Triton's interpreter
 
 
 def make(batch=2, E=5, L=13, N=4, B=0, C=0, without=(), dtype=torch.float64, device="cpu", shift=-1.0) -> dict:
@@ -366,7 +367,8 @@ def test_kernels_equal_plain_form(device, case):
     assert_equal_forms(make(**{"batch": 1, "L": 8} | case, dtype=torch.float32, device=device))
 
 
-@pytest.mark.parametrize("case", [dict(), dict(E=3, L=1, N=5), dict(N=16, L=19, dtype=torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("case", [dict(), dict(E=3, L=1, N=5), pytest.param(dict(N=16, L=19, dtype=torch.bfloat16), marks=SLOW)],
+                         ids=str)
 def test_kernels_written_naively_equal_plain_form(device, case):
     x = make(**{"dtype": torch.float32} | case, device=device)
     exact = {name: t.detach().double() for name, t in x.items()}
@@ -374,19 +376,19 @@ def test_kernels_written_naively_equal_plain_form(device, case):
     assert (scan.selective_scan_naive(**x) - want).norm() <= TOLERANCE[torch.float32] * want.norm()
 
 
-@pytest.mark.parametrize("wide", [8, 16, 32])
+@pytest.mark.parametrize("wide", [pytest.param(8, marks=SLOW), pytest.param(16, marks=SLOW), 32])
 def test_kernels_equal_plain_form_whatever_channels_a_program_takes(device, monkeypatch, wide):
     monkeypatch.setattr(scan, "channels_per_program", lambda channels, many_registers=False: wide)
     assert_equal_forms(make(dtype=torch.float32, device=device, batch=1, E=2 * wide + 3, L=8))
     assert_equal_forms(make(dtype=torch.float32, device=device, batch=1, E=2 * (wide + 1), L=5, B=2))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=SLOW)])
 def test_kernels_keep_the_precision_of_the_type(device, dtype):
     assert_equal_forms(make(dtype=dtype, device=device, E=8, L=20, N=16, shift=-2.0))
 
 
-@pytest.mark.parametrize("shift", [30.0, -30.0])
+@pytest.mark.parametrize("shift", [pytest.param(30.0, marks=SLOW), -30.0])
 def test_kernels_at_step_sizes_far_into_both_tails_of_softplus(device, shift):
     x = make(dtype=torch.float32, device=device, shift=shift)
     x["A"] = (x["A"].detach() * 1e-2).requires_grad_()
@@ -403,39 +405,43 @@ def test_kernels_read_any_strides(device):
     assert_equal_forms(strided(make(dtype=torch.float32, device=device, E=6, L=8)))
 
 
-@pytest.mark.parametrize("path", SHORT, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [pytest.param(path, marks=SLOW if "grouped" in path.stem else []) for path in SHORT],
+                         ids=lambda path: path.stem)
 def test_kernels_equal_the_golden_numbers(device, path):
     assert_golden(selective_scan, path, torch.float32, 1e-5, device)
 
 
 def test_kernels_give_the_same_bits_twice(device):
-    first, second = (results(selective_scan, make(dtype=torch.float32, device=device, E=20, L=9)) for _ in range(2))
+    first, second = (results(selective_scan, make(dtype=torch.float32, device=device, E=20, L=4)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or interpreting(), reason="the kernels' tests run by themselves")
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton, but no GPU")
-def test_kernels_in_tritons_interpreter():
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_kernels_in_tritons_interpreter(which):
     environment = os.environ | dict(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")        # read when Triton is imported
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "test_kernels_", __file__, "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "test_kernels_", __file__, "-p", "no:cacheprovider",
+               "-m", which]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     passed = int(re.search(r"(\d+) passed", run.stdout)[1])
-    assert passed > len(CASES) + len(SHORT), run.stdout[-4000:]      # every case and golden file, and more
+    assert passed >= {"not slow": 20, "slow": 8}[which], run.stdout[-4000:]
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton, but no GPU")
-def test_compiled_code_for_two_gpus_spills_no_register():
-    program = ("import json\n"
+@pytest.mark.parametrize("more", [[], pytest.param(["80"], marks=pytest.mark.slow)], ids=["sm_90", "both"])
+def test_compiled_code_for_two_gpus_spills_no_register(more):
+    program = ("import json, sys\n"
                "from kernels.bench import compile_build, selective_scan_builds\n"
                "builds = selective_scan_builds()\n"
-               "print(json.dumps([compile_build(build, sm) for build in builds for sm in (80, 90)]))\n")
+               "print(json.dumps([compile_build(build, sm) for build in builds for sm in (90, *map(int, sys.argv[1:]))]))\n")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-c", program]
+    command = [sys.executable, "-W", "ignore", "-c", program, *more]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     rows = json.loads(run.stdout)
-    assert len([row for row in rows if row["build"].startswith(("forward", "backward"))]) >= 12
+    assert len([row for row in rows if row["build"].startswith(("forward", "backward"))]) >= 6 * (1 + len(more))
     assert all(row["spilled"] == 0 and row["registers"] <= 255 for row in rows), rows
     instructions = {row["build"]: row["per_sample"] for row in rows if row["sm"] == 90}
     assert instructions["forward fp32"] < 6 and instructions["naive fp32"] > 10 * instructions["forward fp32"]

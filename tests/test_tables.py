@@ -68,3 +68,15 @@ def test_the_papers_figures_are_those_of_its_index(method):
         for row in table.rows:
             figures = [figure for figure in (row.figure, *row.more.values()) if figure is not None]
             assert all(f"{figure}" in text for figure in figures), f"Table {number}, {row.what}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_departures_are_rows_of_as_many_columns_as_their_heading_names(method):
+    text = Path(f"{method}.py").read_text()
+    block = text[text.index("\n# Departures"):text.index("\n# ---- Appendix")]
+    heading, rows = re.split(r"\n#\n", block, maxsplit=1)
+    columns = len(re.search(r"what: ([^.(]*)", " ".join(heading.split()))[1].split("|"))
+    rows = re.split(r"\n# (?=\S)", "\n" + rows.strip("\n"))[1:]
+    assert len(rows) > 15 and columns == (3 if method == "diffusionpose" else 4)
+    for row in rows:
+        assert len(re.findall(r" \|(?=\s)", re.sub(r"\n# +", " ", row))) >= columns - 1 and ": " in row, row

@@ -1,7 +1,6 @@
 """Moving pictures: frames, times and turns of real files by PyAV, by ffmpeg and by Pillow; what is written; what breaks."""
 import shutil
 import struct
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -12,37 +11,9 @@ from common import video
 from common.errors import UserError
 from common.records import BadImage
 from common.video import Writer, find_pictures, open_clip, shots, with_neighbours
-from tests.helpers import required
+from tests.helpers import SIZE, TIMES, encode, frame, required
 
 av = required("av")
-TIMES = [0.0, 0.04, 0.08, 0.2, 0.24, 0.5]                # a variable rate; the last frame is shown for 0.1 s
-SIZE = (64, 48)
-
-
-def frame(i: int, size: tuple[int, int] = SIZE) -> Image.Image:
-    """Gray by its number, with a white corner at the top left."""
-    picture = Image.new("RGB", size, (40 * i,) * 3)
-    picture.paste((255, 255, 255), (0, 0, size[0] // 4, size[1] // 4))
-    return picture
-
-
-def encode(path: Path, sound: bool = False, times: list[float] = TIMES) -> Path:
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream("libvpx" if path.suffix == ".webm" else "libx264", rate=25)
-        stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
-        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
-        tone = file.add_stream("aac", rate=8000) if sound else None
-        if tone:
-            samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
-            samples.sample_rate = 8000
-            file.mux(tone.encode(samples))
-            file.mux(tone.encode(None))
-        for i, time in enumerate(times):
-            one = av.VideoFrame.from_image(frame(i % 6))
-            one.pts, one.time_base = round(1000 * time), Fraction(1, 1000)
-            file.mux(stream.encode(one))
-        file.mux(stream.encode(None))
-    return path
 
 
 @pytest.fixture(params=["PyAV", "ffmpeg"])
