@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import metrics, transforms, weights
+from common import draw, metrics, transforms, weights
 from common.cli import RunConfig, check_choice, check_range, resolve, run_method
 from common.datasets import PoseDataset
 from common.errors import UserError
@@ -1500,6 +1500,65 @@ def start_from_mean_pose(selection: QuerySelection, data: PoseDataset, people: i
         return
     # σ has slope 1/4 in the middle of the image
     selection.pose.layers[-1].bias.copy_(4 * torch.from_numpy(np.mean(poses, 0)).flatten())
+
+
+@torch.no_grad()
+def show_process(model: DETRPose, image: Image.Image, threshold: float) -> dict[str, list[Image.Image]]:
+    """For eval.py --process, of people above the threshold, nothing if there are none: `selected`, the cells that
+    queries start from; `layers`, poses layer by layer; and of the surest person's keypoint that moves most in the
+    layers `sampling`, where it looks, and with FDR `distributions`, its offset along the axis on which it moves.
+    """
+    decoder, cfg, names, size = model.decoder, model.cfg, model.skeleton.keypoints, np.array(image.size)
+    looking = [layer.cross_attn for layer in decoder.layers]
+    watched = dict(first=[model.selection], z=decoder.pose_heads, offsets=[one.sampling_offsets for one in looking],
+                   shares=[one.attention_weights for one in looking])
+    seen, hooks, layers = {what: [] for what in watched}, [], len(looking)
+    for what, parts in watched.items():
+        hooks += [part.register_forward_hook(lambda part, given, out, what=what: seen[what].append(out))
+                  for part in parts]
+    result = model(input_image(image, cfg.size)[None].to(model.sigmas.device))
+    for hook in hooks:
+        hook.remove()
+    scores = result["logits"][0, :, PERSON].sigmoid().cpu().numpy()
+    rows = np.flatnonzero(scores >= threshold)
+    if not len(rows):
+        return {}
+    decoded, (_, first, index) = result["decoded"], seen["first"][0]
+    shapes = [tuple(x.shape[-2:]) for x in result["maps"]]
+    poses = [first, *([decoded["pre_keypoints"]] if "pre_keypoints" in decoded else []), *decoded["keypoints"]]
+    poses = [pose[0].cpu().numpy() * size for pose in poses]                                        # (Q, K, 2) px
+    said = ["of the selected cells", "before refinement (pre-pose)"][:len(poses) - layers]
+    said += [f"of decoder layer {layer} of {layers}" for layer in range(1, layers + 1)]
+    frames = [draw.captioned(draw.draw_people(image, pose[rows], None, model.skeleton, person_scores=scores[rows]),
+                             f"poses {what}") for pose, what in zip(poses, said)]
+    centres = cell_anchors(shapes, index.device)[0][0, index[0]].sigmoid().cpu().numpy() * size
+    dots = draw.draw_points(image, centres, np.isin(np.arange(len(centres)), rows).astype(float))
+    selected = f"the cells that the {len(centres)} queries start from; large: those that become people"
+
+    best = rows[scores[rows].argmax()]
+    moved = np.abs(poses[-1][best] - poses[-1 - layers][best])                                      # (K, 2)
+    k, axis = (int(place) for place in np.unravel_index(moved.argmax(), moved.shape))
+    looks, references = [], [with_centre(first), *decoded["references"]]
+    cells = torch.tensor([(w, h) for h, w in shapes], device=index.device)
+    for l, (offsets, shares) in enumerate(zip(seen["offsets"], seen["shares"])):
+        token = best * (1 + len(names)) + 1 + k
+        offsets = rearrange(offsets[0, token], "(m l p xy) -> m p l xy", m=cfg.heads, l=cfg.levels, xy=2) / cells
+        places = (references[l][0, best, 1 + k] + offsets).cpu().numpy() * size
+        shares = rearrange(shares[0, token], "(m t) -> m t", m=cfg.heads).softmax(-1)
+        shares = rearrange(shares, "m (l p) -> (m p l)", l=cfg.levels).cpu().numpy()
+        dotted = draw.draw_points(image, places.reshape(-1, 2), shares / shares.max())
+        looks.append(draw.captioned(dotted, f"where {names[k]} of the surest person looks in layer {l + 1}"))
+    shown = dict(selected=[draw.captioned(dots, selected)], layers=frames, sampling=[draw.contact_sheet(looks, 3)])
+    if cfg.fdr:
+        z = torch.stack(seen["z"])[:, 0, best, k].unflatten(-1, (2, -1))[:, axis].cumsum(0)         # (D, 33)
+        chance = z.float().softmax(-1).cpu().numpy()
+        offset = decoder.offset_values.cpu().numpy() / cfg.reg_scale * size[axis]                   # pixels
+        near = np.flatnonzero((chance > 0.002).any(0))
+        lines = {str(l): list(zip(offset[near], row[near])) for l, row in enumerate(chance, 1)}
+        panel = draw.draw_panel("", lines, offset[near[0]], offset[near[-1]] + 1e-6, "pixels")
+        shown["distributions"] = [draw.captioned(panel, f"{names[k]}'s {'xy'[axis]}: distribution of its offset from the "
+                                                 "pre-pose, layer by layer")]
+    return shown
 
 
 def summary(skeleton: str = "coco") -> str:

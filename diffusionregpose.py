@@ -1532,7 +1532,9 @@ def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config) -> dict:
 @torch.no_grad()
 def show_process(model: DiffusionRegPose, image: Image.Image, threshold: float) -> dict[str, list]:
     """For eval.py --process: `process`, noise that becomes poses in ten DDIM steps, and `uncertainty`, how far
-    the poses from 16 draws of noise lie apart: ellipses of two deviations. Of people above the threshold."""
+    the poses from 16 draws of noise lie apart: ellipses of two deviations. Of people above the threshold; nothing
+    if there are none.
+    """
     cfg, skeleton = model.cfg, model.skeleton
     picture, size = input_image(image, cfg), np.array(image.size)
 
@@ -1545,14 +1547,21 @@ def show_process(model: DiffusionRegPose, image: Image.Image, threshold: float) 
     scores = expit(chain[-1]["logits"][:, PERSON].astype(np.float64))
     rows = nms(chain[-1]["keypoints"], scores, picture.shape[:0:-1], cfg.nms)
     rows = rows[scores[rows] >= threshold]
+    if not len(rows):
+        return {}
     people, draws = chain[-1]["keypoints"][rows], []
-    frames = [draw.draw_people(image, step["noisy"][rows] * size, None, skeleton) for step in chain]
-    frames.append(draw.draw_people(image, people * size, None, skeleton, person_scores=scores[rows]))
+    frames = [draw.captioned(draw.draw_people(image, step["noisy"][rows] * size, None, skeleton),
+                             f"DDIM step {n} of {len(chain)}: the poses that go in")
+              for n, step in enumerate(chain, 1)]
+    frames.append(draw.captioned(draw.draw_people(image, people * size, None, skeleton, person_scores=scores[rows]),
+                                 "the poses found"))
     for number in range(16):
         poses = results(number, 1)[-1]["keypoints"]
         distances = np.linalg.norm(people[:, None] - poses, axis=-1).mean(-1)                # (P, G)
         draws.append(poses[distances.argmin(1)] * size)
-    return dict(process=frames, uncertainty=[draw.draw_ellipses(image, np.stack(draws), skeleton)])
+    ellipses = draw.captioned(draw.draw_ellipses(image, np.stack(draws), skeleton),
+                              "two deviations of each keypoint over 16 draws of noise")
+    return dict(process=frames, uncertainty=[ellipses])
 
 
 def draw_completion(data: PoseDataset, complete: Callable, count: int = 9) -> Image.Image:

@@ -1495,8 +1495,8 @@ def draw_attention(image: Image.Image, box: list[float], attention: np.ndarray) 
 @torch.no_grad()
 def show_process(model: QueryPose, image: Image.Image, threshold: float) -> dict[str, list[Image.Image]]:
     """For eval.py --process, of people above the threshold: `sigma`, the image with an ellipse of two
-    deviations σ̂ at each keypoint, and, with SPEGM and if there is anybody, `attention`, the last stage's maps A:
-    a row per person, her box, then a map per part.
+    deviations σ̂ at each keypoint, and, with SPEGM, `attention`, the last stage's maps A: a row per person, her box,
+    then a map per part. Nothing if there is nobody.
     """
     maps, size, picture = [], torch.tensor(image.size), input_image(image, model.cfg)
     shows = model.cfg.interaction == "spegm"
@@ -1506,19 +1506,24 @@ def show_process(model: QueryPose, image: Image.Image, threshold: float) -> dict
     output = Output(*(x[0] for x in detect(model, [picture])))
     boxes = output.boxes * (size / torch.tensor(picture.shape[:0:-1])).repeat(2)
     rows = (pose_scores(output)[0] >= max(threshold, 1e-6)).nonzero().squeeze(1)
+    if shows:
+        hook.remove()
+    if not len(rows):
+        return {}
     people = keypoints_px(output.keypoints, boxes)[rows] - 0.5
     spread = output.sigmas[rows] * (boxes[rows, 2:] - boxes[rows, :2])[:, None]
     # four guesses of each joint whose standard deviations are σ̂
     guesses = torch.stack([people + sign * 2 ** 0.5 * spread * torch.tensor(axis) for sign in (-1, 1)
                            for axis in ([1.0, 0.0], [0.0, 1.0])])
-    shown = dict(sigma=[draw.draw_ellipses(image, guesses.clamp(-1e4, 1e4).numpy(), model.skeleton)])
+    ellipses = draw.draw_ellipses(image, guesses.clamp(-1e4, 1e4).numpy(), model.skeleton)
+    shown = dict(sigma=[draw.captioned(ellipses, "two predicted deviations σ̂ of each keypoint")])
     if shows:
-        hook.remove()
-    if shows and len(rows):
         attention = maps[-1].float().flatten(2).softmax(-1).view(maps[-1].shape).cpu().numpy()
         tiles = [tile for row in rows.tolist()
                  for tile in draw_attention(image, boxes[row].tolist(), attention[row])]
-        shown["attention"] = [draw.contact_sheet(tiles, 1 + attention.shape[1], 192)]
+        sheet = draw.contact_sheet(tiles, 1 + attention.shape[1], 192)
+        shown["attention"] = [draw.captioned(sheet, "a row per person: her box, then where each part of her looks in it "
+                                             "(spatial attention of the last stage)")]
     return shown
 
 

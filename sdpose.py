@@ -1448,8 +1448,11 @@ def show_process(model: SDPose, image: Image.Image, threshold: float,
         maps = average_heatmaps(model, crops, sampling_noise([box], model.cfg))
         heatmaps += [views[0], draw.draw_heat(views[0], maps[0].amax(0).cpu().numpy())]
         rgb += views
-    return {name: [draw.contact_sheet(tiles, columns)] for name, tiles, columns in
-            (("heatmaps", heatmaps, 2), ("rgb", rgb, 3)) if tiles}
+    trained = "" if model.cfg.rgb_weight else ", which was never trained here (rgb_weight 0)"
+    return {name: [draw.captioned(draw.contact_sheet(tiles, columns), said)] for name, tiles, columns, said in
+            (("heatmaps", heatmaps, 2, "a crop, and the heatmaps of all keypoints over it"),
+             ("rgb", rgb, 3, f"a crop; what the RGB branch{trained} makes of it; what the VAE alone makes of it"))
+            if tiles}
 
 
 def compare_styles(model: SDPose, held_out: PoseDataset, table: dict, ranks: Ranks,

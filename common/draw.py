@@ -120,6 +120,17 @@ def draw_heat(image: Image.Image, heat: np.ndarray) -> Image.Image:
     return Image.composite(Image.new("RGB", image.size, RIGHT[0]), image.point(lambda value: value // 2), shade)
 
 
+def draw_points(image: Image.Image, points: np.ndarray, weights: np.ndarray, min_side: int = 384) -> Image.Image:
+    """The image with a disc at each point (N, 2), in pixels, the larger the more it weighs, (N,) from 0 to 1."""
+    canvas, layer, zoom, fine = start_drawing(image, min_side)
+    pen, unit = ImageDraw.Draw(layer), fine * math.sqrt(canvas.width * canvas.height) / 200
+    for i in np.argsort(weights):
+        x, y = (points[i] + 0.5) * zoom * fine
+        disc(pen, x, y, unit * (0.8 + 2 * weights[i]), RIM)
+        disc(pen, x, y, unit * (0.5 + 2 * weights[i]), RIGHT[1] if weights[i] > 0.5 else CENTRE[0])
+    return finish_drawing(canvas, layer)
+
+
 def draw_arrows(image: Image.Image, points: np.ndarray, arrows: Sequence[tuple[int, int]], strength: np.ndarray,
                 min_side: int = 384) -> Image.Image:
     """The image with arrows between points (K, 2), wide where they end, the wider the stronger."""
@@ -279,8 +290,9 @@ def plot_curves(rows: Sequence[dict], path: Path | str):
     contact_sheet(pictures, columns=3, cell=max(PANEL), gap=0).save(path)
 
 
-def draw_panel(title: str, series: dict[str, list[tuple[float, float]]], x0: float, x1: float) -> Image.Image:
-    """One small diagram from step x0 to x1: grid, ticks, a line per series, a legend if there are several."""
+def draw_panel(title: str, series: dict[str, list[tuple[float, float]]], x0: float, x1: float,
+               unit: str = "step") -> Image.Image:
+    """One small diagram from x0 to x1 in a unit: grid, ticks, a line per series, a legend if there are several."""
     width, height = (2 * side for side in PANEL)
     left, top, right, bottom = 110, 60, width - 56, height - 80
     picture = Image.new("RGB", (width, height), PAPER)
@@ -309,7 +321,7 @@ def draw_panel(title: str, series: dict[str, list[tuple[float, float]]], x0: flo
         pen.line((column, bottom, column, bottom + 10), INK, 2)
         pen.text((column, bottom + 16), f"{x:,.0f}", INK, font, anchor="mt")
     pen.line((left, top, left, bottom, right, bottom), INK, 2)
-    pen.text((right, height - 12), "step", INK, font, anchor="rb")
+    pen.text((right, height - 12), unit, INK, font, anchor="rb")
     for (name, line), colour in zip(series.items(), LINES * len(series)):
         draw_line(pen, place(*np.array(line, dtype=float).T), colour)
     if len(series) > 1:

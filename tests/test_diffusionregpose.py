@@ -1286,11 +1286,11 @@ def test_an_ensemble_joins_the_people_of_all_steps():
 
 def test_the_process_is_ten_steps_of_noise_then_people_and_one_picture_of_ellipses():
     model = drp.build("tiny", **SMALL, nms="none").eval()
-    for threshold in (0, 1):                            # everybody, nobody
-        shown = drp.show_process(model, Image.new("RGB", (80, 60)), threshold)
-        assert {name: len(pictures) for name, pictures in shown.items()} == dict(process=11, uncertainty=1)
-        assert len({picture.size for pictures in shown.values() for picture in pictures}) == 1
-        assert (np.ptp(np.asarray(shown["uncertainty"][0])) > 0) == (threshold == 0)
+    shown = drp.show_process(model, Image.new("RGB", (80, 60)), 0)
+    assert {name: len(pictures) for name, pictures in shown.items()} == dict(process=11, uncertainty=1)
+    assert len({picture.size for pictures in shown.values() for picture in pictures}) == 1
+    assert np.ptp(np.asarray(shown["uncertainty"][0])[-300:]) > 0
+    assert drp.show_process(model, Image.new("RGB", (80, 60)), 1) == {}     # nobody
 
 
 def test_the_learning_rate_falls_as_a_cosine_or_drops_twice():

@@ -1,5 +1,6 @@
 """Exact resume, stops, averages, run folders, several processes: what every training loop stands on."""
 import errno
+import importlib
 import json
 import math
 import multiprocessing
@@ -29,6 +30,7 @@ from common.records import People
 from common.run import Ema, RunFolder, Stopper
 from common.splits import open_dataset
 from common.weights import load_checkpoint, save_checkpoint
+from tests import torture
 from tests.helpers import TINY, assert_equal
 
 
@@ -164,6 +166,46 @@ def test_a_run_that_is_cut_and_resumed_ends_with_the_same_bits(
     rows = rows_of(whole_run)
     assert_equal(rows_of(tmp_path / "run"), rows)
     assert sum("AP" in row for row in rows) == 2 and after["rows"][-1]["step"] == 10
+
+
+def test_a_short_run_says_what_it_does_logs_each_epoch_and_cuts_its_warmup(puppets_folder, tmp_path, capsys):
+    train(puppets_folder, tmp_path / "run", "--warmup", "60")
+    out = capsys.readouterr().out
+    for said in ("training on the CPU: ", " M parameters that learn, 23 images", "10 of 10 steps to go",
+                 "the warm-up of 60 steps is cut to 2", " to go at ", "finished in ", "best AP 0.", "curves.png",
+                 f"next: python eval.py {tmp_path / 'run'} --images {puppets_folder}"):
+        assert said in out, said
+    rows = [row for row in rows_of(tmp_path / "run") if "loss" in row]
+    assert [row["step"] for row in rows] == [5, 10] and 0 < rows[0]["seconds"] < rows[1]["seconds"]
+    assert all(0.05 < row["memory"] < 50 and row["images_a_second"] > 0 for row in rows)
+    assert rows[0]["lr"] == pytest.approx(1e-3 * (0.5 + 0.5 * math.cos(math.pi * 4 / 10)))       # the warm-up is over
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["config"]["warmup"] == 60               # as it was asked for
+    train(puppets_folder, tmp_path / "run", "--resume", str(tmp_path / "run"), "--epochs", "3")
+    out, later = capsys.readouterr().out, rows_of(tmp_path / "run")
+    assert "going on at epoch 3, step 10; changed: epochs 2 → 3" in out and "5 of 15 steps to go" in out
+    assert later[-2]["seconds"] > rows[1]["seconds"]
+    assert train(puppets_folder, tmp_path / "run", "--resume", str(tmp_path / "run"), "--epochs", "1")["epoch"] == 3
+    assert "all 3 epochs are done; --epochs 4 would go on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", torture.FLAGS)
+def test_the_first_batch_is_shown_as_the_network_sees_it_with_its_labels(method, puppets_folder, tmp_path, monkeypatch):
+    def end(images, people, skeleton):
+        shown.append((images, people))
+        raise Killed
+
+    shown, module = [], importlib.import_module(method)
+    monkeypatch.setattr(run.draw, "draw_batch", end)
+    words = ["--train", "--epochs", "1", "--workers", "0", "--processes", "1", "--device", "cpu", *torture.FLAGS[method].split()]
+    words += ["--data", str(puppets_folder), "--out", str(tmp_path / "run")]
+    with pytest.raises(Killed):
+        module.train(*parse(module.Config, module.PRESETS, "", words))
+    images, people = shown[0]
+    assert images.ndim == 4 and images.shape[1] == 3 and len(images) == len(people) in (4, 8)
+    assert -0.01 < images.min() < 0.3 and 0.6 < images.max() < 1.01 and images.std() > 0.05
+    labels = np.concatenate(people).reshape(-1, 3)
+    xy = labels[labels[:, 2] > 0, :2] / images.shape[:1:-1]
+    assert len(xy) > 20 and (xy > -0.2).all() and (xy < 1.2).all() and np.ptp(xy, axis=0).min() > 0.3
 
 
 @pytest.mark.parametrize("batch", [4, 8, 2, 3])
