@@ -1034,6 +1034,8 @@ def train(cfg: Config, args) -> None:
 
     for epoch in run.epochs():
         net.train()
+        if cfg.ksvf and 0 < epoch == cfg.ksvf_from:
+            run.folder.say("from now on scores learn OKS (eq. 5): loss_vfl jumps, because it is another loss")
         # micro-batches; a resumed run goes on in mid-epoch, unreadable files are reported
         for images, people in run.batches(TrainImages(train_set, cfg, epoch)):
             factor = lr_scale(run.step, run.steps, epoch, run.cfg)
@@ -1044,8 +1046,7 @@ def train(cfg: Config, args) -> None:
             if side != cfg.size:
                 images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
             people = [one.to(ranks.device) for one in people]
-            if run.first_batch:                                     # train_batch.png
-                run.show_batch(images, [one.keypoints * side for one in people], [one.visible for one in people])
+            run.show_batch(images, people, side)                    # train_batch.png
 
             with autocast(ranks.device, cfg.amp):
                 result = net(images, people)

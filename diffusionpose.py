@@ -960,8 +960,7 @@ def train(cfg: Config, args) -> None:
             frames = transforms.normalise(clips.to(ranks.device, non_blocking=True) / 255)
             joints = torch.stack(joints).to(ranks.device)
             visible = joints[..., 2]
-            if run.first_batch:                                     # train_batch.png, of the key frames
-                run.show_batch(clips[:, KEY] / 255, list(joints[:, None, :, :2]), list(visible[:, None]))
+            run.show_batch(clips[:, KEY] / 255, joints)             # train_batch.png
 
             target = target_heatmaps(joints[..., :2] / STRIDE, visible, cfg.heatmap, cfg.sigma)     # G
             t = torch.randint(TIMES, (len(frames),), device=ranks.device)

@@ -2,20 +2,21 @@
 
 Idea     ED-Pose finds people in two stages: decoder layers detect boxes, then further layers refine the best
          boxes together with K keypoints in each. Here diffusion comes between the stages: in training the
-         ground-truth poses, noised; at inference noise itself. Two small attentions, K-SA and K-CA, let the
+         ground-truth poses, noised; at inference, to begin with, noise. Two small attentions, K-SA and K-CA, let the
          noisy points move the first keypoints of each person; the second stage makes clean poses of them.
 Flow     image (B,3,H,W) → ResNet-50 → maps of stride 8, 16, 32, 64 → Encoder ×6, told the time t →
          memory (B,N,C) → QuerySelection: the Q best cells → boxes (B,Q,4) → 2 decoder layers → the G best
          boxes, K keypoints each → noisy poses (B,G,K,2) enter by K-SA and K-CA → 4 decoder layers →
          poses (B,G,K,2), boxes (B,G,4), scores (B,G,2)
-Read     noise_poses (eq. 1-4) → PointAttention (K-SA, K-CA) → Decoder (eq. 5-8, and what learns from what)
-         → criterion → sample (Algorithm 1) → KeypointCompletion (eq. 9-12) → train
+Read     noise_poses (eq. 1-4) → PointAttention (K-SA, K-CA) → attention_mask → Decoder (eq. 5-8, and what
+         learns from what) → criterion → sample (Algorithm 1) → KeypointCompletion (eq. 9-12) → train
 Letters  B images  Q box queries  G people kept per image (the paper's N_i), and as many noisy poses
          K keypoints  n = G·K  N memory cells  C channels  M heads  d = C/M  L levels  D denoising queries
          P people of an image, or sampling points per level  t time, 0 … T−1, T = 1000
          ᾱ_t (the paper's γ_t) signal's part of the variance  ζ signal scale  y_0 poses  y_t noisy poses
-         F memory  F_H content of the G boxes  F_H2K coarse keypoints  Q_CK what K-SA returns
+         F memory  F_H content of the G boxes  F_H2K their K keypoint tokens  Q_CK what K-SA returns
          cKpts, cBox keypoints and boxes that the second stage starts from
+Release  the authors' code, github.com/tjiiv-cprg/DiffusionRegPose, and weights; "as released": as it does
 Units    xy in [0,1] of each image without its padding, x first; names ending in _px are pixels; boxes cxcywh
 Tables   at the end of the main text: equation → function, rows of the paper's tables, departures
 
@@ -44,6 +45,7 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from scipy.special import expit
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -64,7 +66,7 @@ from common.tables import Row, Table
 from kernels.deform_attn import deform_attn_offsets
 from kernels.dispatch import plain
 
-# ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. --------
+# ---- Configuration: the paper's numbers and the release's. Each field is a flag, its comment the help. ---
 
 BACKBONES = {"r50": (64, (3, 4, 6, 3)), "r26": (24, (2, 2, 2, 2))}    # width of layer 1, blocks per layer
 PADDINGS = ("empty", "repeat", "noise", "mean")
@@ -76,6 +78,7 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
     # model (numbers without a source are the release's, nearly all ED-Pose's)
     backbone: str = "r50"          # ResNet (Sec. 4.2): r50, or r26 of less than half its width
     freeze: bool = True            # stem and layer 1 of the backbone stay as they start
+    frozen_norm: bool = True       # backbone norms keep ImageNet's statistics (release); off to learn from nothing
     levels: int = 4                # L, feature maps: the backbone's coarsest; a fourth is made from the last
     dim: int = 256                 # C, channels of encoder and decoder
     heads: int = 8                 # M, attention heads; divides dim
@@ -85,41 +88,40 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
     layers: int = 6                # layers of the decoder
     box_layers: int = 2            # of these, layers that see boxes alone; the others see keypoints, too
     box_queries: int = 900         # Q, cells of the memory that become box queries
-    queries: int = 100             # G, the paper's N_i (Table 5): people and noisy poses; K-SA depends on it
-    coarse_head: str = "released"  # first keypoints' head: own, shared (pose_heads[0]), released (14: shared)
+    queries: int = 100             # G, the paper's N_i (Table 5): people and noisy poses; K-SA, K-CA depend on it
+    coarse_head: str = "released"  # first keypoints' head: own, shared (pose_heads[0]), released (K = 14: shared)
     # diffusion (Sec. 3.2)
     ksa_kca: bool = True           # noise enters the decoder, t the encoder; off: ED-Pose (Tables 1 and 2)
     scale: float = 6.0             # ζ of eq. 4, signal against noise (Table 3; the paper takes 5)
     padding: str = "empty"         # noised beside the true poses (Table 4): empty, repeat, noise, mean
     uniform_t: bool = True         # train at t uniform in 0 … 999; off: at t = 0
     keypoint_completion: bool = True   # noise poses completed from their labelled keypoints (Sec. 3.2.4)
-    steps: int = 1                 # DDIM steps at inference (Algorithm 1)
+    steps: int = 1                 # DDIM steps at inference (Algorithm 1; the release takes 1)
     ensemble: bool = False         # keep the people of all DDIM steps, not of the last alone
-    nms: str = "official"          # against duplicates: official (distances of mixed axes), plain, none
-    as_released: bool = False      # train as the released code: t = 0, Gaussian padding, no completion
+    nms: str = "official"          # against duplicates (release): official (mixes up x and y), plain, none
+    as_released: bool = False      # train as the release: sets t = 0, Gaussian padding, no completion
     init: str = "resnet50"         # start weights: resnet50, or a file of DiffusionRegPose or ED-Pose
     # denoising queries (DN-DETR, as ED-Pose has them)
     dn_queries: int = 100          # D, noisy ground-truth boxes per image; 0: none
     label_noise: float = 0.5       # fraction of them with a random label
-    box_noise: float = 0.4         # largest shift of their sides, in half widths and heights
+    box_noise: float = 0.4         # largest shift of a centre, in half sides, and change of a side, in sides
     # optimisation (Sec. 4.2: AdamW, epochs, batch, lr, decay; the rest is the release's)
     epochs: int = 80               # passes over the training images
     batch: int = 8                 # images per optimiser step, over all GPUs and micro-batches
     lr: float = 2e-4               # learning rate
     lr_backbone: float = 1e-4      # learning rate of the backbone
     weight_decay: float = 1e-4     # AdamW, on every parameter
-    drop_epochs: str = "31,61"     # learning rate ×0.1 from these on (release; Sec. 4.2: 30 or 65)
+    drop_epochs: str = "31,61"     # ×0.1 from these epochs on, counted from 0 (release; Sec. 4.2: 30 or 65)
     clip: float = 0.1              # largest L2 norm of the gradient
     # pictures (Sec. 4.2: crop, flip, resize; the lengths are the release's)
     short_side: int = 800          # pixels of an image's shorter side, unless the longer gets too long
     long_side: int = 1333          # pixels of the longer side at most
     multiscale: bool = True        # train at short sides of 0.6 to 1 of that, half of the time after a crop
     # aids to learn from nothing: ours, not the paper's; the presets of the paper do without them
-    frozen_norm: bool = True       # backbone norms keep their ImageNet statistics; off without start weights
     near_identity: bool = False    # K-SA starts at 0, K-CA near the identity, keypoints unlike one another
-    learned_share: bool = False    # keypoints go a learned part of K-CA's way, at first none of it
+    learned_share: bool = False    # keypoints go a learned share of the way that K-CA moves them, 0 at first
     oks_score_weight: float = 0.0  # of DETRPose's eq. 5: scores learn their poses' OKS; 0: focal loss
-    oks_score_from: int = 0        # first epoch with it; focal loss before
+    oks_score_from: int = 0        # first epoch with it, counted from 0; focal loss before
     heatmap_weight: float = 0.0    # of an auxiliary loss that asks the memory's finest map for heatmaps
     schedule: str = "constant"     # constant or cosine
     warmup: int = 0                # optimiser steps of linear warm-up
@@ -130,6 +132,8 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
         """Raises UserError for values that no run could use. `as_released` sets the fields it stands for."""
         super().__post_init__()
         if self.as_released:
+            if self.padding not in ("empty", "noise"):
+                raise UserError("--as_released stands for --padding noise: leave out --padding")
             for name, value in dict(uniform_t=False, padding="noise", keypoint_completion=False).items():
                 object.__setattr__(self, name, value)
         check_choice(self, backbone=BACKBONES, padding=PADDINGS, nms=("official", "plain", "none"),
@@ -154,7 +158,7 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
 
 
 PRESETS: dict[str, Config] = {
-    # minutes on a laptop, from nothing: small everything, all the aids
+    # minutes on a laptop, from nothing: everything small, all aids on
     "tiny": Config(
         backbone="r26", freeze=False, levels=3, dim=96, heads=4, ffn=192, points=2, encoder_layers=2,
         layers=4, box_layers=1, box_queries=40, queries=8, coarse_head="own", init="", dn_queries=10,
@@ -179,8 +183,8 @@ def cosine_schedule() -> Tensor:
         q(y_t | y_{t−1}) = N( √α_t y_{t−1}, (1 − α_t) I )             one step                       (eq. 1)
         q(y_t | y_0)     = N( √ᾱ_t y_0, (1 − ᾱ_t) I ),  ᾱ_t = Π α_s   all up to t at once            (eq. 2)
 
-    The paper names no values; as released ᾱ follows a cosine and α_t is at least 0.001: from 0.99996, nearly
-    all signal, to 2·10⁻⁹, nearly all noise.
+    The paper names no values; as released ᾱ_t follows a cosine and α_t is at least 0.001: ᾱ_t falls from
+    0.99996, nearly all signal, to 2·10⁻⁹, nearly all noise.
     """
     u = torch.arange(STEPS + 1, dtype=torch.float64) / STEPS
     curve = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -198,9 +202,9 @@ def to_signal(poses: Tensor, scale: float) -> Tensor:
         signal  −ζ ────────────── 0 ────────────── ζ       2ζ = 12 deviations of the noise wide
         t = T−1              ·  : █ :  ·                   noise alone: a blob around the centre
 
-    Centred, because noise pulls towards 0, and that should be the middle of the image, not its corner. ζ is
-    the size of the image for the noise: with ζ = 6 noise alone deviates by 1/2ζ = 0.083 of the image, so all
-    noisy points of t = T−1 lie near the centre; a larger ζ disturbs poses less at every other t, too.
+    Centred, because √ᾱ_t shrinks the signal towards 0, which should be the middle of the image, no corner.
+    With ζ = 6 noise alone has a deviation of 1/2ζ = 0.083 of the image, so all noisy points of t = T−1 lie
+    near the centre; a larger ζ disturbs poses less at every other t, too.
     """
     return (2 * poses - 1) * scale
 
@@ -225,7 +229,7 @@ def noise_poses(poses: Tensor, t: Tensor, eps: Tensor, scale: float) -> Tensor:
 
 @dataclass
 class People(records.People):
-    """The people of one image as fractions of it, boxes cxcywh."""
+    """keypoints, visible, boxes (cxcywh), areas in fractions of the image: what losses see; and poses to noise."""
     poses: Tensor          # (P, K, 2) y_0: the keypoints; unlabelled ones are completed, or at (0, 0)
 
 
@@ -244,26 +248,27 @@ def repeated(people: int, count: int) -> Tensor:
 
 
 def draw_pose_noise(counts: list[int], keypoints: int, cfg: Config, device: torch.device) -> PoseNoise:
-    """For images with so many people. The paper does not say how t is drawn."""
+    """counts: people of each image. The paper does not say how t is drawn."""
     t = torch.randint(0, STEPS if cfg.uniform_t else 1, (len(counts),), device=device)
     eps, pad = torch.randn(2, len(counts), cfg.queries, keypoints, 2, device=device)
     return PoseNoise(t, eps, [repeated(n, cfg.queries).to(device) if n else t[:0] for n in counts], pad)
 
 
 def pad_poses(people: list[People], noise: PoseNoise, padding: str) -> Tensor:
-    """y_0 (B, G, K, 2): each image's poses, of more than G some at random; then padding (Sec. 3.2.1).
+    """y_0 (B, G, K, 2): each image's poses (a random G of them if there are more), then padding (Sec. 3.2.1).
 
     Padding (Table 4): empty, zeros, the paper's choice; repeat, the poses again; noise, Gaussian, as
     released; mean, the mean pose around Gaussian centres. An image without people is all padding.
+    Zeros, missing joints' too, are the image's corner: as released their signal is −ζ, where eq. 4 has 0.
     Which mean is ours: of those in the batch whose keypoints are all known, the image 6 deviations wide.
     """
-    y_0 = noise.pad if padding == "noise" else torch.zeros_like(noise.pad)
+    filler = noise.pad if padding == "noise" else torch.zeros_like(noise.pad)
     everybody = torch.cat([one.poses for one in people])
     whole = everybody[(everybody != 0).any(-1).all(1)]              # at (0, 0) is what is not known
     if padding == "mean" and len(whole):
-        y_0 = (whole - whole.mean(1, keepdim=True)).mean(0) + 0.5 + noise.pad[:, :, :1] / 6
+        filler = (whole - whole.mean(1, keepdim=True)).mean(0) + 0.5 + noise.pad[:, :, :1] / 6
     rows = []
-    for one, row, order in zip(people, y_0, noise.order):
+    for one, row, order in zip(people, filler, noise.order):
         own = one.poses[order if padding == "repeat" or len(one) > len(row) else slice(None)]
         rows.append(torch.cat([own, row[len(own):]]))
     return torch.stack(rows)
@@ -275,8 +280,8 @@ def pad_poses(people: list[People], noise: PoseNoise, padding: str) -> Tensor:
 class PointAttention(nn.Module):
     """Attention from n points z of an image to n points p of it, with one head: K-SA and K-CA.
 
-        Q, K, V = MLP_Q(z), MLP_K(p), MLP_V(p)         K-SA: z = p, all noisy points                 (eq. 5)
-        SA, CA = softmax(√n Q Kᵀ) V                    K-CA: z from K-SA, p the coarse keypoints     (eq. 7)
+        Q, K, V = MLP_Q(z), MLP_K(p), MLP_V(p)         K-SA: z = p = noisy points                    (eq. 5)
+        SA, CA = softmax(√n Q Kᵀ) V                    K-CA: z = Q_CK + p, p = coarse keypoints      (eq. 7)
 
     It sees coordinates alone, of the points of all people, and returns coordinates: weighted means of V.
     Departs from the paper: as released the MLPs are one linear layer each, Q, K: 2 → C and V: 2 → 2, and the
@@ -302,8 +307,8 @@ class PointAttention(nn.Module):
 AttentionRule = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def attention_mask(group: Tensor | None, people: int, keypoints: int, device: torch.device) -> Tensor:
-    """(B or 1, tokens, tokens), True where the token of a row may look at that of a column.
+def attention_mask(group: Tensor | None, num_boxes: int, keypoints: int, device: torch.device) -> Tensor:
+    """(B or 1, tokens, tokens), True (·) where the token of a row may look at that of a column, else False (✗).
 
         row ↓  column →      D = 4   │ boxes │ keypoints     two people a and b of two keypoints each
                             1 1 2 2  │  a b  │ a a b b
@@ -314,10 +319,11 @@ def attention_mask(group: Tensor | None, people: int, keypoints: int, device: to
         keypoint of a       ✗ ✗ ✗ ✗  │  · ✗  │ · · ✗ ✗       The tokens of a person see one another, and
         keypoint of b       ✗ ✗ ✗ ✗  │  ✗ ·  │ ✗ ✗ · ·       boxes see all boxes.
 
-    group (B, D): of each denoising query, None where there are none; keypoints K: 0 in the box layers.
+    group (B, D): of each denoising query, or None; num_boxes, keypoints: Q, 0 in the box layers, then G, K.
     """
-    person = torch.cat([torch.arange(people), torch.arange(people).repeat_interleave(keypoints)]).to(device)
-    box = torch.arange(len(person), device=device) < people
+    person = torch.arange(num_boxes, device=device)
+    person = torch.cat([person, person.repeat_interleave(keypoints)])
+    box = torch.arange(len(person), device=device) < num_boxes
     mask = ((person[:, None] == person) | (box[:, None] & box))[None]
     if group is not None:
         denoising = F.pad(group[:, :, None] == group[:, None], (0, len(person)), value=True)
@@ -325,17 +331,16 @@ def attention_mask(group: Tensor | None, people: int, keypoints: int, device: to
     return mask
 
 
-def attention_rule(group: Tensor | None, people: int, keypoints: int, device: torch.device) -> AttentionRule:
-    """Attention under the mask, or, at inference, its fast form."""
-    if group is None and not plain():      # 98 % of the mask is ✗: with it a forward takes 1.10 times as long
-        return partial(attend_in_blocks, people=people)
-    mask = attention_mask(group, people, keypoints, device)
+def attention_rule(group: Tensor | None, num_boxes: int, keypoints: int, device: torch.device) -> AttentionRule:
+    """Attention under the mask; where no query is a denoising one, as at inference, its fast form."""
+    if group is None and not plain():      # plain: POSE_KERNELS asks for formulas. 99 % of the mask is ✗
+        return partial(attend_in_blocks, num_boxes=num_boxes)
+    mask = attention_mask(group, num_boxes, keypoints, device)
     return partial(F.scaled_dot_product_attention, attn_mask=mask[:, None])
 
 
 class SelfAttention(nn.Module):
     """Multi-head attention among x (B, tokens, C); `position` is added to queries and keys, not to values.
-
     Parameter names as in nn.MultiheadAttention: in_proj_weight stacks q, k, v.
     """
 
@@ -352,13 +357,12 @@ class SelfAttention(nn.Module):
         dim = x.shape[-1]
         qk = F.linear(x + position, self.in_proj_weight[:2 * dim], self.in_proj_bias[:2 * dim])
         v = F.linear(x, self.in_proj_weight[2 * dim:], self.in_proj_bias[2 * dim:])
-        q, k, v = (rearrange(t, "b n (m d) -> b m n d", m=self.heads) for t in (*qk.chunk(2, -1), v))
+        q, k, v = (rearrange(part, "b n (m d) -> b m n d", m=self.heads) for part in (*qk.chunk(2, -1), v))
         return self.out_proj(rearrange(attend(q, k, v), "b m n d -> b n (m d)"))
 
 
 class DecoderLayer(nn.Module):
     """Attention among the tokens, into the image, then a feed-forward block; x, position (B, tokens, C).
-
     reference (B, tokens, L, 4) are boxes in fractions of the padded image. ED-Pose's.
     """
 
@@ -377,7 +381,7 @@ class DecoderLayer(nn.Module):
 
 
 class Output(NamedTuple):
-    """Something that has a loss: what a layer, or the selection of cells, answers for each box token."""
+    """Predictions that get a loss: of a decoder layer, or of the selection of cells, one per box token."""
     logits: Tensor               # (B, boxes, 2), of which [1] is the person's
     boxes: Tensor                # (B, boxes, 4)
     keypoints: Tensor | None     # (B, G, K, 2), where there are any
@@ -395,13 +399,12 @@ class Decoder(nn.Module):
     Heads    prediction_l = σ( head_l(norm(x_l)) + σ⁻¹(reference_l) ), where x_l leaves layer l; the same head
              on x_l without the norm gives reference_{l+1}. Keypoints have a width and height, too: how far
              around them a layer reads the image.
-    Learns   Where layer l reads, and where its step to reference_{l+1} starts, is a detached reference_l. Its
-             prediction starts from reference_l with the gradient: the loss of layer l also teaches head l−1
-             (DINO's "look forward twice"): through tokens a loss goes all the way back, through coordinates
-             one layer. Of all losses only L1 and OKS of the first keypoint layer, an auxiliary loss, see
-             cKpts with the gradient: K-SA and K-CA learn through this one layer, from nothing else. Widths
-             and heights of keypoints are in no prediction: `size_head` and `keypoint_size` never learn, in
-             the release neither.
+    Learns   Every layer reads the image around a detached reference, and the reference that it hands on starts
+             from a detached one. Its prediction starts from the reference with its gradient, so that the loss
+             of layer l also trains head l−1 (DINO's "look forward twice"): through tokens a loss goes back to
+             layer 0, through coordinates one layer. So K-SA and K-CA learn from two terms alone: L1 and OKS of
+             the first keypoint layer, an auxiliary loss; later layers see cKpts detached. Widths and heights of
+             keypoints are in no prediction: `size_head` and `keypoint_size` only decay, as in the release.
     """
 
     def __init__(self, cfg: Config, keypoints: int):
@@ -449,40 +452,40 @@ class Decoder(nn.Module):
         y_t = poses.flatten(1, 2)
         q_ck = self.ksa(y_t, y_t)                                                       # eq. 5
         c_kpts = self.kca(q_ck + coarse, coarse)                                        # eq. 7
-        if self.kca_share is not None:           # an aid: a decoder that knows nothing needs its own points
+        if self.kca_share is not None:           # an aid: a new decoder needs the coarse points themselves
             c_kpts = coarse + self.kca_share * (c_kpts - coarse)
         return c_kpts
 
-    def heads(self, l: int, x: Tensor, reference: Tensor, boxes: int) -> tuple[Tensor, Tensor]:
-        """Layer l's new boxes (B, boxes, 4) of the first tokens, keypoints (B, G·K, 2) of the others."""
-        new = (self.box_heads[l](x[:, :boxes]).float() + inverse_sigmoid(reference[:, :boxes])).sigmoid()
-        x, reference = x[:, boxes:], reference[:, boxes:, :2]
+    def apply_heads(self, l: int, x: Tensor, reference: Tensor, num_boxes: int) -> tuple[Tensor, Tensor]:
+        """Layer l's boxes (B, num_boxes, 4) of the first tokens, keypoints (B, G·K, 2) of the others."""
+        new = (self.box_heads[l](x[:, :num_boxes]).float() + inverse_sigmoid(reference[:, :num_boxes])).sigmoid()
+        x, reference = x[:, num_boxes:], reference[:, num_boxes:, :2]
         if l < self.box_layers:
-            return new, reference
+            return new, reference                               # no keypoints yet: empty
         return new, (self.pose_heads[l - self.box_layers](x).float() + inverse_sigmoid(reference)).sigmoid()
 
-    def refine(self, l: int, x: Tensor, reference: Tensor, boxes: int) -> Tensor:
+    def refine(self, l: int, x: Tensor, reference: Tensor, num_boxes: int) -> Tensor:
         """The references (B, tokens, 4) of layer l + 1."""
-        new, xy = self.heads(l, x, reference, boxes)
+        new, xy = self.apply_heads(l, x, reference, num_boxes)
         if l < self.box_layers:
             return new
-        wh = (self.size_head(x[:, boxes:]).float() + inverse_sigmoid(reference[:, boxes:, 2:])).sigmoid()
+        wh = (self.size_head(x[:, num_boxes:]).float() + inverse_sigmoid(reference[:, num_boxes:, 2:])).sigmoid()
         return torch.cat([new, torch.cat([xy, wh], -1)], 1)
 
-    def predict(self, l: int, x: Tensor, reference: Tensor, boxes: int) -> Output:
+    def predict(self, l: int, x: Tensor, reference: Tensor, num_boxes: int) -> Output:
         """What layer l answers; reference with its gradient, see above."""
         h = self.norm(x)
-        new, xy = self.heads(l, h, reference, boxes)
+        new, xy = self.apply_heads(l, h, reference, num_boxes)
         keypoints = None if l < self.box_layers else xy.unflatten(1, (self.people, -1))
-        return Output(self.score_heads[l](h[:, :boxes]), new, keypoints)
+        return Output(self.score_heads[l](h[:, :num_boxes]), new, keypoints)
 
     def forward(self, x: Tensor, reference: Tensor, memory: Tensor, grid: Grid, poses: Tensor | None,
                 group: Tensor | None) -> list[Output]:
         """x (B, D + Q, C), reference (B, D + Q, 4), group (B, D) or None if D = 0 → an Output of each layer,
         denoising queries in front; at inference of the last layer alone."""
         dn = 0 if group is None else group.shape[1]
-        boxes, last, outputs = x.shape[1], len(self.layers) - 1, []
-        attend = attention_rule(group, boxes - dn, 0, x.device)
+        num_boxes, last, outputs = x.shape[1], len(self.layers) - 1, []         # D + Q, later D + G
+        attend = attention_rule(group, num_boxes - dn, 0, x.device)
         for l, layer in enumerate(self.layers):
             if l == self.box_layers:                            # x[:, dn:] is F_H of eq. 6 for all Q boxes
                 content, best = self.pick_people(x[:, dn:], reference[:, dn:])
@@ -490,16 +493,17 @@ class Decoder(nn.Module):
                 xy = self.mix_with_noise(poses, xy) if self.ksa else xy                 # eq. 5 and 7
                 x = torch.cat([x[:, :dn], content, tokens], 1)
                 reference = torch.cat([reference[:, :dn], best, torch.cat([xy, wh], -1)], 1)
-                boxes, attend = dn + self.people, attention_rule(group, self.people, self.keypoints, x.device)
+                num_boxes = dn + self.people
+                attend = attention_rule(group, self.people, self.keypoints, x.device)
             start = reference.detach()
             inside = start[:, :, None] * grid.valid.repeat(1, 1, 2)[:, None]            # (B, tokens, L, 4)
             yxwh = inside[:, :, 0, [1, 0, 2, 3]]               # as released, in fractions of the padded image
             position = self.position_head(sine_embedding(yxwh, x.shape[-1] // 2, temperature=10000))
             x = layer(x, position, inside, memory, grid, attend)               # D_H (eq. 6), D (eq. 8)
             if self.training or l == last:
-                outputs.append(self.predict(l, x, reference, boxes))           # y'_t, b_t, c_t (eq. 8)
+                outputs.append(self.predict(l, x, reference, num_boxes))       # y'_t, b_t, c_t (eq. 8)
             if l < last:
-                reference = self.refine(l, x, start, boxes)
+                reference = self.refine(l, x, start, num_boxes)
         return outputs
 
 
@@ -510,7 +514,7 @@ class Encoded(NamedTuple):
     """What of an image does not depend on t: made once for any number of DDIM steps."""
     tokens: Tensor         # (B, N, C)
     position: Tensor       # (B, N, C) before t changes it
-    grid: Grid             # where the N cells are
+    grid: Grid             # (appendix) where the N cells are, `valid`: what part of each level is image
 
 
 class DiffusionRegPose(nn.Module):
@@ -536,10 +540,10 @@ class DiffusionRegPose(nn.Module):
         reset_parameters(self)
 
     def encode_image(self, images: Tensor, padded: Tensor | None = None) -> Encoded:
-        """images (B, 3, H, W) without ImageNet's mean and deviation, 0 where padded (B, H, W) is True."""
+        """images (B, 3, H, W), normalised (ImageNet's mean, deviation), 0 where padded (B, H, W) is True."""
         padded = torch.zeros_like(images[:, 0], dtype=torch.bool) if padded is None else padded
         maps = self.backbone(images)[1:][-self.cfg.levels:]                             # Algorithm 1, line 2
-        maps = [project(x) for project, x in zip(self.input_proj, [*maps, maps[-1]])]
+        maps = [project(x) for project, x in zip(self.input_proj, [*maps, maps[-1]])]   # up to 3 levels: no extra
         masks = [F.interpolate(padded[None].float(), x.shape[-2:])[0].bool() for x in maps]
         grid = make_grid(masks)
         if grid.padded.shape[1] < self.cfg.queries:
@@ -562,7 +566,7 @@ class DiffusionRegPose(nn.Module):
         position = position + self.level_embed.repeat_interleave(cells, 0, output_size=memory.shape[1])
         for layer in self.encoder:
             memory = layer(memory, position, grid)                                      # F of eq. 6
-        content, proposals = self.selection(memory, grid)
+        content, proposals = self.selection(memory, grid)       # the chosen cells: features detached; an Output
         reference, group, dn = proposals.boxes.detach(), None, 0
         if denoising:
             content = torch.cat([denoising.content, content], 1)
@@ -586,8 +590,8 @@ class DiffusionRegPose(nn.Module):
         return result
 
     def forward(self, images: Tensor, padded: Tensor | None, poses: Tensor | None, t: Tensor | None,
-                people: list[People] | None = None, noise: Noise | None = None) -> dict:
-        """images (B, 3, H, W), noisy poses (B, G, K, 2) of time t (B,) → people. Without K-SA no poses and t.
+                people: list[People] | None = None, dn_noise: Noise | None = None) -> dict:
+        """images (B, 3, H, W), noisy poses (B, G, K, 2) of time t (B,) → people. Without K-SA it reads neither.
 
         Always    logits (B, G, 2) of which [1] is the person's, boxes (B, G, 4), keypoints (B, G, K, 2)
         Training  (in train(), with the people of each image) `outputs`, an Output by the suffix of its
@@ -598,7 +602,7 @@ class DiffusionRegPose(nn.Module):
         """
         denoising = None
         if people is not None and self.cfg.dn_queries:
-            denoising = denoising_queries(people, self.noisy_label, self.cfg, noise)
+            denoising = denoising_queries(people, self.noisy_label, self.cfg, dn_noise)
         return self.decode(self.encode_image(images, padded), poses, t, denoising)
 
 
@@ -611,15 +615,15 @@ DENOISING_WEIGHTS = dict(ce=0.3, bbox=2.5, giou=1.0)
 
 
 def match_cost(output: Output, people: People, sigmas: Tensor) -> Tensor:
-    """Cost of giving a query to a person, (B, Q, P): 2·class + 5·L1 − 2·GIoU, or where there are poses
-    2·class + 10·Σ v|Δ| + 4·(1 − OKS), without a look at the box. ED-Pose's; the paper says nothing of it."""
+    """Cost of giving a query to one of the batch's P people, (B, Q or G, P): 2·class + 5·L1 − 2·GIoU, or where there
+    are poses 2·class + 10·Σ v|Δ| + 4·(1 − OKS), no box. ED-Pose's; the paper says nothing of it."""
     logits, boxes, keypoints = output
     p = logits[..., PERSON].float().sigmoid().unsqueeze(-1)
     focal = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.75 * p ** 2 * -(1 - p + 1e-8).log()
     if keypoints is None:
         distance = (boxes[:, :, None] - people.boxes).abs().sum(-1)
         return 2 * focal + 5 * distance - 2 * generalized_iou(boxes[:, :, None], people.boxes)
-    difference = keypoints[:, :, None] - people.keypoints                               # (B, Q, P, K, 2)
+    difference = keypoints[:, :, None] - people.keypoints                               # (B, G, P, K, 2)
     distance = (difference.abs().sum(-1) * people.visible).sum(-1)
     similarity = similarity_of(difference.square().sum(-1), people.visible, people.areas, sigmas)
     return 2 * focal + 10 * distance + 4 * (1 - similarity)
@@ -632,7 +636,7 @@ def match(outputs: list[Output], people: list[People], sigmas: Tensor) -> list[P
     costs = [match_cost(output, everybody, sigmas) for output in outputs]
     ends, matchings = np.cumsum([0] + [len(one) for one in people]), []
     for cost in costs:
-        cost, found = cost.nan_to_num(1e6, 1e6, -1e6).cpu().numpy(), []          # NaN is the loss's to show
+        cost, found = cost.nan_to_num(1e6, 1e6, -1e6).cpu().numpy(), []          # a NaN is reported with the losses
         for image, (first, last) in enumerate(zip(ends, ends[1:])):
             query, person = linear_sum_assignment(cost[image, :, first:last])
             found.append(np.stack([np.full_like(query, image), query, person + first]))
@@ -681,12 +685,12 @@ def criterion(result: dict, people: list[People], sigmas: Tensor, score_weight: 
 
     Per person, for every layer (_0, _1, ..., the last without suffix) and the selected cells (_interm):
     2·focal + 5·L1 + 2·(1 − GIoU) and, where there are poses, 10·Σ v|Δ| + 4·(1 − OKS). Denoising queries, dn_:
-    0.3·focal + 2.5·L1 + (1 − GIoU), per query of an image and, as released, summed over the batch's images;
-    that may be divided into `pieces` (micro-batches × processes). No pairs give 0 with a zero gradient.
-    Departs from the paper: it has focal, L1 of boxes, L1 of keypoints; weights and the rest are released.
+    0.3·focal + 2.5·L1 + (1 − GIoU), divided by D and, as released, summed over images; hence × `pieces`, the
+    micro-batches × processes over which `train` averages. Without pairs all but `ce` are 0, with a zero gradient.
+    Departs from the paper: it has focal, L1 of boxes, L1 of keypoints; weights and the rest are the release's.
     """
     everybody, outputs = gather_people(people), result["outputs"]
-    # over all processes, so that N GPUs have the gradient of one
+    # over all processes, so that N GPUs have the gradient of one; of this micro-batch (see Departures)
     count = mean_over_ranks(torch.tensor(float(len(everybody)), device=sigmas.device)).clamp(min=1)
     losses = {}
     for (name, output), pairs in zip(outputs.items(), match(list(outputs.values()), people, sigmas)):
@@ -706,9 +710,9 @@ def criterion(result: dict, people: list[People], sigmas: Tensor, score_weight: 
 
 
 def ddim_step(x: Tensor, poses: Tensor, t: int, next_t: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """From x_t and the poses predicted from it (B, G, K, 2): x at next_t, the predicted x₀ and noise.
+    """From x_t and the poses predicted from it (B, G, K, 2): x at next_t; also x₀ and ε, for the tests.
 
-        ε = (x_t/√ᾱ_t − x₀) / √(1/ᾱ_t − 1)           eq. 3 solved for ε
+        ε = (x_t/√ᾱ_t − x₀) / √(1/ᾱ_t − 1)           eq. 4 solved for ε
         x_next = √ᾱ_next x₀ + √(1−ᾱ_next) ε           DDIM's, η = 0: no fresh noise. x are signals
     """
     alpha, alpha_next = ALPHA_BAR[t].item(), ALPHA_BAR[next_t].item()
@@ -722,8 +726,8 @@ def sample(model: DiffusionRegPose, images: Tensor, padded: Tensor | None = None
            noise: Tensor | None = None) -> list[dict]:
     """Algorithm 1: results of all steps, the last is the answer; each has its t, x (x_t) and `noisy` poses.
 
-    noise, standard normal (B or 1, G, K, 2), is x at t = T−1, by default drawn. One step, the default, begins
-    and ends where poses say nothing (ᾱ = 2·10⁻⁹): it is a regression from the image with random starts.
+    noise, standard normal (B or 1, G, K, 2), is x at t = T−1, by default drawn. One step, the default, sees
+    t = T−1 alone, where ᾱ_t = 2·10⁻⁹ leaves no pose in the noise: regression from the image and random starts.
     """
     cfg, image, results = model.cfg, model.encode_image(images, padded), []
     shape = (len(images), cfg.queries, model.skeleton.num_keypoints, 2)
@@ -740,24 +744,17 @@ def sample(model: DiffusionRegPose, images: Tensor, padded: Tensor | None = None
 
 
 def start_noise(image_id: int | str, cfg: Config, keypoints: int, draw_number: int = 0) -> Tensor:
-    """x_T (G, K, 2) of an image: the same whichever pictures share its batch."""
+    """x at t = T−1 (G, K, 2) of an image: the same whichever pictures share its batch."""
     seed = zlib.crc32(f"{cfg.seed}:{draw_number}:{image_id}".encode())
     return torch.randn(cfg.queries, keypoints, 2, generator=torch.Generator().manual_seed(seed))
 
 
-def detect(model: DiffusionRegPose, pictures: list[Tensor], noise: Tensor, steps: int) -> list[dict]:
-    """Results of all DDIM steps for normalised pictures and noise (B, G, K, 2); float32 for any --amp."""
-    device = next(model.parameters()).device
-    images, padded = pad_images(pictures)
-    return sample(model, images.to(device), padded.to(device), steps, noise.to(device))
-
-
-def to_prediction(entries: dict[str, np.ndarray], image_id: int | str, input_px: tuple, size_px: tuple,
+def to_prediction(entries: dict[str, np.ndarray], image_id: int | str, input_wh_px: tuple, wh_px: tuple,
                   kind: str) -> Prediction:
     """logits (E, 2), boxes (E, 4), keypoints (E, K, 2) of one image → people in its pixels, after the NMS."""
     scores = expit(entries["logits"][:, PERSON].astype(np.float64))
-    keep = nms(entries["keypoints"], scores, input_px, kind)
-    boxes, keypoints = entries["boxes"][keep] * np.tile(size_px, 2), entries["keypoints"][keep] * size_px
+    keep = nms(entries["keypoints"], scores, input_wh_px, kind)
+    boxes, keypoints = entries["boxes"][keep] * np.tile(wh_px, 2), entries["keypoints"][keep] * wh_px
     corners = np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1)
     return Prediction(image_id, keypoints, np.ones(keypoints.shape[:2], np.float32), scores[keep], corners)
 
@@ -767,11 +764,12 @@ def predict(model: DiffusionRegPose, batch: dict) -> list[Prediction]:
     """People of {images: list of (3, h, w) from `input_image`, image_ids, sizes_px}: a Prediction per image.
 
     All G people, or those that the NMS leaves, of the last DDIM step, with `ensemble` of all steps.
-    The model has no score per keypoint: every keypoint gets 1.
+    The model has no score per keypoint: every keypoint gets 1. In float32 for any --amp.
     """
     cfg, pictures = model.cfg, batch["images"]
     noise = [start_noise(image_id, cfg, model.skeleton.num_keypoints) for image_id in batch["image_ids"]]
-    results = detect(model, pictures, torch.stack(noise), cfg.steps)[0 if cfg.ensemble else -1:]
+    images, padded = (x.to(model.sigmas.device) for x in pad_images(pictures))
+    results = sample(model, images, padded, cfg.steps, torch.stack(noise))[0 if cfg.ensemble else -1:]
     predictions = []
     for i, (image_id, picture, size) in enumerate(zip(batch["image_ids"], pictures, batch["sizes_px"])):
         entries = {name: torch.cat([one[name][i] for one in results]).cpu().numpy() for name in Output._fields}
@@ -781,8 +779,8 @@ def predict(model: DiffusionRegPose, batch: dict) -> list[Prediction]:
 
 # ---- Keypoint completion (Sec. 3.2.4): joints that nobody labelled, guessed from the labelled ones -------
 
-# L_head, the length that makes people comparable, lies between the first of these pairs that a skeleton has:
-# the head, as in the paper, or the right side of COCO's trunk, as in the release. Else: the box's diagonal.
+# L_head, the length that makes people comparable: between the joints of the first of these pairs that a skeleton
+# has, the head, as in the paper, or the right side of COCO's trunk, as in the release. Else: the box's diagonal.
 REFERENCE_JOINTS = (("head", "neck"), ("head_top", "head_bottom"), ("head_top", "neck"),
                     ("right_shoulder", "right_hip"))
 
@@ -795,7 +793,7 @@ def reference_joints(skeleton: Skeleton) -> tuple[int, int] | None:
 
 
 def reference_lengths(keypoints: np.ndarray, boxes: np.ndarray, joints: tuple[int, int] | None) -> np.ndarray:
-    """L_head in px of keypoints (N, K, 3), boxes xyxy (N, 4); 0 where a reference joint has no label."""
+    """L_head in px of keypoints (P, K, 3), boxes xyxy (P, 4); 0 where a reference joint has no label."""
     if joints is None:
         return np.linalg.norm(boxes[:, 2:] - boxes[:, :2], axis=1)
     a, b = keypoints[:, joints[0]], keypoints[:, joints[1]]
@@ -805,7 +803,7 @@ def reference_lengths(keypoints: np.ndarray, boxes: np.ndarray, joints: tuple[in
 class KeypointCompletion:
     """Fills a pose with the most likely places of its unlabelled joints, for y_0 alone: losses see labels.
 
-    A person is 2K numbers Y: ((u − l_u) / L_head, (v − l_v) / L_head) of each joint, l the corner of the box.
+    A person is 2K numbers Y: ((u − l_u) / L_head, (v − l_v) / L_head) of each joint, l: upper left of the box.
     All people, the columns of the paper's M, make one Gaussian over poses, with mean μ and covariance Σ.
 
         Y_MLE = argmax N(Y | μ, Σ)                    over the invisible Y_I, Y_V being known        (eq. 9)
@@ -814,13 +812,13 @@ class KeypointCompletion:
         Y'_I  = (A_Iᵀ A_I)⁻¹ A_Iᵀ (Lᵀ μ − A_V Y_V)    least squares                                  (eq. 12)
 
     This is the mean of the invisible given the visible: μ_I + Σ_IV Σ_VV⁻¹ (Y_V − μ_V).
-    Takes    y (N, 2K) of N ≥ 2 people, the reference joints or None for the diagonal of the box
+    Takes    y (P, 2K) of P ≥ 2 people, the reference joints or None for the diagonal of the box
     Departs from the paper: as released only people with all joints labelled count, and y is not divided by
     the image's size. Any L with L Lᵀ = Σ⁻¹ will do: here Lᵀ is the inverse of Σ's Cholesky factor.
     """
 
     def __init__(self, y: np.ndarray, joints: tuple[int, int] | None):
-        self.joints, self.mean, self.covariance = joints, y.mean(0), np.cov(y, rowvar=False)
+        self.joints, self.mean, self.covariance = joints, y.mean(0), np.cov(y, rowvar=False)    # μ, Σ of eq. 9
         few = len(y) <= y.shape[1]                                     # then Σ has no inverse
         ridge = (1e-2 if few else 1e-12) * self.covariance.diagonal().mean() + 1e-12
         self.covariance += ridge * np.eye(y.shape[1])
@@ -846,7 +844,7 @@ class KeypointCompletion:
 
 
 def learn_completion(data: PoseDataset) -> KeypointCompletion | None:
-    """The statistics of a training set's people with all joints; None, and a line, without two of them."""
+    """The statistics of a training set's people with all joints; None, and a message, without two of them."""
     single, joints = ~data.iscrowd, reference_joints(data.skeleton)
     keypoints, boxes = data.keypoints[single].astype(np.float64), data.boxes[single]
     boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
@@ -867,33 +865,33 @@ def input_image(image: Image.Image, cfg: Config) -> Tensor:
     return transforms.normalise(transforms.to_tensor(image.resize(size, Image.Resampling.BILINEAR)))
 
 
-def augment(people: Sample, flip: tuple[int, ...] | None, cfg: Config, rng: np.random.Generator) -> Sample:
-    """Mirror half of the images, crop half of them, resize. With `short_side` 800 the release's lengths:
+def augment(sample: Sample, flip: tuple[int, ...] | None, cfg: Config, rng: np.random.Generator) -> Sample:
+    """Mirror and crop, each with probability ½, then resize. With `short_side` 800 the release's lengths:
     short sides 480, 512, ..., 800; before a crop 400, 500 or 600; sides of crops 384 to 600."""
     if flip is not None and rng.random() < 0.5:
-        people = transforms.hflip(people, flip)
+        sample = transforms.hflip(sample, flip)
     if not cfg.multiscale:
-        return transforms.resize_short_side(people, cfg.short_side, cfg.long_side)
+        return transforms.resize_short_side(sample, cfg.short_side, cfg.long_side)
     full = cfg.short_side
     if rng.random() < 0.5:
         before = rng.choice([full // 2, full * 5 // 8, full * 3 // 4])
-        people = transforms.resize_short_side(people, int(before))
-        window = [int(rng.integers(full * 12 // 25, min(side, full * 3 // 4) + 1)) for side in people.size]
-        corner = [int(rng.integers(0, side - length + 1)) for side, length in zip(people.size, window)]
-        people = transforms.crop(people, *corner, *window)
+        sample = transforms.resize_short_side(sample, int(before))
+        window = [int(rng.integers(full * 12 // 25, min(side, full * 3 // 4) + 1)) for side in sample.size]
+        corner = [int(rng.integers(0, side - length + 1)) for side, length in zip(sample.size, window)]
+        sample = transforms.crop(sample, *corner, *window)
     short_side = int(rng.choice(range(full * 3 // 5, full + 1, 32)))
-    return transforms.resize_short_side(people, short_side, cfg.long_side)
+    return transforms.resize_short_side(sample, short_side, cfg.long_side)
 
 
 def to_people(sample: Sample) -> People:
     """A sample's people; of its 2K keypoints K are annotated, K to be noised. Unlabelled ones sit at 0."""
-    scale = torch.tensor(sample.size, dtype=torch.float32)
+    size = torch.tensor(sample.size, dtype=torch.float32)
     labelled = torch.from_numpy(sample.keypoints[..., 2:] > 0)
-    keypoints, poses = (torch.from_numpy(sample.keypoints[..., :2]) / scale * labelled).chunk(2, 1)
-    corners = torch.from_numpy(sample.boxes) / scale.repeat(2)
+    keypoints, poses = (torch.from_numpy(sample.keypoints[..., :2]) / size * labelled).chunk(2, 1)
+    corners = torch.from_numpy(sample.boxes) / size.repeat(2)
     boxes = torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], 1)
-    return People(keypoints, labelled.chunk(2, 1)[0].squeeze(-1).float(), boxes,
-                  torch.from_numpy(sample.areas) / scale.prod(), poses, image_id=sample.image_id)
+    visible, areas = labelled.chunk(2, 1)[0].squeeze(-1).float(), torch.from_numpy(sample.areas) / size.prod()
+    return People(keypoints, visible, boxes, areas, poses, image_id=sample.image_id)
 
 
 class TrainImages(torch.utils.data.Dataset):
@@ -928,7 +926,7 @@ def evaluate(model: DiffusionRegPose, data: PoseDataset, cfg: Config, ranks: Ran
     """Metrics and predictions of a dataset; the images are shared among the processes, all get the result."""
     found = predict_all(partial(predict, fuse(model)), data, partial(input_image, cfg=cfg), cfg.eval_batch,
                         cfg.workers, ranks, join=list)
-    return metrics.evaluate(found, data), found
+    return metrics.evaluate(found, data, boxes=True), found
 
 
 # ---- Training (Sec. 4.2) ---------------------------------------------------------------------------------
@@ -968,17 +966,17 @@ def train(cfg: Config, args) -> None:
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=fp16)
     parts = dict(model=model, optimizer=optimizer, scaler=scaler) | (dict(ema=average) if average else {})
     run = Run("diffusionregpose", cfg, args, ranks, data, held_out, parts)
-    completion = learn_completion(data) if cfg.keypoint_completion else None
+    completion = learn_completion(data) if cfg.keypoint_completion and cfg.ksa_kca else None
     if completion and run.folder.writes:
-        with goes_on(run.folder.path / "completion.png"):
-            draw_completion(data, completion).save(run.folder.path / "completion.png")
+        with goes_on(file := run.folder.path / "completion.png"):
+            draw_completion(data, completion, file)
     net, training = distribute(model, ranks), data.training()
     joints, evaluated = data.skeleton.num_keypoints, average.module if average else model
     shown = ["loss_ce", "loss_bbox", "loss_keypoints", "loss_oks"] + ["loss_heatmaps"] * bool(model.heatmaps)
 
     for epoch in run.epochs():
         net.train()
-        # micro-batches; a resumed run goes on in mid-epoch, unreadable files are reported
+        # one micro-batch a turn, `accum` of them per optimiser step; a resumed run goes on in mid-epoch
         for (images, padded), people in run.batches(TrainImages(training, cfg, epoch, completion), pad_images):
             factor = lr_scale(run.step, run.steps, epoch, run.cfg)
             for group in optimizer.param_groups:
@@ -986,10 +984,7 @@ def train(cfg: Config, args) -> None:
             images = images.to(ranks.device, non_blocking=True, memory_format=torch.channels_last)
             padded = padded.to(ranks.device, non_blocking=True)
             people = [one.to(ranks.device) for one in people]
-            if run.first_batch:                                     # train_batch.png
-                sizes = torch.stack([(~padded).any(1).sum(-1), (~padded).any(2).sum(-1)], 1)
-                run.show_batch(transforms.denormalise(images), [one.keypoints * size for one, size in zip(people, sizes)],
-                               [one.visible for one in people])
+            run.show_batch(images, people, torch.stack([(~padded).any(d).sum(1) for d in (1, 2)], 1), True)
 
             noise = draw_pose_noise([len(one) for one in people], joints, cfg, ranks.device)
             y_t = noise_poses(pad_poses(people, noise, cfg.padding), noise.t, noise.eps, cfg.scale)
@@ -1001,7 +996,7 @@ def train(cfg: Config, args) -> None:
             if cfg.heatmap_weight:                                                        # an aid, too
                 losses["loss_heatmaps"] = cfg.heatmap_weight * heatmap_loss(result, people)
             scaler.scale(sum(losses.values()) / cfg.accum).backward()
-            if run.more_micro_batches(losses):
+            if run.more_micro_batches(losses):             # notes the terms; True: gradients go on adding up
                 continue
 
             scaler.unscale_(optimizer)
@@ -1031,41 +1026,40 @@ EQUATIONS = {           # equation, algorithm or section of the paper → where 
     "Sec. 3.2.4, the matrix M": learn_completion, "Sec. 4.2": train,
 }
 
-# Rows of the paper's tables: what, AP in the paper, flags of the paper's preset, flags of the tiny preset. Rows
-# of other papers' methods but ED-Pose are left out, for they are not here, and so is AP_b, the AP of boxes,
-# which no evaluation prints. The paper names no start weights, t, DDIM steps, NMS: here ImageNet's, uniform,
-# one, none. On puppets ζ, padding, completion are compared without the learned share, an aid that mutes noise.
-PAPER, CROWDPOSE = "--scale 5 --nms none", "--scale 5 --nms none --drop_epochs 65"
+# A row is run by --train --preset PRESET, the table's flags and its own; the second ones are for puppets (tiny).
+# versus: the row, from 1, that it is compared with; default: the paper's choice; more: AP by crowding, and box_AP,
+# the paper's AP_b. Of other methods only ED-Pose is here. The paper names no start weights, t, DDIM steps, NMS: here
+# ImageNet's (on puppets none), uniform, one, none. The learned share of K-CA, an aid, is off, for it mutes noise.
+PAPER, PUPPETS = "--scale 5 --nms none", "--scale 5 --nms none --no-learned_share"
+CROWDPOSE = dict(preset="r50-crowdpose", flags=f"{PAPER} --drop_epochs 65", puppets=PUPPETS, metric="AP",
+                 split="crowd")
 TABLES = {
-    "1": Table("COCO val2017", preset="r50", flags=f"{PAPER} --drop_epochs 30", metric="AP", rows=[
-        Row("ED-Pose: without K-SA, K-CA and noise", 71.6, "--no-ksa_kca", "--no-ksa_kca"),
-        Row("DiffusionRegPose", 72.5, versus=1, default=True)]),
-    "2": Table("CrowdPose test; the denser the crowd (E, M, H), the larger the gain", preset="r50-crowdpose",
-               flags=CROWDPOSE, metric="AP", split="crowd", rows=[
-        Row("ED-Pose: without K-SA, K-CA and noise", 69.9, "--no-ksa_kca", "--no-ksa_kca",
-            more=dict(AP_E=77.7, AP_M=70.6, AP_H=60.9)),
-        Row("DiffusionRegPose", 72.7, versus=1, default=True, more=dict(AP_E=79.3, AP_M=73.3, AP_H=64.9))]),
-    "3": Table("Signal scale ζ, CrowdPose", preset="r50-crowdpose", flags=CROWDPOSE,
-               puppets="--no-learned_share", metric="AP", split="crowd", rows=[
-        Row("ζ = 0.1", 72.3, "--scale 0.1", "--scale 0.1", versus=4),
-        Row("ζ = 1", 72.4, "--scale 1", "--scale 1", versus=4),
-        Row("ζ = 2", 72.4, "--scale 2", "--scale 2", versus=4),
-        Row("ζ = 5", 72.7, "", "--scale 5", default=True),
-        Row("ζ = 10", 72.7, "--scale 10", "--scale 10", versus=4)]),
-    "4": Table("Padding to N_i poses, CrowdPose", preset="r50-crowdpose", flags=CROWDPOSE,
-               puppets="--no-learned_share", metric="AP", split="crowd", rows=[
-        Row("the ground-truth poses, repeated", 72.7, "--padding repeat", "--padding repeat", versus=2),
-        Row("empty poses, all zeros", 72.7, default=True),
-        Row("Gaussian poses", 72.6, "--padding noise", "--padding noise", versus=2),
-        Row("the mean pose, at Gaussian places", 72.5, "--padding mean", "--padding mean", versus=2)]),
-    "5": Table("Number of queries N_i, CrowdPose; on puppets 4, 8, 16", preset="r50-crowdpose",
-               flags=CROWDPOSE, metric="AP", split="crowd", rows=[
-        Row("ED-Pose, N_i = 100", 69.9, "--no-ksa_kca", "--no-ksa_kca"),
-        Row("N_i = 50", 71.4, "--queries 50", "--queries 4", versus=3),
-        Row("N_i = 100", 72.7, versus=1, default=True),
-        Row("N_i = 200", 72.1, "--queries 200", "--queries 16", versus=3)]),
-    "fig3": Table("Keypoint completion; the paper shows curves, no figures", preset="r50-crowdpose",
-                  flags=CROWDPOSE, puppets="--no-learned_share", metric="AP", split="crowd", rows=[
+    "1": Table("COCO val2017", preset="r50", flags=f"{PAPER} --drop_epochs 30", puppets=PUPPETS,
+               metric="AP", rows=[
+        Row("ED-Pose: no K-SA, K-CA, noise, t", 71.6, "--no-ksa_kca", "--no-ksa_kca", more=dict(box_AP=46.6)),
+        Row("DiffusionRegPose", 72.5, versus=1, default=True, more=dict(box_AP=46.5))]),
+    "2": Table("CrowdPose test; the denser the crowd (E, M, H), the larger the gain", **CROWDPOSE, rows=[
+        Row("ED-Pose: no K-SA, K-CA, noise, t", 69.9, "--no-ksa_kca", "--no-ksa_kca",
+            more=dict(AP_E=77.7, AP_M=70.6, AP_H=60.9, box_AP=60.2)),
+        Row("DiffusionRegPose", 72.7, versus=1, default=True,
+            more=dict(AP_E=79.3, AP_M=73.3, AP_H=64.9, box_AP=63.1))]),
+    "3": Table("Signal scale ζ, CrowdPose", **CROWDPOSE, rows=[
+        Row("ζ = 0.1", 72.3, "--scale 0.1", "--scale 0.1", versus=4, more=dict(box_AP=62.6)),
+        Row("ζ = 1", 72.4, "--scale 1", "--scale 1", versus=4, more=dict(box_AP=62.6)),
+        Row("ζ = 2", 72.4, "--scale 2", "--scale 2", versus=4, more=dict(box_AP=62.8)),
+        Row("ζ = 5", 72.7, default=True, more=dict(box_AP=63.1)),
+        Row("ζ = 10", 72.7, "--scale 10", "--scale 10", versus=4, more=dict(box_AP=63.1))]),
+    "4": Table("Padding to N_i poses (--padding), CrowdPose", **CROWDPOSE, rows=[
+        Row("repeat", 72.7, "--padding repeat", "--padding repeat", versus=2, more=dict(AP_H=64.9, box_AP=63.1)),
+        Row("empty", 72.7, default=True, more=dict(AP_H=64.9, box_AP=63.1)),
+        Row("noise", 72.6, "--padding noise", "--padding noise", versus=2, more=dict(AP_H=64.6, box_AP=63.0)),
+        Row("mean", 72.5, "--padding mean", "--padding mean", versus=2, more=dict(AP_H=64.6, box_AP=62.8))]),
+    "5": Table("Number of queries N_i, CrowdPose; on puppets 10, 20, 40", **CROWDPOSE, rows=[
+        Row("ED-Pose, 100", 69.9, "--no-ksa_kca", "--no-ksa_kca --queries 20", more=dict(AP_H=60.9, box_AP=60.2)),
+        Row("50", 71.4, "--queries 50", "--queries 10", versus=3, more=dict(AP_H=63.2, box_AP=62.5)),
+        Row("100", 72.7, "", "--queries 20", versus=1, default=True, more=dict(AP_H=64.9, box_AP=63.1)),
+        Row("200", 72.1, "--queries 200", "--queries 40", versus=3, more=dict(AP_H=63.5, box_AP=62.7))]),
+    "fig3": Table("Keypoint completion; the paper shows curves, no figures", **CROWDPOSE, rows=[
         Row("unlabelled keypoints at zero", None, "--no-keypoint_completion", "--no-keypoint_completion"),
         Row("completed (eq. 9-12)", None, versus=1, default=True)]),
 }
@@ -1078,7 +1072,7 @@ TABLES = {
 # eq. 4, signal: ζ y_0 | ζ (2 y_0 − 1), y_t clamped and mapped to the image | release | weights
 # Sec. 3.2.1, t in training: – | drawn, then overwritten with 0 | uniform, or --as_released | inference starts
 #     at t = 999, which t = 0 never shows
-# Sec. 3.2.1, padding: empty poses | Gaussian poses | paper, --padding, or --as_released | –
+# Sec. 3.2.1, padding: empty poses, signal 0 | Gaussian poses | empty, signal −ζ; --padding, --as_released | eq. 4's departure
 # Table 4, mean pose: whose, and how wide, is not said | – | the batch's, the image 6 deviations wide | –
 # eq. 5, eq. 7, MLPs: yes | one linear layer each, logits times √n | release | weights
 # coarse keypoints' head: – | its own; 14 keypoints: the first pose head | the preset's coarse_head | weights
@@ -1095,11 +1089,16 @@ TABLES = {
 # Sec. 3.2.4, L_head: head | COCO has none: right shoulder to right hip | release; else the box | recipe
 # Sec. 3.2.4, μ, Σ: visible keypoints of all people | people with all joints labelled | release | recipe
 # Sec. 3.2.4, in training: yes | off, because it crashes | paper, or --as_released | –
-# selected cells: – | padding competes for the Q queries | never chosen | boxes depended on the batch
+# Sec. 3.2.4, numbers: – | whole pixels; not if a reference joint has x or y = 0; pseudo-inverse of Σ | fractions;
+#     not if it has no label; a ridge on Σ, of 1 % for few people | accuracy
+# y_0 after mirroring: – | unlabelled joints at x = w − 1 | at (0, 0), also with --as_released | nobody is there
+# y_0 after crops: – | people outside stay (CrowdPose) | they leave | a fault
+# results: – | the best G of 2·G class scores; 0.731 per keypoint | all G by class 1; 1 | class 0 is never trained
+# selected cells: – | padding competes for the Q queries | chosen last | boxes depended on the batch
 # NMS: – | by poses; keeps the first too often, gives kept poses the scores of others | by poses, all keep
-#     their own score; --nms none | thresholds were tuned with it
+#     their own score, x and y mixed up in `official`, see nms; --nms none | the release's thresholds fit it
 # Sec. 4.2, ×0.1: epoch 30 on COCO, 65 on CrowdPose | 31 and 61 on both | release, or --drop_epochs | recipe
-# Sec. 4.2, start weights: – | ED-Pose | ImageNet's ResNet-50; --init takes ED-Pose | nothing else at hand
+# Sec. 4.2, start weights: – | ED-Pose | ImageNet's ResNet-50; --init takes ED-Pose | a common start
 # micro-batches: – | none | averaged, each divided by its own people: --accum 2 is not exactly the gradient of
 #     the batch | how many people the others have, after crops, is not known before they are loaded
 
@@ -1128,25 +1127,24 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not (plain() or x.is_cuda or torch.is_grad_enabled()) and x.shape[1] > 1024:
-            # hidden values stay in a CPU's cache: at once, a forward pass of r50 takes 1.08 times as long
-            return torch.cat([self(part) for part in x.split(1024, 1)], 1)
+            return torch.cat([self(part) for part in x.split(1024, 1)], 1)     # whose values fit a CPU's cache
         for layer in self.layers[:-1]:
             x = F.relu(layer(x), inplace=True)
         return self.layers[-1](x)
 
 
-def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, people: int) -> Tensor:
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, num_boxes: int) -> Tensor:
     """The fast form of attention under `attention_mask` without denoising queries; (B, M, tokens, d)."""
-    if q.shape[2] == people:                                                            # boxes alone
+    if q.shape[2] == num_boxes:                                                          # boxes alone
         return F.scaled_dot_product_attention(q, k, v)
     (q_box, k_box, v_box), (q_key, k_key, v_key) = zip(*(
-        (x[:, :, :people], x[:, :, people:].unflatten(2, (people, -1))) for x in (q, k, v)))
+        (x[:, :, :num_boxes], x[:, :, num_boxes:].unflatten(2, (num_boxes, -1))) for x in (q, k, v)))
     own_k, own_v = (torch.cat([box.unsqueeze(3), key], 3) for box, key in ((k_box, k_key), (v_box, v_key)))
     keypoints = F.scaled_dot_product_attention(q_key, own_k, own_v).flatten(2, 3)       # (B, M, G·K, d)
 
     logits = torch.cat([q_box @ k_box.mT, (k_key @ q_box.unsqueeze(-1)).squeeze(-1)], -1)
     weight = (logits / q.shape[-1] ** 0.5).softmax(-1)                                  # (B, M, G, G + K)
-    boxes = weight[..., :people] @ v_box + (weight[..., None, people:] @ v_key).squeeze(3)
+    boxes = weight[..., :num_boxes] @ v_box + (weight[..., None, num_boxes:] @ v_key).squeeze(3)
     return torch.cat([boxes, keypoints], 2)
 
 
@@ -1196,8 +1194,8 @@ def cell_positions(masks: list[Tensor], dim: int) -> Tensor:
 class DeformableAttention(nn.Module):
     """Each query reads P points per level around its reference (Deformable DETR eq. 2 and 3).
 
-        out = W' Σ_t w_t · W memory(xy + offset_t / (W, H))         for references xy
-        out = W' Σ_t w_t · W memory(xy + offset_t · wh / 2P)        for boxes xy, wh
+        out = W' Σ_p w_p · W memory(xy + offset_p / (W, H))         for references xy
+        out = W' Σ_p w_p · W memory(xy + offset_p · wh / 2P)        for boxes xy, wh
 
     w = softmax over the L·P points of a head. Takes x (B, Q, C), reference (B, Q, L, 2 or 4) in fractions of
     the padded image, memory (B, N, C); returns (B, Q, C).
@@ -1246,7 +1244,6 @@ class EncoderLayer(nn.Module):
 
 class TimeEmbedding(nn.Module):
     """s (B, C) of t (B,), a vector that changes the position of every cell:  position ← position · (s + 1) + s.
-
     The release's, not the paper's. One vector is scale and shift, where its code shows that two were meant.
     """
 
@@ -1279,7 +1276,7 @@ class QuerySelection(nn.Module):
 
     Takes    memory (B, N, C)
     Returns  content (B, Q, C) without gradient; an Output of logits (B, Q, 2), boxes (B, Q, 4), best first
-    Border cells are blanked but still compete: their features become LayerNorm's bias, as in the release.
+    Border cells are blanked but still compete, all with the features norm(project.bias), as in the release.
     """
 
     def __init__(self, dim: int, queries: int):
@@ -1292,8 +1289,7 @@ class QuerySelection(nn.Module):
         proposals, usable = box_proposals(grid)
         cells = self.norm(self.project(memory.masked_fill(~usable.unsqueeze(-1), 0)))
         logits = self.score(cells)                                                      # (B, N, 2)
-        # Departs from the release: there the padding competes, so that boxes depend on the rest of the batch
-        best = logits.max(-1).values.masked_fill(grid.padded, -math.inf)
+        best = logits.max(-1).values.masked_fill(grid.padded, -math.inf)    # Departs from the release: padding last
         index = best.topk(min(self.queries, best.shape[1]), dim=1).indices[..., None]   # (B, Q, 1)
         content = cells.take_along_dim(index, 1)
         boxes = (self.box(content).float() + proposals.take_along_dim(index, 1)).sigmoid()
@@ -1319,7 +1315,7 @@ class Denoising(NamedTuple):
 
 
 def draw_noise(counts: list[int], cfg: Config, device: torch.device) -> Noise:
-    """For images with so many people."""
+    """counts: people of each image."""
     shape = (len(counts), cfg.dn_queries)
     person = [repeated(n, shape[1]) if n else torch.zeros(shape[1], dtype=torch.long) for n in counts]
     relabel = torch.rand(shape, device=device) < cfg.label_noise
@@ -1343,7 +1339,6 @@ def denoising_queries(people: list[People], label: nn.Embedding, cfg: Config,
 
 def oks_score_loss(logits: Tensor, pairs: Pairs, quality: Tensor) -> Tensor:
     """An aid, DETRPose's eq. 5, summed: −q (q log p + (1 − q) log(1 − p)) where matched, else −α p² log(1 − p).
-
     logits (B, Q, 2); quality q (pairs,), the OKS of a matched pose; α = 0.25
     """
     image, query, _ = pairs
@@ -1355,7 +1350,7 @@ def oks_score_loss(logits: Tensor, pairs: Pairs, quality: Tensor) -> Tensor:
 
 
 def heatmap_loss(result: dict, people: list[People]) -> Tensor:
-    """An aid. Of the finest map with its padding; a cell that is partly image counts as image, as in the grid."""
+    """An aid: heatmaps of all people, on the finest map and its padding; cells that are partly image are image."""
     inside = [replace(one, keypoints=one.keypoints * part) for one, part in zip(people, result["valid"])]
     return people_heatmap_loss(result["heatmaps"], inside)
 
@@ -1395,7 +1390,7 @@ def start_near_identity(decoder: Decoder) -> None:
     """An aid. Keypoints' embeddings start as large as the content of the person that they are added to (Xavier's
     a tenth), K-SA at 0, K-CA about as the identity (the release's moves all to about one point): of points with
     variance s² per axis a softmax over q·p has the mean  mean(p) + s²·q  (exactly if they are Gaussian), so that
-    √n Q(z)·K(p) = (z − ½)·p / s² and V = 1 give about z, where people are all over the image."""
+    √n Q(z)·K(p) = (z − ½)·p / s² and V = 1 give about z, where keypoints are spread over the whole image."""
     nn.init.normal_(decoder.keypoint_content.weight)
     if decoder.kca:
         query, key, value = decoder.kca.query, decoder.kca.key, decoder.kca.value
@@ -1532,46 +1527,42 @@ def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config) -> dict:
 @torch.no_grad()
 def show_process(model: DiffusionRegPose, image: Image.Image, threshold: float) -> dict[str, list]:
     """For eval.py --process: `process`, noise that becomes poses in ten DDIM steps, and `uncertainty`, how far
-    the poses from 16 draws of noise lie apart: ellipses of two deviations. Of people above the threshold; nothing
-    if there are none.
-    """
-    cfg, skeleton = model.cfg, model.skeleton
+    the poses from 16 draws of noise lie apart: ellipses of two deviations. Of people above the threshold, if any."""
+    cfg, skeleton, device = model.cfg, model.skeleton, model.sigmas.device
+    if not cfg.ksa_kca:
+        raise UserError("--process shows noise that becomes poses, and without K-SA there is none")
     picture, size = input_image(image, cfg), np.array(image.size)
-
-    def results(draw_number: int, steps: int) -> list[dict[str, np.ndarray]]:
-        noise = start_noise("", cfg, skeleton.num_keypoints, draw_number)[None]
-        return [{name: result[name][0].cpu().numpy() for name in ("logits", "keypoints", "noisy")}
-                for result in detect(model, [picture], noise, steps)]
-
-    chain = results(0, 10)
+    images, t = picture[None].to(device), torch.tensor([STEPS - 1], device=device)
+    noise = torch.stack([start_noise("", cfg, skeleton.num_keypoints, number) for number in range(16)])
+    chain = [{name: result[name][0].cpu().numpy() for name in ("logits", "keypoints", "noisy")}
+             for result in sample(model, images, None, 10, noise[:1])]
     scores = expit(chain[-1]["logits"][:, PERSON].astype(np.float64))
     rows = nms(chain[-1]["keypoints"], scores, picture.shape[:0:-1], cfg.nms)
     rows = rows[scores[rows] >= threshold]
     if not len(rows):
         return {}
+    frames = [draw.draw_people(image, step["noisy"][rows] * size, None, skeleton) for step in chain]
     people, draws = chain[-1]["keypoints"][rows], []
-    frames = [draw.captioned(draw.draw_people(image, step["noisy"][rows] * size, None, skeleton),
-                             f"DDIM step {n} of {len(chain)}: the poses that go in")
-              for n, step in enumerate(chain, 1)]
-    frames.append(draw.captioned(draw.draw_people(image, people * size, None, skeleton, person_scores=scores[rows]),
-                                 "the poses found"))
-    for number in range(16):
-        poses = results(number, 1)[-1]["keypoints"]
+    frames.append(draw.draw_people(image, people * size, None, skeleton, person_scores=scores[rows]))
+    said = [f"into DDIM step {n} of 10" for n in range(1, 11)] + ["the poses found"]
+    encoded = model.encode_image(images)
+    for noisy in to_poses(noise, cfg.scale).to(device).split(1):
+        poses = model.decode(encoded, noisy, t)["keypoints"][0].cpu().numpy()
         distances = np.linalg.norm(people[:, None] - poses, axis=-1).mean(-1)                # (P, G)
         draws.append(poses[distances.argmin(1)] * size)
-    ellipses = draw.captioned(draw.draw_ellipses(image, np.stack(draws), skeleton),
-                              "two deviations of each keypoint over 16 draws of noise")
-    return dict(process=frames, uncertainty=[ellipses])
+    ellipses = draw.captioned(draw.draw_ellipses(image, np.stack(draws), skeleton), "two deviations of 16 draws")
+    return dict(process=list(map(draw.captioned, frames, said)), uncertainty=[ellipses])
 
 
-def draw_completion(data: PoseDataset, complete: Callable, count: int = 9) -> Image.Image:
+def draw_completion(data: PoseDataset, complete: Callable, file: Path, count: int = 9) -> None:
     """The first images in which complete(keypoints (P, K, 3), boxes xyxy (P, 4)) labels further keypoints:
-    as labelled left, completed right, where what is new is hollow."""
+    as labelled left, completed right, where what is new is hollow. No file if there are none."""
     pairs = []
     for i in range(len(data)):
         if len(pairs) == count:
             break
-        sample, after = data[i], complete(data[i].keypoints, data[i].boxes)
+        sample = data[i]
+        after = complete(sample.keypoints, sample.boxes)
         old = sample.keypoints[..., 2] > 0
         new = (after[..., 2] > 0) & ~old
         picture = data.load(i)[0] if new.any() else None
@@ -1580,18 +1571,20 @@ def draw_completion(data: PoseDataset, complete: Callable, count: int = 9) -> Im
                      for state in (draw.SOLID * old, draw.SOLID * old + draw.HOLLOW * new)]
             sides = [draw.draw_people(picture.image, people, None, data.skeleton) for people in shown]
             pairs.append(draw.contact_sheet(sides, 2, gap=2))
-    return draw.contact_sheet(pairs, columns=3, cell=720)
+    if pairs:
+        draw.contact_sheet(pairs, columns=3, cell=720).save(file)
 
 
 def summary() -> str:
-    """Of each preset: parameters, and GFLOPs of one DDIM step on one image (2 per multiply-add)."""
+    """Of each preset: parameters, and GFLOPs of one DDIM step on one image: convolutions and matrix products, 2 per
+    multiply-add (the counter misses a CPU's fused attention). The release needs 213 for r50, with masked scores."""
     rows = [f"{'preset':14}{'input':>9}{'parameters':>13}{'learned':>11}{'GFLOPs':>9}"]
     for preset in PRESETS:
         model = build(preset, "crowdpose" if preset.endswith("crowdpose") else "coco").eval()
         height = min(model.cfg.short_side, 480)
         width = min(height * 4 // 3, model.cfg.long_side)
         noise = torch.zeros(1, model.cfg.queries, model.skeleton.num_keypoints, 2)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.zeros(1, 3, height, width), None, noise, torch.tensor([999]))
         every, learned = sum(p.numel() for p in model.parameters()), weights.count_parameters(model)
         rows.append(f"{preset:14}{f'{width}x{height}':>9}{every / 1e6:>11.2f} M{learned / 1e6:>9.2f} M"

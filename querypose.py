@@ -896,9 +896,7 @@ def train(cfg: Config, args) -> None:
                 group["lr"] = group["initial_lr"] * factor
             images = images.to(ranks.device, non_blocking=True, memory_format=torch.channels_last)
             people = [one.to(ranks.device) for one in people]
-            if run.first_batch:                                     # train_batch.png
-                run.show_batch(transforms.denormalise(images), [one.keypoints for one in people],
-                               [one.visible for one in people])
+            run.show_batch(images, people, normalised=True)         # train_batch.png
             choose = partial(matched_queries, people=people) if cfg.matched else None
 
             with autocast(ranks.device, cfg.amp):

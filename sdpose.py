@@ -3,47 +3,54 @@
 Idea     Stable Diffusion has seen pictures of every style. Its U-Net runs once on the latent of a person's
          crop: no noise, no text, no chain of steps. The map that one of its up blocks gives, the tap, feeds a
          small head that draws one heatmap per keypoint. In training the same U-Net also has to reproduce the
-         latent of the clean crop, and a task code says which of the two it is to do. So it keeps what it
-         knows of pictures, and finds people in styles that are not in the training set.
+         latent of the clean crop, and a task code says which of the two it is to do: that keeps what it knows
+         of pictures. Most of the gain on styles that are not in the training set comes from the start weights
+         (10.8 AP on COCO-OOD), the RGB branch adds 1.0 (Table 4).
 Flow                  t = 999, task code y ─► embedding ──┐ to every ResNet
                                                           ▼
          crop (B,3,H,W) ─► VAE.encode ─► z (B,4,h,w) ─► U-Net: down 0-3 ─► mid ─► up 0 ─► up 1 ─► up 2 ─► up 3
                            frozen                                                            tap = 2   tap = 3
          y = [1,0], pose   tap (B,C,h,w) ─► HeatmapHead ─► heatmaps (B,K,2h,2w) ─► udp_decode ─► keypoints
          y = [0,1], RGB    up 3 ─► norm, SiLU, convolution ─► latent of the clean crop, in training alone
-t = 999  The U-Net has learned to take the noise out of z_t = √ᾱ_t z + √(1 − ᾱ_t) ε. Fine-tuning, as in Lotus,
-         exchanges both ends: a clean latent goes in, and the answer itself comes out (Sec. 3.2,
-         x0-prediction). No noise is left that t could tell about: at one fixed t its embedding is a bias of
-         every ResNet, which training moves to where it is needed. Why the last t of all (our words, the paper
-         gives no reason): there the U-Net saw next to nothing but noise, so that what it made was its own
-         knowledge of pictures. And latents are scaled to a deviation of 1, that of the noise: a clean one has
-         the size that the first layers know.
-Codes    Heatmaps alone would let the U-Net forget whatever COCO's photos do not ask for. A second U-Net that
-         reproduces pictures would remember it, but in weights that find no poses. So one U-Net does both, and
-         the gradients of both tasks meet in its weights. Both start from the same z, so it must be told which
-         answer is wanted. Prediction asks for the pose alone; the RGB branch costs nothing there.
+t = 999  In pre-training z_t = √α_t z + √(1 − α_t) ε goes in, and its noise ε comes out; α_t is the product of
+         all 1 − β_s up to t, DDPM's ᾱ_t. In fine-tuning, as in Lotus, the clean latent goes in and the answer
+         itself comes out (Sec. 3.2, x0-prediction). No noise is added, so t carries no information: its
+         embedding is a constant bias in every ResNet, which training adapts. The paper gives no reason for
+         the last t; ours: there the input told the U-Net least about the picture, so that it had to rely most
+         on what it knew. Latents have a deviation of about 1, as the noise has: a clean one is of the size
+         that the first layer knows.
+Codes    (our words) Heatmaps alone would let the U-Net forget whatever COCO's photos do not ask for. A
+         second U-Net that reproduces pictures would remember it, but in weights that find no poses. So one
+         U-Net does both, and the gradients of both tasks meet in its weights. Both start from the same z, so
+         it must be told which answer is wanted. Prediction asks for the pose alone; the RGB branch costs
+         nothing there.
 Read     UNet → HeatmapHead → SDPose → udp_encode, udp_decode → criterion → average_heatmaps → augment → train
-Letters  B crops  K keypoints  H, W crop  h, w = H/8, W/8 latent  N = h·w tokens  C channels  M heads
+Letters  B crops  K keypoints  H, W crop  h, w = H/8, W/8 latent  2h, 2w heatmaps  C channels
+         S views of a person: the disturbed crop and, where it is needed, the clean one
          E width of the embedding of time and task  t time step  y task code (C_Pose and C_RGB in the paper)
+         f_θ the U-Net, with the head where y is C_Pose
          z_input, z_RGB latents of the disturbed and of the clean crop  H_Pose target heatmaps
 Units    boxes are x1, y1, x2, y2 and keypoints x, y in pixels of the image, or of the crop where that is
          said; crops are RGB, uint8 until the network sees them in [-1, 1]; latents are times 0.18215;
-         heatmaps have no unit, a perfect one peaks at 1
+         heatmaps have no unit, a perfect one peaks at 1, or a little below for a keypoint between cells
 Cited    Version 1 of the paper numbers no formula: section and name are given, as in (Sec. 4.3, objective).
+         Lotus (arXiv 2409.18124): dense prediction in one step of a diffusion model, whose protocol SDPose
+         follows. UDP (arXiv 1911.07524): unbiased data processing, which measures sizes between the centres
+         of pixels, W − 1 and not W. DARK (arXiv 1910.06278): keypoints between cells, by a Taylor expansion.
 Tables   at the end of the main text: section → function, the rows of the paper's tables, departures from
          paper and release
 Tiny     The default training starts from nothing. It has no prior, and by default no RGB branch either, which
          is there to keep the prior: --rgb_weight 0.1 adds it. The 4 numbers of a random VAE per 8 × 8 pixels
          say too little, so its encoder learns along with the pose branch (vae_along).
 Memory   of tensors alone, computed by tests/test_sdpose.py for crops of 1024 × 768 and float32 weights:
-         `body` predicts one crop and its mirror image in 5.5 GB, in bf16 4.7, and trains on one in 15.7 GB
+         `body` predicts one crop and its mirror image in 5.5 GB, in bf16 4.6, and trains on one in 15.7 GB
 
     python sdpose.py                                    what each preset is: parameters, GFLOPs
     python sdpose.py --train                            learn puppets, synthetic people drawn on first use
     python sdpose.py --train --rgb_weight 0.1           the same with the RGB branch
     python sdpose.py --train --data data/coco --preset body --init stable-diffusion-2-base
     python sdpose.py --train --data data/coco --preset body --init_parts vae      without the prior (Table 4)
-    python eval.py sdpose-body --images photo.jpg --detector runs/detrpose/best.pt
+    python eval.py sdpose-body --images photo.jpg --detector detrpose-l
     python eval.py runs/<run> --data data/coco --split ood --boxes detections.json
 """
 from __future__ import annotations
@@ -77,19 +84,20 @@ from common.errors import UserError
 from common.oks import oks_nms, rescore
 from common.predict import people_by_image, predict_people, train_loader
 from common.ranks import (Ranks, autocast, distribute, gather_lists, init_ranks, mean_over_ranks,
-                          rank_zero_first, say, seed_all)
+                          rank_zero_first, say, seed_all, wait_for_all)
 from common.records import Prediction, Sample
 from common.run import Run, RunFolder, goes_on
 from common.skeletons import Skeleton, get_skeleton, words
 from common.splits import open_dataset, open_splits
 from common.tables import Row, Table
+from data import puppets
 from kernels.dispatch import plain
 
 # ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. --------
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):       # which adds data, accum (micro-batches), amp, processes, workers, eval_*, seed
+class Config(RunConfig):       # which adds data, category, sigmas (of OKS, not of heatmaps), accum, amp, ...
     # model: the sizes of Stable Diffusion 2 (Sec. 5.1)
     channels: int = 320            # width of the U-Net's finest level; the others have 2, 4, 4 times as many
     head_dim: int = 64             # channels of an attention head; divides channels
@@ -103,14 +111,14 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
     init: str = "stable-diffusion-2-base"  # start weights: folder of SD 2 or of a release, or its name; "": none
     init_parts: str = "all"        # of them: all; vae: VAE and text alone, no prior for the U-Net (Table 4)
     # objective (Sec. 4.3; sigma and the clean target are the release's)
-    pose_weight: float = 1.0       # of the heatmap loss
-    rgb_weight: float = 1.0        # of the RGB branch; 0: without it (Table 4)
+    pose_weight: float = 1.0       # weight of the heatmap loss
+    rgb_weight: float = 1.0        # weight of the RGB branch's loss; 0: without the branch (Table 4)
     target: str = "clean"          # what the RGB branch has to give: clean, or the input itself (Fig. 2)
-    sigma: float = 6.0             # of the Gaussians, in heatmap cells
-    # augmentation (A.3; the numbers are the release's)
-    half_body: float = 0.3         # share of crops that show the upper or lower half alone
-    scaling: float = 0.5           # crops get up to that much smaller or larger
-    rotation: float = 80.0         # and are turned by up to that many degrees, 6 of 10
+    sigma: float = 6.0             # of the heatmaps' Gaussians, in heatmap cells
+    # augmentation (A.3; the numbers for half bodies, scaling and rotation are the release's)
+    half_body: float = 0.3         # share of crops of half a body, for people with 9 labelled keypoints
+    scaling: float = 0.5           # largest change of a crop's size, as a share of it
+    rotation: float = 80.0         # largest rotation of a crop, degrees; 6 of 10 crops are rotated
     rectangle: float = 1.0         # share of crops with a black rectangle
     # optimisation (A.1: AdamW, epochs, batch, lr; the rest is that of Lotus)
     epochs: int = 40               # passes over the people
@@ -124,8 +132,8 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
     sample: bool = False           # latents are samples of the posterior, by seed and box, not its mean
     # aids to learn from nothing and in little time: ours, not the paper's; its presets do without them
     vae_along: bool = False        # a random VAE's encoder learns with the pose branch
-    cache_views: int = 0           # encode so many augmented views of a person once; 0: new ones at each step
-    people: int = 0                # learn from so many people, drawn once; 0: from all
+    cache_views: int = 0           # short trainings: number of views per person, encoded once; 0: always new
+    people: int = 0                # trainings on few examples: number of people, drawn once; 0: all
     schedule: str = "constant"     # constant or cosine
     warmup: int = 0                # optimiser steps of linear warm-up
 
@@ -136,10 +144,10 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
                      schedule=("constant", "cosine"))
         check_range(self, 1, math.inf, "epochs batch channels head_dim groups text_dim vae_channels height "
                     "width")
-        check_range(self, 1e-9, math.inf, "pose_weight sigma lr clip")
+        check_range(self, 1e-9, math.inf, "pose_weight lr clip")
         check_range(self, 0, math.inf, "rgb_weight cache_views people weight_decay warmup")
         for names, low, high in (("half_body rectangle", 0, 1), ("scaling", 0, 0.9), ("rotation", 0, 180),
-                                 ("tap", 2, 3)):
+                                 ("tap", 2, 3), ("sigma", 1e-9, 1e6)):
             check_range(self, low, high, names)
         if self.batch % self.accum:
             raise UserError(f"--batch {self.batch} does not split into {self.accum} micro-batches (--accum)")
@@ -149,7 +157,7 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
         if self.init_parts != "all" and not self.init:
             raise UserError(f"--init_parts {self.init_parts} takes a part of --init: name a folder or a "
                             "release there")
-        for name, parts in dict(channels=math.lcm(self.head_dim, self.groups), vae_channels=self.groups,
+        for name, parts in dict(channels=math.lcm(2, self.head_dim, self.groups), vae_channels=self.groups,
                                 height=8, width=8).items():          # a latent cell is 8 pixels wide
             if getattr(self, name) % parts:
                 raise UserError(f"--{name} {getattr(self, name)} does not split: choose a multiple of "
@@ -159,8 +167,8 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
 BODY = Config(amp="bf16", eval_batch=8)
 # Tiny: minutes on a laptop, from nothing. Gaussians fill few cells and the head starts near 0, so that with
 # a pose_weight of 1 most gradients of the U-Net are at first smaller than AdamW's eps of 1e-8 (median 1e-9):
-# it would hardly move. Gaussians have the paper's share of the crop; crops are not turned and hardly scaled,
-# which cost AP in trials of a few minutes.
+# it would hardly move. Gaussians have the same share of the crop as the release's. Crops are not rotated and
+# hardly scaled: in trials of a few minutes, rotation and scaling cost AP.
 PRESETS: dict[str, Config] = {
     "tiny": Config(channels=24, head_dim=24, groups=2, text_dim=64, vae_channels=4, height=128, width=96,
                    init="", pose_weight=50.0, rgb_weight=0.0, sigma=0.75, half_body=0.0, scaling=0.05,
@@ -204,14 +212,15 @@ class UNet(nn.Module):
     The way down keeps 12 maps, and each layer of an up block takes one of them, the latest first.
     Channels are dim × (1, 2, 4, 4) from fine to coarse; each down block but the last halves the resolution,
     each up block but the last doubles it, so that up 2, too, gives a map of the latent's size: 2 dim
-    channels of it. Text and time are there because the weights know them: the text is always the empty one,
-    t always 999.
+    channels of it. The head reads the last one for 17 keypoints and the second-to-last for 133 (Sec. 4.1).
+    Text and time are there because the weights know them: the text is always the empty one, t always 999.
     """
 
     def __init__(self, dim: int, head_dim: int, groups: int, text_dim: int, checkpointing: bool):
         super().__init__()
         self.dim = dim
         self.conv_in = nn.Conv2d(LATENT, dim, 3, padding=1)
+        # of time and task; the names are the release's
         self.time_embedding, self.class_embedding = MLP(dim, 4 * dim), MLP(4, 4 * dim)
         self.down_blocks, self.up_blocks, self.mid_block = unet_blocks(dim, head_dim, groups, text_dim,
                                                                        checkpointing)
@@ -225,10 +234,11 @@ class UNet(nn.Module):
                 + self.class_embedding(task_waves(y).to(dtype)))                  # Fig. 2, task labels
 
     def forward(self, z: Tensor, y: Tensor, text: Tensor, tap: int = 3, t: Tensor | None = None) -> Tensor:
-        """Latents z (B, 4, h, w) → the map of up block `tap` (B, C, h, w); later blocks are not run.
+        """Latents z (B, 4, h, w) → the map of up block `tap` (B, C, h, w) (Sec. 4.1, up block of the tap);
+        later blocks are not run.
 
-        y (1 or B, 2) task codes;  text (1 or B, n, text_dim);  t (1 or B,) time steps, by default 999. One
-        row serves all crops.
+        y (1 or B, 2) task codes;  text (1 or B, n, text_dim);  t (1 or B,) time steps, by default 999; others
+        are for comparisons with the release. One row serves all crops.
         """
         emb = self.embedding(y, torch.full((1,), TIME, device=z.device) if t is None else t)
         maps = [self.conv_in(z)]
@@ -253,7 +263,7 @@ class HeatmapHead(nn.Module):
     It takes the place of the U-Net's own last convolution, whose 4 channels cannot hold K ≫ 4 heatmaps
     (Sec. 4.2, bottleneck). Instance norms see the whole crop, at prediction too: results depend on what is
     around the person. The bias before the second norm changes nothing; it is there because the released
-    files hold it.
+    files hold it. Start weights are normal with a deviation of 0.001, as in the release.
     """
 
     def __init__(self, dim: int, keypoints: int):
@@ -280,6 +290,7 @@ class SDPose(nn.Module):
         self.cfg, self.skeleton = cfg, skeleton
         self.vae = VAE(cfg.vae_channels, cfg.groups).requires_grad_(False)
         self.unet = UNet(cfg.channels, cfg.head_dim, cfg.groups, cfg.text_dim, cfg.checkpointing)
+        # the heatmap head has the release's name: it is not vae.decoder
         self.decoder = HeatmapHead(cfg.channels * 2 ** (3 - cfg.tap), skeleton.num_keypoints)
         # what the text encoder makes of the empty text's 2 tokens; until weights are loaded, some constant
         self.register_buffer("text", torch.arange(2.0 * cfg.text_dim).sin().view(1, 2, cfg.text_dim))
@@ -289,7 +300,7 @@ class SDPose(nn.Module):
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Crops (B, 3, H, W) in [-1, 1] → mean and log variance of latents, (B, 4, h, w) each, not scaled."""
-        # in parts, for memory: 7.1 GB in place of 20.0, see there
+        # a few crops at a time, for memory: the figures are at `in_parts`
         mean, log_variance = in_parts(self.vae.encode, images, images.shape[2:].numel()).chunk(2, 1)
         return mean, log_variance.clamp(-30, 20)
 
@@ -303,15 +314,15 @@ class SDPose(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B, 4, h, w) → crops (B, 3, H, W), to look at."""
-        return in_parts(self.vae.decode, z / LATENT_SCALE, 64 * z.shape[2:].numel())
+        return in_parts(self.vae.decode, z / LATENT_SCALE, 8 * 8 * z.shape[2:].numel())     # cells of 8 × 8
 
     def heatmaps(self, z: Tensor) -> Tensor:
         """f_θ(z, t, C_Pose): latents (B, 4, h, w) → heatmaps (B, K, 2h, 2w) (Sec. 4.2)."""
         return self.decoder(self.unet(z, self.task(POSE), self.text, self.cfg.tap))
 
     def reconstruct(self, z: Tensor) -> Tensor:
-        """f_θ(z, t, C_RGB): latents (B, 4, h, w) of disturbed crops → those of the clean ones, in one step
-        (Sec. 3.2, x0-prediction).
+        """f_θ(z, t, C_RGB): latents (B, 4, h, w) of disturbed crops → those of the clean ones, in one step,
+        x̂_0 = g_θ(z_T) (Sec. 3.2, x0-prediction); z_T is z here, and g_θ is f_θ at the fixed t.
         """
         return self.unet.output(self.unet(z, self.task(RGB), self.text))
 
@@ -341,18 +352,20 @@ def keypoint_weights(keypoints: Tensor, labelled: Tensor, cfg: Config) -> Tensor
 
 
 def udp_encode(keypoints: Tensor, labelled: Tensor, cfg: Config) -> tuple[Tensor, Tensor]:
-    """Keypoints (..., K, 2) in pixels of the crop → heatmaps (..., K, H/4, W/4) and weights (..., K).
+    """Keypoints (..., K, 2) in pixels of the crop → heatmaps (..., K, 2h, 2w) and weights (..., K).
 
         H_i(u, v) = exp(−((u − x_i)² + (v − y_i)²) / 2σ²)                          (Sec. 3.1, heatmap)
 
-    (x_i, y_i) is keypoint i in cells: times (w − 1) / (W − 1), as crops and maps have the centres of their
-    corner pixels and cells in the same places (UDP). As released it is 0 beyond 3σ of the cell nearest to
-    (x_i, y_i), in u or v. The largest value is below 1 if that is between cells.
+    (x_i, y_i) is keypoint i in cells: x times (2w − 1) / (W − 1), y times (2h − 1) / (H − 1), as crops and
+    maps have the centres of their corner pixels and cells in the same places (UDP). As released it is 0
+    beyond 3σ of the cell nearest to (x_i, y_i), in u or v. The largest value is below 1 where (x_i, y_i) lies
+    between cells.
     """
-    w, h = cfg.width // 4, cfg.height // 4
-    x = (keypoints[..., 0] * (w - 1) / (cfg.width - 1))[..., None, None]                    # (..., K, 1, 1)
-    y = (keypoints[..., 1] * (h - 1) / (cfg.height - 1))[..., None, None]
-    u, v = torch.arange(w, device=x.device), torch.arange(h, device=x.device)[:, None]      # (w,), (h, 1)
+    columns, rows = cfg.width // 4, cfg.height // 4                                         # 2w, 2h
+    x = (keypoints[..., 0] * (columns - 1) / (cfg.width - 1))[..., None, None]              # (..., K, 1, 1)
+    y = (keypoints[..., 1] * (rows - 1) / (cfg.height - 1))[..., None, None]
+    u = torch.arange(columns, device=x.device)                                              # (2w,)
+    v = torch.arange(rows, device=x.device)[:, None]                                        # (2h, 1)
     gaussians = torch.exp(-((u - x) ** 2 + (v - y) ** 2) / (2 * cfg.sigma ** 2))             # H_i(u, v)
     reach, weight = 3 * cfg.sigma, keypoint_weights(keypoints, labelled, cfg)
     near = ((u - (x + 0.5).trunc()).abs() <= reach) & ((v - (y + 0.5).trunc()).abs() <= reach)
@@ -360,7 +373,7 @@ def udp_encode(keypoints: Tensor, labelled: Tensor, cfg: Config) -> tuple[Tensor
 
 
 def blur(maps: Tensor) -> Tensor:
-    """Gaussian of deviation 2 in 11×11 cells, zeros outside: (N, K, h, w)."""
+    """Gaussian of deviation 2 in 11×11 cells, zeros outside: (B, K, 2h, 2w)."""
     line = torch.exp(-torch.arange(-5.0, 6.0, device=maps.device) ** 2 / 8)
     line, flat = line / line.sum(), maps.flatten(0, 1)[:, None]
     return F.conv2d(F.conv2d(flat, line.view(1, 1, 1, 11), padding=(0, 5)), line.view(1, 1, 11, 1),
@@ -368,27 +381,31 @@ def blur(maps: Tensor) -> Tensor:
 
 
 def udp_decode(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Heatmaps (N, K, h, w) → keypoints (N, K, 2) as fractions of the map, and their largest values (N, K).
+    """Heatmaps (B, K, 2h, 2w) → keypoints (B, K, 2) as fractions of the map, and their largest values (B, K).
 
         p = argmax_{u,v} H(u, v)                                                   (Sec. 3.1, argmax)
         p ← p − D⁻¹ ∇,    ∇ and D: first and second differences of L = log(blur(H)) at p             (DARK)
 
     L of a Gaussian is a parabola, whose top one such step finds from the cells around p. On noise it may
     lead far outside, as in the release. 0 is the centre of the first cell, 1 that of the last.
-    Departs from the release: a map of zeros gives the place of one without a positive value, not NaN.
+    Departs from the release: for a map of zeros it gives NaN; here that is a map without a positive value
+    like others, p = (−1, −1).
     """
     count, height, width = maps.shape[1:]
     scores, cell = maps.flatten(2).max(-1)
-    x, y = (torch.where(scores > 0, place, -1) for place in (cell % width, cell // width))   # p, (N, K) each
+    x, y = (torch.where(scores > 0, place, -1) for place in (cell % width, cell // width))   # p, (B, K) each
     smooth = blur(maps)
     peak = smooth.flatten(2).amax(-1)
-    smooth = smooth * (scores / torch.where(peak == 0, 1, peak))[..., None, None]
-    # all maps of a crop behind one another, as released: beside p = (−1, −1) is the end of the map before
+    smooth = smooth * (scores / torch.where(peak == 0, 1, peak))[..., None, None]   # the height before blur
+    # The padded maps of a crop are one array, as in the release: cell (x, y) of map k is at
+    # k·(height + 2)·(width + 2) + (y + 1)·(width + 2) + x + 1. That matters beside p = (−1, −1) alone: there
+    # neighbours are at the end of the map before, and for map 0 at the end of the last (%). 1e-3 and 50 are
+    # the release's bounds.
     logs = F.pad(smooth.clamp(1e-3, 50).log().double(), (1, 1, 1, 1), mode="replicate").flatten(1)
     start = torch.arange(count, device=maps.device) * (height + 2) * (width + 2)
 
     def at(right: int, down: int) -> Tensor:
-        """L beside p, (N, K)."""
+        """L beside p, (B, K)."""
         return logs.gather(1, (start + (y + 1 + down) * (width + 2) + x + 1 + right) % logs.shape[1])
 
     middle, eps = at(0, 0), torch.finfo(torch.float32).eps
@@ -405,11 +422,16 @@ def udp_decode(maps: Tensor) -> tuple[Tensor, Tensor]:
 # ---- Losses (Sec. 4.3, objective) ------------------------------------------------------------------------
 #
 #     L = ‖z_RGB − f_θ(z_input, t, C_RGB)‖² + ‖H_Pose − f_θ(z_input, t, C_Pose)‖²
+#
+# here, with both weights 1 for the paper's models and m_k of `keypoint_weights`,
+#
+#     L = rgb_weight · mean((z_RGB − f_θ(z_input, t, C_RGB))²)
+#         + pose_weight · mean(m_k · (H_Pose − f_θ(z_input, t, C_Pose))²)
 
 
 def pose_loss(heatmaps: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """‖H_Pose − f_θ(z_input, t, C_Pose)‖² (Sec. 4.3, objective), as the mean over all cells of all
-    keypoints, also of those of weight 0: heatmaps and target (B, K, h, w), weight (B, K).
+    keypoints, also of those of weight 0: heatmaps and target (B, K, 2h, 2w), weight m_k (B, K).
     """
     return (weight[..., None, None] * (heatmaps - target) ** 2).mean()
 
@@ -424,16 +446,19 @@ def criterion(output: dict[str, Tensor], z_rgb: Tensor, target: Tensor, weight: 
     """Weighted loss terms of both branches, to be summed, in float32 (Sec. 4.3, objective).
 
     output of SDPose.forward; z_rgb (B, 4, h, w); target and weight of udp_encode.
-    Departs from the paper: it writes squared norms; here they are means, as in Lotus, which it follows.
+    Departs from the paper: it writes squared norms; here they are means, as in Lotus.
     """
     losses = dict(loss_pose=cfg.pose_weight * pose_loss(output["heatmaps"].float(), target, weight))
     if "latents" in output:
-        unit = latent_variance(z_rgb) if cfg.vae_along else 1.0                        # an aid, see Config
+        # a VAE that learns can change the scale of z: dividing by its variance undoes that
+        unit = latent_variance(z_rgb) if cfg.vae_along else 1.0
         losses["loss_rgb"] = cfg.rgb_weight * rgb_loss(output["latents"].float(), z_rgb) / unit
     return losses
 
 
 # ---- Crops: from a person's box to the network's input (Sec. 3.1, UDP) -----------------------------------
+#
+#     box ─► 1.25 times as large ─► grown to the aspect W : H ─► rotated about its centre ─► scaled to W × H
 
 
 def box_region(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -442,18 +467,19 @@ def box_region(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fix_aspect(size: np.ndarray, cfg: Config) -> np.ndarray:
-    """Sizes (..., 2), w and h, grown on one side to the aspect of the crop, and to at least a pixel."""
-    w, h, aspect = size[..., 0], size[..., 1], cfg.width / cfg.height
-    return np.maximum(np.stack([np.maximum(w, h * aspect), np.maximum(h, w / aspect)], -1), 1.0)
+    """Widths and heights (..., 2), one of them grown to the aspect of the crop, and to at least a pixel."""
+    width, height, aspect = size[..., 0], size[..., 1], cfg.width / cfg.height
+    grown = np.stack([np.maximum(width, height * aspect), np.maximum(height, width / aspect)], -1)
+    return np.maximum(grown, 1.0)
 
 
 def udp_matrix(center: np.ndarray, size: np.ndarray, cfg: Config, degrees: float = 0.0) -> np.ndarray:
-    """The 2×3 matrix from image to crop that turns a region by some degrees.
+    """The 2×3 matrix from image to crop, R turns by some degrees, clockwise on the screen (Sec. 3.1, UDP).
 
-        p ↦ s · (R (p − centre) + size / 2),    s = ((W − 1) / w, (H − 1) / h)
+        p ↦ s · (R (p − centre) + size / 2),    s = ((W − 1) / width, (H − 1) / height)
 
-    The region's corners come to lie on the centres of the crop's corner pixels, not on their outer corners:
-    so mirroring and scaling keep keypoints unbiased (UDP).
+    width and height are those of `size`. The region's corners come to lie on the centres of the crop's corner
+    pixels, not on their outer corners: so mirroring and scaling keep keypoints unbiased (UDP).
     """
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     rotation = np.array([[cos, -sin], [sin, cos]])
@@ -467,8 +493,8 @@ def to_tensor(crop: np.ndarray) -> Tensor:
 
 
 def normalise(crops: Tensor) -> Tensor:
-    """uint8 → float32 in [-1, 1], of the memory format that convolutions on CPUs like best."""
-    return (crops.float() / 255 * 2 - 1).contiguous(memory_format=torch.channels_last)
+    """uint8 → float32 in [-1, 1]."""
+    return crops.float() / 255 * 2 - 1
 
 
 def input_crop(image: Image.Image, box: np.ndarray, cfg: Config) -> Tensor:
@@ -486,18 +512,18 @@ def sample_crop(cfg: Config, sample: Sample, box: np.ndarray) -> Tensor:
 
 
 def average_heatmaps(model: SDPose, crops: Tensor, noise: Tensor | None = None) -> Tensor:
-    """Heatmaps (N, K, h, w) of crops (N, 3, H, W) in [-1, 1], in one step, the task code that of pose
+    """Heatmaps (B, K, 2h, 2w) of crops (B, 3, H, W) in [-1, 1], in one step, the task code that of pose
     (Sec. 4.4); with `flip_test` the mean of two views.
 
     The mirrored crops go into the same batch, their maps are mirrored back, left and right exchanged.
-    noise: (N, 2, 4, H/8, W/8), for the crop and its mirror image; none: latents are means.
+    noise: (B, 2, 4, h, w), for the crop and its mirror image; none: latents are means.
     """
     cfg, flip = model.cfg, model.skeleton.flip
     both = cfg.flip_test and flip is not None
     views = torch.cat([crops, crops.flip(3)]) if both else crops
     if noise is not None:
         noise = noise.transpose(0, 1).flatten(0, 1)[:len(views)].to(views)
-    with autocast(crops.device, cfg.amp, keep_casts=False):      # each weight is used once: 1.7 GB less
+    with autocast(crops.device, cfg.amp, keep_casts=False):      # no copies of weights in bf16: 1.7 GB less
         maps = model.heatmaps(model.encode(views, noise)).float()
     if not both:
         return maps
@@ -506,7 +532,7 @@ def average_heatmaps(model: SDPose, crops: Tensor, noise: Tensor | None = None) 
 
 
 def sampling_noise(boxes: np.ndarray, cfg: Config) -> Tensor | None:
-    """Noise (N, 2, 4, H/8, W/8) for latents of boxes (N, 4); None where they are means.
+    """Noise (B, 2, 4, h, w) for latents of boxes (B, 4); None where they are means.
 
     It depends on the seed and the box alone: a score does not change with the batch that the box is in.
     """
@@ -519,9 +545,8 @@ def sampling_noise(boxes: np.ndarray, cfg: Config) -> Tensor | None:
 
 @torch.no_grad()
 def poses(model: SDPose, crops: Tensor, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Crops (N, 3, H, W) uint8 of boxes (N, 4) → keypoints (N, K, 2) in image pixels, and scores (N, K)."""
-    # contiguous, because the channels-last group norms of CPUs are less exact
-    crops = normalise(crops.to(model.text.device)).contiguous()
+    """Crops (B, 3, H, W) uint8 of boxes (B, 4) → keypoints (B, K, 2) in image pixels, and scores (B, K)."""
+    crops = normalise(crops.to(model.text.device))     # not channels-last: on CPUs, norms are less exact then
     maps = average_heatmaps(model, crops, sampling_noise(boxes, model.cfg))
     places, scores = (x.cpu().numpy() for x in udp_decode(maps))
     center, size = box_region(boxes)
@@ -530,8 +555,8 @@ def poses(model: SDPose, crops: Tensor, boxes: np.ndarray) -> tuple[np.ndarray, 
 
 
 def finish(found: Prediction, model: SDPose) -> Prediction:
-    """Scores of people, box score · mean keypoint score over 0.2, and whoever resembles a better one (OKS
-    over 0.9) left out; the area for that is the region's that was cut out (release).
+    """Scores of people, box score · mean of the keypoint scores above 0.2; of people that resemble each other
+    (OKS over 0.9) the best alone is kept. OKS takes the area of the region that was cut out (release).
     """
     scores = rescore(found.scores, found.keypoint_scores)
     areas = fix_aspect(box_region(found.boxes)[1], model.cfg).prod(-1)
@@ -553,14 +578,15 @@ def predict(model: SDPose, batch: dict) -> list[Prediction]:
 
 def evaluate(model: SDPose, data: PoseDataset, cfg: Config, ranks: Ranks,
              boxes: Boxes | None = None) -> tuple[dict, list[Prediction]]:
-    """Metrics and predictions of a dataset, of its annotated boxes unless others are given; crops are
-    shared among the processes, all get the result. Whole-body data have six evaluations.
+    """Metrics and predictions of a dataset, in the style of the training (Sec. 5.2) or in others (Sec. 5.3), of
+    its annotated boxes unless others are given. Crops are shared among the processes, all get the result.
+    Whole-body data have six evaluations.
     """
     boxes = boxes or true_boxes(data)
     crops = boxes.total()
     views = 1 + (model.cfg.flip_test and model.skeleton.flip is not None)
     if ranks.rank == 0 and crops:
-        say_cost(model, f"{crops} crops x {views}", crops * views / ranks.world, 1)
+        say_cost(model, f"{crops} crops x {views}", crops * views, 1, ranks.world)
     found = predict_people(partial(poses, fuse(model)), data, boxes, partial(sample_crop, model.cfg),
                            cfg.eval_batch, cfg.workers, ranks)
     found = [finish(one, model) for one in found]
@@ -568,7 +594,7 @@ def evaluate(model: SDPose, data: PoseDataset, cfg: Config, ranks: Ranks,
 
 
 # ---- Augmentation, in the order of the release (A.3) -----------------------------------------------------
-# Keypoints of one person are (K, 3), pixels and v; colour steps take and return uint8 (H, W, 3).
+# Keypoints of one person are (K, 3): x, y in pixels, visibility. Colour steps: uint8 (H, W, 3) in and out.
 
 
 def mirror(image: np.ndarray, keypoints: np.ndarray, center: np.ndarray, flip: Sequence[int]) -> tuple:
@@ -580,9 +606,8 @@ def mirror(image: np.ndarray, keypoints: np.ndarray, center: np.ndarray, flip: S
 
 
 def half_body(keypoints: np.ndarray, skeleton: Skeleton, rng: np.random.Generator) -> tuple | None:
-    """Centre and size of a region around the upper half (7 of 10 times) or the lower one; where only one of
-    them has enough labels (2 and 3), around that; None if there are fewer than 9 labels, or enough in
-    neither.
+    """Centre and size of a region around the upper half (7 of 10 times) or the lower one. A half counts with
+    at least 2 (upper) or 3 (lower) labelled keypoints; None where neither does, or fewer than 9 are labelled.
     """
     labelled = keypoints[:, 2] > 0
     sides = [[k for k in half if labelled[k]] for half in halves(skeleton)]
@@ -594,7 +619,7 @@ def half_body(keypoints: np.ndarray, skeleton: Skeleton, rng: np.random.Generato
 
 
 def jitter_region(center: np.ndarray, size: np.ndarray, cfg: Config, rng: np.random.Generator) -> tuple:
-    """Another centre, another size, and degrees to turn by; normal numbers cut off at ±1."""
+    """Another centre and size, and degrees to turn by, from normal numbers truncated to [−1, 1]."""
     shift_x, shift_y, grow, turn = ndtri(rng.uniform(ndtr(-1), ndtr(1), 4))
     if rng.random() < 0.3:
         center = center + 0.16 * size * (shift_x, shift_y)
@@ -643,8 +668,8 @@ class TrainCrops(torch.utils.data.Dataset):
     files were skipped).
 
     S is 2, the network's input and the clean crop, or 1 where the clean one is not needed. What happens to
-    person n depends on (seed, epoch, n) alone. A crop with too few keypoints gives way to that of somebody
-    else, as does a file that cannot be read.
+    person n depends on (seed, epoch, n) alone. A crop with too few keypoints is replaced by another person's,
+    as is a file that cannot be read.
     """
 
     def __init__(self, data: PoseDataset, people: np.ndarray, cfg: Config, epoch: int):
@@ -658,14 +683,14 @@ class TrainCrops(torch.utils.data.Dataset):
         enough = 8 if count == 133 else min(3, count)
         rng = np.random.default_rng([cfg.seed, self.epoch, n])
         for _ in range(100):
-            i, p = self.people[n]
-            sample, message = self.data.load(int(i))
+            number, person = self.people[n]
+            sample, message = self.data.load(int(number))
             skipped += [message] if message else []
-            n = int(rng.integers(len(self.people)))                # whose turn it is if this one is of no use
+            n = int(rng.integers(len(self.people)))              # the replacement, if this crop is of no use
             if sample is None:
                 continue
-            image, box = np.asarray(sample.image), sample.boxes[p].clip(0, np.tile(sample.size, 2) - 1)
-            crop, clean, moved = augment(image, box, sample.keypoints[p], self.data.skeleton, cfg, rng)
+            image, box = np.asarray(sample.image), sample.boxes[person].clip(0, np.tile(sample.size, 2) - 1)
+            crop, clean, moved = augment(image, box, sample.keypoints[person], self.data.skeleton, cfg, rng)
             keypoints = torch.from_numpy(moved)
             if keypoint_weights(keypoints[:, :2], keypoints[:, 2], cfg).sum() >= enough:
                 crops = [crop, clean] if cfg.rgb_weight and cfg.target == "clean" else [crop]
@@ -677,11 +702,11 @@ class TrainCrops(torch.utils.data.Dataset):
 # ---- Training (Sec. 4.3, A.1) ----------------------------------------------------------------------------
 
 
-def freeze_unused(model: SDPose, cfg: Config) -> None:
-    """The VAE is frozen (Fig. 2), but for a random one's encoder; weights behind the tap learn from the RGB
-    branch alone, and without it stay as they are.
+def choose_trainable(model: SDPose, cfg: Config) -> None:
+    """The VAE is frozen, but for a random one's encoder with `vae_along`; weights behind the tap learn from
+    the RGB branch alone, and without it stay as they are (Fig. 2, what is trained).
     """
-    if cfg.vae_along:                                                   # an aid, see Config
+    if cfg.vae_along:
         for part in (model.vae.encoder, model.vae.quant_conv):
             part.requires_grad_(True)
     if not cfg.rgb_weight:
@@ -704,23 +729,26 @@ def lr_scale(step: int, steps: int, cfg: Config) -> float:
 def crop_posteriors(model: SDPose, crops: Tensor) -> Tensor:
     """Crops (B, 3, H, W) uint8 → mean and log variance of their latents, behind one another (B, 8, h, w)."""
     images = normalise(crops.to(model.text.device, non_blocking=True))
+    images = images.contiguous(memory_format=torch.channels_last)           # the fastest for training on CPUs
     with autocast(images.device, model.cfg.amp):
         return torch.cat(model.posterior(images), 1).float()
 
 
-def training_latents(model: SDPose, crops: Tensor) -> tuple[Tensor, Tensor]:
-    """z_input and z_RGB, each (B, 4, h, w), of crops (B, S, 3, H, W) uint8: disturbed, and if S = 2 clean
-    ones; else z_RGB is z_input (Fig. 2). Or of their posteriors (B, S, 8, h, w), see `cache_views`.
+def training_latents(model: SDPose, views: Tensor) -> tuple[Tensor, Tensor]:
+    """Samples of z_input and z_RGB, (B, 4, h, w) each, drawn from the VAE's posteriors as in Lotus.
 
-    Latents are samples of the posterior, as in Lotus. Only a VAE that learns along gets a gradient.
+    views: uint8 crops (B, S, 3, H, W), or posteriors (B, S, 8, h, w) that `cache_views` has kept. View 0 is
+    the disturbed crop, the last one the clean crop; with S = 1 both are the same (Fig. 2, objective). Only a
+    VAE that learns along gets a gradient, and from view 0 alone: the clean crop is a target.
     """
-    posteriors = crops.to(model.text.device)
-    if crops.dtype == torch.uint8:
+    if views.dtype == torch.uint8:
         posteriors = []
-        for s, view in enumerate(crops.unbind(1)):
-            with torch.set_grad_enabled(model.cfg.vae_along and s == 0):        # the clean crop is a target
-                posteriors.append(crop_posteriors(model, view))
-        posteriors = torch.stack(posteriors, 1)
+        for s, crops in enumerate(views.unbind(1)):
+            with torch.set_grad_enabled(model.cfg.vae_along and s == 0):
+                posteriors.append(crop_posteriors(model, crops))
+        posteriors = torch.stack(posteriors, 1)                                              # (B, S, 8, h, w)
+    else:
+        posteriors = views.to(model.text.device)
     mean, log_variance = posteriors.chunk(2, 2)
     noise = torch.randn(mean.shape, device=mean.device)                                      # (B, S, 4, h, w)
     z = LATENT_SCALE * (mean + (log_variance / 2).exp() * noise)
@@ -728,7 +756,7 @@ def training_latents(model: SDPose, crops: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train(cfg: Config, args) -> None:
-    """Train, evaluate, keep all in the run folder. Runs alone or under torchrun; Ctrl-C saves and leaves."""
+    """Train (A.1), evaluate, fill the run folder. Runs alone or under torchrun; Ctrl-C saves and leaves."""
     ranks = init_ranks(args.device, cfg)
     data, held_out = open_splits(cfg, ranks, cfg.keypoints or None)
     seed_all(cfg.seed)                                              # equal start weights on every process
@@ -736,7 +764,7 @@ def train(cfg: Config, args) -> None:
     if cfg.init and not args.saved:
         with rank_zero_first(ranks):                                # it fetches start weights
             load_init(model, cfg.init, cfg.init_parts)
-    freeze_unused(model, cfg)
+    choose_trainable(model, cfg)
     model.to(ranks.device, memory_format=torch.channels_last)
     optimizer = build_optimizer(model, cfg)
     fp16 = cfg.amp == "fp16" and ranks.device.type == "cuda"        # else the scaler is idle
@@ -746,30 +774,29 @@ def train(cfg: Config, args) -> None:
     train_set = data.training()
     people = people_to_learn(train_set, cfg.people, cfg.seed)
     crops_of = partial(TrainCrops, train_set, people, cfg)          # of an epoch, by its number
-    if not (cfg.init or args.resume):                               # an aid, see Config
+    if not (cfg.init or args.resume):                               # a random VAE: latents of deviation 1
         unit_latents(model, crops_of(0))
-    if cfg.cache_views:                                             # an aid, see Config
+    if cfg.cache_views:                                             # posteriors in place of crops
         crops_of = encode_once(model, crops_of, cfg, ranks, run.folder)
     net = distribute(model, ranks)
     if ranks.rank == 0:
         left = cfg.epochs * len(people) - run.step * cfg.batch
-        say_cost(model, f"training on {left:,} crops", left / ranks.world, 3 + cfg.checkpointing)
+        say_cost(model, f"training on {left:,} crops", left, 3 + cfg.checkpointing, ranks.world)
 
     for epoch in run.epochs():
         net.train()
-        # micro-batches; a resumed run goes on in mid-epoch, unreadable files are reported
-        for crops, keypoints in run.batches(crops_of(epoch)):
+        # micro-batches: views (B, S, 3, H, W), a list of keypoints (K, 3); `run` keeps the other two columns
+        for views, keypoints in run.batches(crops_of(epoch)):           # a resumed run goes on in mid-epoch
             factor = lr_scale(run.step, run.steps, run.cfg)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             keypoints = torch.stack(keypoints).to(ranks.device)
             target, weight = udp_encode(keypoints[..., :2], keypoints[..., 2], cfg)                # H_Pose
 
-            z_input, z_rgb = training_latents(model, crops)
-            if run.first_batch:                                     # train_batch.png
-                with torch.no_grad():                               # encoded once: what the VAE still knows of them
-                    seen = crops[:, 0] / 255 if crops.dtype == torch.uint8 else model.decode(z_input) / 2 + 0.5
-                run.show_batch(seen, list(keypoints[:, None, :, :2]), list(keypoints[:, None, :, 2]))
+            z_input, z_rgb = training_latents(model, views)
+            if run.first_batch:                                         # train_batch.png; views may be posteriors
+                seen = views[:, 0] / 255 if views.dtype == torch.uint8 else model.decode(z_input) / 2 + 0.5
+                run.show_batch(seen, keypoints)
             with autocast(ranks.device, cfg.amp):
                 output = net(z_input, cfg.rgb_weight > 0)                          # both tasks, at t = 999
             losses = criterion(output, z_rgb, target, weight, cfg)
@@ -789,51 +816,58 @@ def train(cfg: Config, args) -> None:
             table, predictions = evaluate(model, held_out, cfg, ranks)
             run.record(table, predictions, f", {true_boxes(held_out)}")
             if run.last and cfg.data == "puppets":         # Sec. 5.3 in small
-                compare_styles(model, held_out, table, ranks, run.folder)
+                compare_styles(model, table, run)
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------
 
 EQUATIONS = {           # section and name of a formula, or section of the paper → where it stands here
     "Sec. 3.1, heatmap": udp_encode, "Sec. 3.1, argmax": udp_decode, "Sec. 3.1, UDP": udp_matrix,
-    "Sec. 3.2, x0-prediction": SDPose.reconstruct, "Sec. 4.1, multi-scale features": UNet.forward,
+    "Sec. 3.2, x0-prediction": SDPose.reconstruct, "Sec. 4.1, up block of the tap": UNet.forward,
     "Sec. 4.2, bottleneck": HeatmapHead, "Fig. 2, task labels": UNet.embedding,
-    "Fig. 2, what is trained": freeze_unused, "Fig. 2, objective": training_latents,
+    "Fig. 2, what is trained": choose_trainable, "Fig. 2, objective": training_latents,
     "Sec. 4.3, objective": criterion, "Sec. 4.3, objective, H_Pose": pose_loss,
-    "Sec. 4.3, objective, z_RGB": rgb_loss, "Sec. 4.4": average_heatmaps, "Sec. 5.3": evaluate,
-    "A.1": train, "A.3": augment, "A.4, KS and OKS": metrics.evaluate,
+    "Sec. 4.3, objective, z_RGB": rgb_loss, "Sec. 4.4": average_heatmaps, "Sec. 5.2": evaluate,
+    "Sec. 5.3": evaluate, "A.1": train, "A.3": augment, "A.4, KS and OKS": metrics.evaluate,
 }       # not used: Sec. 3.2, ε-prediction and clean latent, which show what SDPose leaves
 
-# Rows of the paper's tables: what, AP in the paper, flags of the paper's preset, flags of the tiny preset.
-# Tables 6 to 9 repeat the AP of Tables 1 to 3 beside other methods and body parts.
-NO_PRIOR = "puppets have no Stable Diffusion to start from yet"
+# Rows of the paper's tables: what, AP in the paper, flags of the paper's preset, flags of the tiny preset;
+# default: the paper's choice; versus: number of the row to compare with; missing: why it cannot be had on
+# puppets. Tables 6, 7 and 9 repeat the AP of Tables 1, 2 and 3, and Table 8 that of Table 5, beside other
+# methods and body parts. No table is about t. The paper's figures, but HumanArt's, are of a detector's boxes;
+# a training evaluates with annotated ones, which is several points better. For figures of the paper's kind:
+# python eval.py runs/<run> --data data/coco --boxes detections.json
+NO_PRIOR = "puppets have no Stable Diffusion to start from"
 NO_FACE = "puppets have 17 keypoints"
 
 
 def table_4(where: str, split: str, full: float, no_rgb: float, no_prior: float, why: str = "") -> Table:
-    """A column of Table 4; `why` it cannot be had on puppets."""
+    """A column of Table 4: AP of its three rows; `why` it cannot be had on puppets."""
     with_rgb, without = (None, None) if why else ("--rgb_weight 0.1", "--rgb_weight 0")
     return Table(f"Ablation on {where}, 17 keypoints", preset="body", metric="AP", split=split, rows=[
         Row("SDPose", full, "", with_rgb, default=True, missing=why),
-        Row("without RGB reconstruction (Sec. 4.3)", no_rgb, "--rgb_weight 0", without, versus=1, missing=why),
+        Row("without RGB reconstruction (Sec. 4.3)", no_rgb, "--rgb_weight 0", without, versus=1,
+            missing=why),
         Row("without diffusion priors: the U-Net from scratch", no_prior, "--init_parts vae", None, versus=1,
-            missing=why or f"{NO_PRIOR}: their rows above are without it, too")])
+            missing=why or f"{NO_PRIOR}: the rows above are without that prior on puppets")])
 
 
 TABLES = {
     "1": Table("COCO val, boxes of a detector", preset="body", metric="AP", rows=[
         Row("start weights of Stable Diffusion 2", 81.3, "", None, default=True, missing=NO_PRIOR),
         Row("start weights of Stable Diffusion 1.5", 81.2, "", None, versus=1,
-            missing="not released, and its U-Net is another: text of 768 numbers a word, 8 heads everywhere")]),
+            missing="not released, and its U-Net is another: text width 768, 8 heads everywhere")]),
     "2": Table("Styles that were not trained on", preset="body", metric="AP", split="ood", rows=[
-        Row("HumanArt val, true boxes: eval.py --data data/humanart", 71.2, "", None,
+        Row("HumanArt val, true boxes: eval.py --data data/HumanArt", 71.2, "", None,
             missing="puppets are no works of art: their other styles stand in the next row"),
-        Row("COCO-OOD: eval.py --data data/coco --split ood", 63.5, "", "--rgb_weight 0.1")]),
+        Row("COCO-OOD: eval.py --data data/coco --split ood --boxes detections.json", 63.5, "",
+            "--rgb_weight 0.1")]),
     "3": Table("COCO-OOD, 133 keypoints", preset="wholebody", metric="AP", split="ood", rows=[
-        Row("SDPose", 46.6, "", None, default=True, missing=NO_FACE)]),
-    "4": table_4("COCO val", "val", 81.3, 80.8, 74.9),
-    "4-humanart": table_4("HumanArt val", "ood", 71.2, 69.8, 53.8, "puppets are no works of art: see 4-ood"),
-    "4-ood": table_4("COCO-OOD", "ood", 63.5, 62.5, 52.7),
+        Row("SDPose, evaluated as in Table 2", 46.6, "", None, default=True, missing=NO_FACE)]),
+    "4": table_4("COCO val", "val", full=81.3, no_rgb=80.8, no_prior=74.9),
+    "4-humanart": table_4("HumanArt val", "ood", full=71.2, no_rgb=69.8, no_prior=53.8,
+                          why="puppets are no works of art: see 4-ood"),
+    "4-ood": table_4("COCO-OOD", "ood", full=63.5, no_rgb=62.5, no_prior=52.7),
     "5-body": Table("Up block that the head reads, 17 keypoints", preset="body", metric="AP",
                     puppets="--rgb_weight 0.1", rows=[
         Row("last", 81.3, default=True),
@@ -843,29 +877,38 @@ TABLES = {
         Row("second-to-last", 71.5, "", None, default=True, missing=NO_FACE)]),
 }
 
-# Departures. Each: what: paper | release | here | why ("weights": the released ones need it). The release has
-# no training code: of that, "release" is its data pipeline, and "Lotus" the protocol that the paper follows.
+# Departures. Each: what: paper | release | here | why. The release has no training code: of that, "release"
+# is its data pipeline and its config, and "Lotus" the protocol that the paper follows.
 #
-# Sec. 3.1, σ of the heatmaps: no value | 6 cells, cut off beyond 3σ | release | weights
-# Sec. 3.1, decoding: argmax, and UDP without a formula | DARK's step from the argmax | release | weights
-# decoding a map of zeros: – | NaN | the place of any map without a positive value, near (−1, −1) | –
-# t: 1000 | 999, the last of 0 … 999 | release | weights
-# Sec. 4.1, multi-scale features: several | the map of one up block | release | weights
+# 1. From the paper, or where it is silent; "release" or "Lotus" in the third column: as it is there.
+# Sec. 3.1, σ of the heatmaps: no value | 6 cells, cut off beyond 3σ | release | its weights need it
+# Sec. 3.1, decoding: argmax, and UDP without a formula | DARK's step from the argmax | release | the same
+# t: 1000 | 999, the last of 0 … 999 | release | its weights need it
+# Sec. 4.2, start weights of the head: – | normal, deviation 0.001 | release | –
 # Sec. 4.3, objective: squared norms, sum or mean unsaid, no weights | – | means, weights of 1 | Lotus
-# Sec. 4.3, keypoints without a label: – | errors of 0, which the mean counts | release | –
+# Sec. 4.3, keypoints without a label: – | weight 0, but the mean counts their cells (config) | release | –
 # Fig. 2, z_RGB: the input itself; Sec. 4.3: z_RGB beside z_input | the crop before blur and rectangle |
 #     release, or --target input | its data pipeline keeps that crop for this branch
 # latents in training: – | – | samples of the posterior | Lotus
-# latents at prediction: – | samples, other ones each time | means, or with --set sample=true samples that
-#     depend on seed and box | runs repeat, and a score does not depend on its batch
-# the empty text: embedded | its encoder runs | its embedding, 2 tokens, is kept with the weights | no change
 # A.1, AdamW: rate and batch | – | decay 1e-2, clip 1, constant rate, no warm-up, checkpointing | Lotus
-# A.3, photometric step: – | brightness, contrast, colours, order of channels | release, but hue is a circle |
-#     the release lets it run over the end of its scale
+# precision: – | evaluates in bf16 | bf16, in training too (on GPUs) | Lotus trains in mixed precision
+# A.3, photometric step: – | brightness, contrast, colours, order of channels | release but for hue, see 2 | –
 # A.3, blur: Gaussian | box | release | –
-# A.3, dropout: up to one hole | always one | release | –
+# A.3, dropout (the black rectangle): up to one hole | always one | release | –
 # A.3, crops with fewer than 3 keypoints, of 133 than 8: – | another person's crop | release | –
 # Sec. 4.4, flip test, box · keypoint score, OKS-NMS at 0.9: – | yes | release | the figures are of that code
+#
+# 2. From the release.
+# A.4, boxes on COCO and COCO-OOD: a detector's | the same | annotated ones after a training, a detector's
+#     with eval.py --boxes | the file is not ours to distribute
+# latents at prediction: – | samples, other ones each time | means, or with --set sample=true samples that
+#     depend on seed and box | runs repeat, and a score does not depend on its batch
+# decoding a map of zeros: – | NaN | as any map without a positive value, near cell (−1, −1) | finite
+# hue in the photometric step: – | runs over the end of its scale | is a circle | –
+# pixels of crops: – | OpenCV, weights in steps of 1/32 pixel | exact bilinear | simpler; 1 or 2 grey levels
+# prediction on pictures: – | the demo stretches the bare box to the crop, no flip test | crop and flip test
+#     of the evaluation | as in training
+# the empty text: embedded | its encoder runs | its embedding, 2 tokens, is kept with the weights | no change
 # Table 1, Stable Diffusion 1.5: yes | no weights | no | see TABLES
 
 # ---- Appendix: borrowed parts, memory, aids, released files, pictures. Not needed on a first reading. ----
@@ -899,7 +942,8 @@ class ResNet(nn.Module):
 
 
 class Attention(nn.Module):
-    """softmax(q·k / √d) v, M heads: tokens (B, N, C) look at themselves, or at a context (1 or B, N', C').
+    """softmax(q·k / √d) v with M heads of d = C / M channels. N tokens, the cells of a map, (B, N, C) look at
+    themselves, or at a context (1 or B, N', C').
 
     The scores (B, M, N, N') are never stored: at 1024x768 the finest level has N = 12288 tokens, 3 GB of
     scores. On a GPU, flash kernels end at d = 256: the VAE's one head of d = 512 takes PyTorch's
@@ -1196,8 +1240,8 @@ def unit_latents(model: SDPose, crops: TrainCrops) -> None:
 
 def latent_variance(z: Tensor) -> Tensor:
     """The unit of the RGB loss where the VAE learns along, and stretches latents as the pose branch likes:
-    their variance over the crops of all processes, at least 1e-3. Those of Stable Diffusion have one of
-    about 1.
+    their variance over a micro-batch of all processes, at least 1e-3; with --accum 2 the unit is not that of
+    the whole batch, so neither is the gradient. Latents of Stable Diffusion have a variance of about 1.
     """
     mean, square = mean_over_ranks(torch.stack([z.mean(), z.square().mean()]))
     return (square - mean ** 2).clamp(min=1e-3)
@@ -1208,8 +1252,8 @@ def encode_once(model: SDPose, crops_of: Callable[[int], TrainCrops], cfg: Confi
                 folder: RunFolder) -> Callable[[int], list]:
     """`crops_of` an epoch, with posteriors (S, 8, h, w) in place of crops: `cache_views` epochs in turn.
 
-    The frozen VAE costs more than the U-Net, and new augmentations would need it at every step; a fixed
-    number of views of each person is encoded once. Processes share the work, all keep all of it in memory.
+    At full size the frozen VAE costs more than the U-Net, and new augmentations would need it at every step;
+    a number of views of each person is encoded once. Processes share the work, all keep all of it in memory.
     """
     views = [crops_of(view) for view in range(cfg.cache_views)]
     count, kept, cells = len(views[0]), len(views[0][0][0]), (cfg.height // 8, cfg.width // 8)
@@ -1249,7 +1293,7 @@ def halves(skeleton: Skeleton) -> list[list[int]]:
 
 def photometric(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Brightness, contrast, saturation, hue and order of the channels of a crop (h, w, 3) uint8, each at
-    times, as the release does it: contrast changes rarely, but then twice, before and after the colours.
+    times, as the release does it: contrast 1 time in 4, but then twice, before and after the colours.
     Hue is a circle here; the release lets it run over the end of its scale.
     """
     def scale(pixels: np.ndarray, factor: float, offset: float = 0.0) -> np.ndarray:
@@ -1276,7 +1320,7 @@ def photometric(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def build(preset: str, skeleton: str | Skeleton = "coco", **overrides) -> SDPose:
-    """A model with start weights; overrides are Config fields."""
+    """A model with random weights; overrides are Config fields."""
     if preset not in PRESETS:
         raise UserError(f"there is no preset {preset}: choose from {', '.join(PRESETS)}")
     return SDPose(resolve(PRESETS[preset], **overrides), get_skeleton(skeleton))
@@ -1438,38 +1482,40 @@ def to_picture(image: Tensor) -> Image.Image:
 def show_process(model: SDPose, image: Image.Image, threshold: float,
                  boxes: Found | None = None) -> dict[str, list[Image.Image]]:
     """For eval.py --process, a row per person: `heatmaps`, the crop and the heatmaps of all keypoints over
-    it; `rgb`, the crop, what the RGB branch makes of it, and what the VAE alone would.
+    it; `rgb`, if that branch was trained, the crop, what the branch makes of it, what the VAE alone would.
     """
     heatmaps, rgb = [], []
     for _, crop, box, _ in to_batch([image], [""], model.cfg, boxes and [boxes])["people"]:
         crops = normalise(crop[None].to(model.text.device))
-        z = model.encode(crops)
-        views = [to_picture(x[0]) for x in (crops, model.decode(model.reconstruct(z)), model.decode(z))]
         maps = average_heatmaps(model, crops, sampling_noise([box], model.cfg))
-        heatmaps += [views[0], draw.draw_heat(views[0], maps[0].amax(0).cpu().numpy())]
-        rgb += views
-    trained = "" if model.cfg.rgb_weight else ", which was never trained here (rgb_weight 0)"
-    return {name: [draw.captioned(draw.contact_sheet(tiles, columns), said)] for name, tiles, columns, said in
-            (("heatmaps", heatmaps, 2, "a crop, and the heatmaps of all keypoints over it"),
-             ("rgb", rgb, 3, f"a crop; what the RGB branch{trained} makes of it; what the VAE alone makes of it"))
-            if tiles}
+        seen = to_picture(crops[0])
+        heatmaps += [seen, draw.draw_heat(seen, maps[0].amax(0).cpu().numpy())]
+        if model.cfg.rgb_weight:
+            z = model.encode(crops)
+            rgb += [seen, *(to_picture(model.decode(x)[0]) for x in (model.reconstruct(z), z))]
+    note = "" if model.cfg.rgb_weight else "; no picture of the RGB branch, which was never trained"
+    return {name: [draw.captioned(draw.contact_sheet(tiles, columns), text)] for name, tiles, columns, text in
+            (("heatmaps", heatmaps, 2, f"a crop, the heatmaps of all keypoints over it{note}"),
+             ("rgb", rgb, 3, "a crop, the RGB branch's picture of it, the VAE's alone")) if tiles}
 
 
-def compare_styles(model: SDPose, held_out: PoseDataset, table: dict, ranks: Ranks,
-                   folder: RunFolder) -> None:
-    """After a training on puppets: the metrics on the same puppets in styles never seen, and styles.png."""
-    with rank_zero_first(ranks):                         # it draws them
-        unseen = open_dataset("puppets", "ood", held_out.skeleton)
-    tables = {"val": table, "ood": evaluate(model, unseen, model.cfg, ranks)[0]}
-    folder.say(f"puppets, and the same in styles never seen\n{metrics.format_table(tables)}")
-    if ranks.rank == 0 and held_out.skeleton.name == "coco":        # others have no pictures in two styles
-        with goes_on(folder.path / "styles.png"):
-            show_styles(model, held_out).save(folder.path / "styles.png")
+def compare_styles(model: SDPose, table: dict, run: Run) -> None:
+    """After a training on puppets: the metrics on the same puppets in styles never seen, in log.jsonl as
+    `AP_ood` and so on, and styles.png.
+    """
+    with rank_zero_first(run.ranks):                     # it draws them
+        unseen = open_dataset("puppets", "ood", run.held_out.skeleton)
+    tables = {"val": table, "ood": evaluate(model, unseen, model.cfg, run.ranks)[0]}
+    run.folder.say(f"puppets, and the same in styles never seen\n{metrics.format_table(tables)}")
+    run.folder.log(step=run.step, epoch=run.at["epoch"], **{f"{k}_ood": v for k, v in tables["ood"].items()})
+    if run.ranks.rank == 0 and run.held_out.skeleton.name == "coco":   # others have no pictures of two styles
+        with goes_on(run.folder.path / "styles.png"):
+            show_styles(model, run.held_out).save(run.folder.path / "styles.png")
+    wait_for_all()                                       # drawing may take longer than the --patience of a step
 
 
 def show_styles(model: SDPose, val: PoseDataset, rows: int = 6) -> Image.Image:
     """Puppets in the style of the training set and in four that were never seen, with the poses found."""
-    from data import puppets                # here, because real data does not need it
     tiles, boxes = [], true_boxes(val)
     for i in [i for i in range(len(val)) if len(boxes.of(val[i].image_id)[1])][:rows]:
         sample, people = val.load(i)[0], boxes.of(val[i].image_id)
@@ -1508,16 +1554,17 @@ def measured_speed(device: torch.device, amp: str) -> float:
     return 2 * 9 * 256 ** 2 * 64 ** 2 / seconds
 
 
-def say_cost(model: SDPose, what: str, crops: float, passes: int) -> None:
-    """Before long work on so many crops: its FLOPs and about how long it takes, if over two minutes.
+def say_cost(model: SDPose, what: str, crops: int, passes: int, processes: int) -> None:
+    """Before long work of all processes on that many crops: its FLOPs, and the time if over two minutes.
 
     passes: of the U-Net, backward counts twice; 1 is prediction.
     """
     cfg, cost = model.cfg, flops(model.cfg, model.skeleton)
     rgb = passes > 1 and cfg.rgb_weight > 0
-    encoded = 1 if passes == 1 else 0 if cfg.cache_views else 1 + (rgb and cfg.target == "clean")
+    encoded = 3 if passes > 1 and cfg.vae_along else 1                  # a VAE that learns goes backward, too
+    encoded = 0 if passes > 1 and cfg.cache_views else encoded + (rgb and cfg.target == "clean")
     flop = crops * (encoded * cost["encode"] + passes * (cost["pose"] + rgb * cost["rgb"]))
-    seconds = flop / measured_speed(model.text.device, cfg.amp)
+    seconds = flop / processes / measured_speed(model.text.device, cfg.amp)
     if seconds > 120:
         print(f"{what}: {flop / 1e12:,.0f} TFLOP, about {seconds / 3600:.1f} hours at the speed of this "
               "machine")
@@ -1526,11 +1573,13 @@ def say_cost(model: SDPose, what: str, crops: float, passes: int) -> None:
 def summary() -> str:
     """Of each preset: parameters, and GFLOPs of one crop without its mirror image."""
     rows = [f"{'preset':12}{'input':>10}{'keypoints':>11}{'parameters':>13}{'learned':>11}{'GFLOPs':>9}"
-            f"{'VAE':>9}"]
+            f"{'of VAE':>9}"]
     for preset, cfg in PRESETS.items():
         skeleton = get_skeleton(cfg.keypoints or "coco")
         with torch.device("meta"):                                      # shapes without numbers
-            parameters = list(SDPose(cfg, skeleton).parameters())
+            model = SDPose(cfg, skeleton)
+        choose_trainable(model, cfg)
+        parameters = list(model.parameters())
         every, learned = (sum(p.numel() for p in some) / 1e6 for some in
                           (parameters, [p for p in parameters if p.requires_grad]))
         encode, pose = (flops(cfg, skeleton)[part] / 1e9 for part in ("encode", "pose"))

@@ -41,14 +41,14 @@ try:
 except ImportError:                    # Windows
     fcntl = resource = None
 
-from common import draw, metrics
+from common import draw, metrics, transforms
 from common.cli import RunConfig, find_last
 from common.datasets import PoseDataset
 from common.errors import UserError
 from common.predict import train_loader
 from common.ranks import (STOP_SIGNALS, Ranks, epoch_batches, gather_lists, mean_over_ranks, micro_batch, say, seed_all, share_buffers,
                           wait_for_all)
-from common.records import Prediction
+from common.records import People, Prediction
 from common.weights import count_parameters, save_checkpoint
 
 LOG_EVERY = 20             # optimiser steps
@@ -413,14 +413,20 @@ class Run:
 
     @property
     def first_batch(self) -> bool:
-        """Whether this is the run's first micro-batch, of which `show_batch` makes train_batch.png."""
+        """Whether this is the run's first micro-batch, the only one that `show_batch` draws."""
         return self.step == 0 and self.number == 0 and self.folder.writes
 
-    def show_batch(self, images: Tensor, keypoints: list[Tensor], visible: list[Tensor]) -> None:
-        """train_batch.png: images (B, 3, H, W) in [0, 1] as the network sees them, with their people's keypoints, each
-        (P, K, 2) in the images' pixels, where `visible` (P, K) is positive."""
-        labels = [torch.cat([xy, v[..., None]], -1).cpu().numpy() for xy, v in zip(keypoints, visible)]
-        self.folder.draw_batch(images.detach().float().cpu().numpy(), labels, self.held_out.skeleton)
+    def show_batch(self, images: Tensor, people: list[People] | Tensor, scale: Tensor | float = 1,
+                   normalised: bool = False) -> None:
+        """train_batch.png of the first micro-batch, as the network sees it: images (B, 3, H, W) in [0, 1] or normalised;
+        people, whose keypoints are pixels after times `scale`, a number or (B, 2), or one person each (B, K, 3) x, y, v."""
+        if self.first_batch:
+            by = torch.as_tensor(scale, device=images.device).expand(len(images), 2)
+            labels = [torch.cat([one.keypoints * by[i], one.visible[..., None]], -1) if isinstance(one, People) else one[None]
+                      for i, one in enumerate(people)]
+            pixels = transforms.denormalise(images) if normalised else images
+            self.folder.draw_batch(pixels.detach().float().cpu().numpy(), [one.cpu().numpy() for one in labels],
+                                   self.held_out.skeleton)
 
     def left(self) -> float:
         """Seconds to the end of the run, of its steps at the pace of the last ones and its evaluations, if one was timed."""

@@ -147,12 +147,17 @@ def test_humanart_has_17_or_21_keypoints_and_64_bit_ids(tmp_path, above):
     assert body.load(0)[1] == ""
 
 
-def test_ood_takes_the_oil_paintings_with_the_annotations_of_val(tmp_path):
+def test_ood_takes_the_oil_paintings_with_the_annotations_of_val_for_17_and_133_keypoints(tmp_path):
     write(tmp_path, [image(1)], [person(1, 1)], folder="val2017oil")
     assert {open_dataset(str(tmp_path), split).name for split in ("val", "ood")} == {"ood"}
     write(tmp_path, [image(1)], [person(1, 1)])                         # now both kinds of pictures are there
     assert open_dataset(str(tmp_path), "val").name == "coco"
     assert open_dataset(str(tmp_path), "ood")[0].image.parent.name == "val2017oil"
+    counts = dict(foot_kpts=6, face_kpts=68, lefthand_kpts=21, righthand_kpts=21)
+    body = {name: [20, 15, 2] * count for name, count in counts.items()}
+    write(tmp_path, [image(1)], [person(1, 1, **body)], file="annotations/coco_wholebody_{}_v1.0.json")
+    painted = open_dataset(str(tmp_path), "ood", "wholebody")
+    assert painted[0].keypoints.shape == (1, 133, 3) and painted[0].image.parent.name == "val2017oil"
 
 
 @pytest.mark.parametrize("file, folder", [

@@ -391,3 +391,14 @@ def test_the_published_figure_stands_beside_ours_for_released_weights_on_the_dat
     assert said("detrpose-l", "puppets", "val") == said("runs/mine", "coco", "val") == said("resnet50", "coco", "val") == []
     for name, release in weights.RELEASES.items():
         assert bool(release.published) == bool(release.method), name
+
+
+def test_the_process_is_captioned_and_without_people_says_so(run, call, puppets_folder, tmp_path):
+    picture = next((puppets_folder / "val2017").iterdir())
+    code, text, _ = call(run, "--images", picture, "--process", "--threshold", "0.1")
+    assert code == 0 and "nothing to show" not in text
+    assert {f"{picture.stem}_{what}" for what in ("selected.png", "layers.gif", "sampling.png", "distributions.png")} <= {
+        path.name for path in (tmp_path / "drawn").iterdir()}
+    code, text, _ = call(run, "--images", picture, "--process", "--threshold", "1.1", "--out", "nobody")
+    assert code == 0 and f"{picture.name}: nobody of score 1.1 or more, so --process has nothing to show" in text
+    assert not [path for path in (tmp_path / "nobody").iterdir() if path.stem.endswith(("selected", "layers"))]

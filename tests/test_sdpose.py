@@ -1,5 +1,6 @@
 """SDPose against the released code's numbers, and by itself. Cases are found by file pattern (see golden())."""
 import ast
+import inspect
 import json
 import math
 from dataclasses import replace
@@ -116,6 +117,12 @@ def test_no_argument_or_variable_hides_an_imported_module():
     bound = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
     bound |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     assert not imported & bound
+
+
+def test_what_stands_for_a_section_of_the_paper_carries_its_label():
+    for label, place in sd.EQUATIONS.items():
+        if place.__module__ == "sdpose":                        # others are common's, which no paper is about
+            assert ", ".join(label.split(", ")[:2]) in " ".join(inspect.getsource(place).split()), label
 
 
 # ------------------------------------------------------------------------------------------ VAE, U-Net, head
@@ -396,8 +403,8 @@ def full_size_crops(model: sd.SDPose, batch: int) -> torch.Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("amp", ["no", "bf16"])
-def test_prediction_of_a_full_size_crop_and_its_mirror_image_needs_less_than_6_gb(amp, monkeypatch):
+@pytest.mark.parametrize("amp, most", [("no", 5.5e9), ("bf16", 4.7e9)])
+def test_prediction_of_a_full_size_crop_and_its_mirror_image_needs_what_the_docstring_says(amp, most, monkeypatch):
     def autocast(device, amp, keep_casts):                              # as on a GPU
         return torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16", cache_enabled=keep_casts)
     monkeypatch.setattr(sd, "autocast", autocast)
@@ -405,12 +412,12 @@ def test_prediction_of_a_full_size_crop_and_its_mirror_image_needs_less_than_6_g
         model = sd.build("body", amp=amp).eval()
         sd.average_heatmaps(model, full_size_crops(model, 1))
     print(f"peak {live.peak / 1e9:.2f} GB, largest tensor {live.largest / 1e9:.2f} GB")
-    assert live.peak < 5.5e9                                            # the rest is for convolutions' workspaces
+    assert live.peak < most                                             # workspaces of convolutions come on top
     assert live.largest < 0.41e9                                        # scores of 12288 tokens would take 0.6
 
 
 @pytest.mark.slow
-def test_training_on_one_full_size_crop_needs_less_than_24_gb():
+def test_training_on_one_full_size_crop_needs_what_the_docstring_says():
     with FakeTensorMode(), LiveBytes() as live:
         model = sd.build("body")
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
@@ -422,7 +429,7 @@ def test_training_on_one_full_size_crop_needs_less_than_24_gb():
             optimizer.zero_grad()
             del result
     print(f"peak {live.peak / 1e9:.2f} GB, largest tensor {live.largest / 1e9:.2f} GB")
-    assert live.peak < 22e9 and live.largest < 0.41e9
+    assert live.peak < 16e9 and live.largest < 0.41e9
 
 
 # ------------------------------------------------------------------------------------------ releases
@@ -586,6 +593,7 @@ def test_a_release_starts_a_model_of_other_keypoints_but_for_the_head(tmp_path, 
 
 @pytest.mark.parametrize("wrong, reason", [
     (dict(height=100), "multiple of 8"), (dict(channels=40), "multiple of 24"), (dict(tap=1), "--tap 1"),
+    (dict(channels=15, head_dim=15, groups=1), "multiple of 30"), (dict(sigma=1e300), "--sigma 1e.300"),
     (dict(vae_channels=5), "multiple of 2"), (dict(init_parts="vae"), "takes a part of --init"),
     (dict(init_parts="unet"), "choose from all, vae")])
 def test_sizes_that_no_run_could_use_are_refused(wrong, reason):

@@ -2,11 +2,13 @@
 import importlib
 import json
 import math
+import re
 import shutil
 import signal
 import sys
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -292,7 +294,7 @@ def test_predictions_equal_the_release(file, monkeypatch):
         close(scores, case[f"keypoint_scores{name}"], 2e-5)
         stable = case[f"stable{name}"]
         close(xy[stable], case[f"keypoints{name}"][stable], 0.05)
-    check(dict(heatmaps_avg=sd.average_heatmaps(model, sd.normalise(crops).contiguous())), case, 2e-5)
+    check(dict(heatmaps_avg=sd.average_heatmaps(model, sd.normalise(crops))), case, 2e-5)
 
 
 def test_a_mirrored_crop_mirrors_the_averaged_heatmaps():
@@ -542,7 +544,7 @@ def test_a_cache_gives_what_encoding_on_the_fly_gives(data):
 def test_a_random_vae_gets_latents_of_deviation_one_and_learns_along_with_the_pose_branch_alone(data):
     model = sd.build("tiny", **TINIER, rgb_weight=0.0)
     crops = sd.TrainCrops(data, sd.people_to_learn(data, 0, 0), replace(model.cfg, rgb_weight=1.0), 0)
-    sd.freeze_unused(model, model.cfg)
+    sd.choose_trainable(model, model.cfg)
     sd.unit_latents(model, crops)
     batch, keypoints, *_ = zip(*(crops[n] for n in range(8)))
     batch, keypoints = torch.stack(batch), torch.stack(keypoints)
@@ -579,10 +581,31 @@ def test_both_branches_learn_in_a_few_steps(data):
 
 def test_without_the_rgb_branch_nothing_behind_the_tap_learns():
     model = sd.build("tiny", rgb_weight=0.0, tap=2)
-    sd.freeze_unused(model, model.cfg)
+    sd.choose_trainable(model, model.cfg)
     crops = torch.zeros(2, 1, 3, 128, 96, dtype=torch.uint8)
     sum(step_losses(model, crops, torch.full((2, 17, 3), 40.0)).values()).backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+def test_the_cost_of_a_training_is_that_of_all_processes_and_their_time_is_shared(monkeypatch, capsys):
+    monkeypatch.setattr(sd, "measured_speed", lambda device, amp: 1e6)
+    model, said = sd.build("tiny"), []
+    cost = sd.flops(model.cfg, model.skeleton)
+    for crops, passes, processes in (100_000, 3, 1), (100_000, 3, 2), (100_000, 1, 1):
+        sd.say_cost(model, "crops", crops, passes, processes)
+        said.append([float(word.replace(",", "")) for word in re.findall(r"[\d.,]*\d(?= TFLOP| hours)", capsys.readouterr().out)])
+    both = 1e5 * (cost["encode"] + cost["pose"])                # the VAE learns along, backward is as long as two passes
+    for (flop, hours), passes, processes in zip(said, (3, 3, 1), (1, 2, 1)):
+        assert flop == round(passes * both / 1e12)
+        assert hours == pytest.approx(passes * both / 1e6 / 3600 / processes, abs=0.1)
+
+
+def test_the_summary_counts_what_a_training_changes(monkeypatch):
+    cfg = sd.PRESETS["tiny"]
+    monkeypatch.setattr(sd, "PRESETS", dict(tiny=cfg))
+    model = sd.build("tiny")
+    sd.choose_trainable(model, cfg)                             # with the VAE's encoder, without the RGB branch's end
+    assert f" {sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.2f} M " in sd.summary()
 
 
 @pytest.mark.parametrize("words, says", [
@@ -632,13 +655,23 @@ def test_evaluation_says_which_boxes_it_used(run_folder, call, data, tmp_path):
 def test_pictures_take_boxes_of_a_file_or_the_whole_image(run_folder, call, data, tmp_path):
     code, text, results = call(run_folder, "--images", data[0].image, "--process")
     assert code == 0 and "as a whole is taken for one person" in text and len(results) == 1
-    assert {"heatmaps", "rgb"} <= {path.stem.rsplit("_", 1)[-1] for path in (tmp_path / "drawn").glob("*.png")}
+    drawn = {path.stem.rsplit("_", 1)[-1] for path in (tmp_path / "drawn").glob("*.png")}
+    assert "heatmaps" in drawn and "rgb" not in drawn, "the RGB branch of this run has learned nothing"
     box = dict(image_id=data[0].image.name, bbox=[5, 5, 30, 50], score=0.9)
     name = write(tmp_path / "b.json", [box, box | dict(bbox=[500, 5, 30, 50])])
     code, text, results = call(run_folder, "--images", data[0].image, "--boxes", name)
     assert code == 0 and "1 boxes left out" in text and len(results) == 1
     code, text, _ = call(run_folder, "--images", data[1].image, "--boxes", name)
     assert code == 2 and "for none of the pictures" in text
+
+
+@pytest.mark.parametrize("rgb_weight", [0.0, 0.1])
+def test_pictures_say_whether_the_rgb_branch_was_trained(rgb_weight, monkeypatch):
+    said, model = [], sd.build("tiny", **TINIER, rgb_weight=rgb_weight).eval()
+    monkeypatch.setattr(sd.draw, "captioned", lambda image, text: said.append(text) or image)
+    shown = sd.show_process(model, Image.new("RGB", (48, 64)), 0.5)
+    assert list(shown) == ["heatmaps", "rgb"][:len(said)] and len(said) == 1 + (rgb_weight > 0)
+    assert ("never trained" in said[0]) == (rgb_weight == 0)
 
 
 def test_boxes_and_detectors_that_make_no_sense_are_one_line(run_folder, call, data, tmp_path):
@@ -704,6 +737,25 @@ def test_boxes_outside_of_the_image_leave_nobody(run_folder, call, data, tmp_pat
     row = dict(image_id=data[0].image_id, bbox=[500, 500, 30, 50], score=0.9)
     code, text, results = call(run_folder, "--boxes", write(tmp_path / "b.json", [row]))
     assert code == 0 and results == [] and "1 outside of their image" in text
+
+
+@pytest.mark.parametrize("rgb_weight, shown", [(0.0, {"heatmaps"}), (0.1, {"heatmaps", "rgb"})])
+def test_the_process_shows_the_rgb_branch_where_it_was_trained(data, rgb_weight, shown):
+    model = sd.build("tiny", **TINIER, rgb_weight=rgb_weight).eval()
+    assert sd.show_process(model, data.load(0)[0].image, 0.3).keys() == shown
+
+
+def test_metrics_of_unseen_styles_are_logged_and_the_other_processes_wait_for_the_pictures(monkeypatch, tmp_path):
+    done, rows = [], []
+    folder = SimpleNamespace(path=tmp_path, say=lambda text: done.append("said"), log=lambda **row: rows.append(row))
+    run = SimpleNamespace(ranks=ALONE, folder=folder, step=7, at=dict(epoch=2), held_out=SimpleNamespace(skeleton=COCO))
+    monkeypatch.setattr(sd, "open_dataset", lambda data, split, skeleton: split)
+    monkeypatch.setattr(sd, "evaluate", lambda *args: (dict(AP=0.25, AR=0.5), []))
+    monkeypatch.setattr(sd, "show_styles", lambda *args: done.append("drawn") or Image.new("RGB", (2, 2)))
+    monkeypatch.setattr(sd, "wait_for_all", lambda: done.append("waited"))
+    sd.compare_styles(sd.build("tiny", **TINIER), dict(AP=0.5, AR=0.75), run)
+    assert rows == [dict(step=7, epoch=2, AP_ood=0.25, AR_ood=0.5)]
+    assert done == ["said", "drawn", "waited"] and (tmp_path / "styles.png").exists()
 
 
 def test_styles_show_the_same_people(run_folder, data):
