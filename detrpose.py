@@ -45,6 +45,7 @@ from common import draw, metrics, transforms, weights
 from common.cli import RunConfig, check_choice, check_range, resolve, run_method
 from common.datasets import PoseDataset
 from common.errors import UserError
+from common.export import Exported
 from common.heatmaps import CellHeatmaps, people_heatmap_loss
 from common.nets.resnet import FrozenBatchNorm
 from common.oks import similarity_of
@@ -1396,6 +1397,19 @@ def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config) -> dict:
     """RGB pictures of any size → what `predict` takes."""
     return dict(images=torch.stack([input_image(picture, cfg.size) for picture in pictures]), image_ids=image_ids,
                 sizes_px=[picture.size for picture in pictures])
+
+
+def exported(model: DETRPose) -> Exported:
+    """What goes into the file of eval.py --export."""
+    def run(images: Tensor) -> dict[str, Tensor]:
+        result = model(images)
+        return dict(logits=result["logits"], keypoints=result["keypoints"])
+
+    return Exported(
+        run, lambda batch: dict(images=batch["images"]),
+        before=f"images: RGB, resized to {model.cfg.size} x {model.cfg.size} whatever their shape (Pillow's bilinear "
+               "filter, which antialiases), divided by 255",
+        after="score of a person = sigmoid(logits[..., 1]); keypoints (x, y) times the picture's width and height")
 
 
 RENAME = [            # released name → ours, first match wins; what matches nothing keeps its name

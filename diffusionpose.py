@@ -54,6 +54,7 @@ from common.boxes import Boxes, Found, people_to_learn, true_boxes, whole_image
 from common.cli import RunConfig, check_choice, check_range, parse_numbers, resolve, run_method
 from common.datasets import PoseDataset
 from common.errors import UserError
+from common.export import Exported
 from common.heatmaps import CellHeatmaps
 from common.nets import vit
 from common.nets.vit import PATCH, Attention, LayerNorm, TransformerBlock, ViT, mlp
@@ -1233,6 +1234,16 @@ def to_batch(pictures: list, image_ids: list, cfg: Config, boxes: list[Found] | 
         people += [(image_id, cut_clip(clip, box_matrix(box, cfg), cfg), score, box)
                    for box, score in zip(*found)]
     return dict(people=people, image_ids=image_ids)
+
+
+def exported(model: DiffusionPose) -> Exported:
+    """For eval.py --bench; --export is refused."""
+    def inputs(batch: dict) -> dict:
+        _, crops, _, boxes = zip(*batch["people"])
+        return dict(crops=torch.stack(crops), boxes=np.stack(boxes))
+
+    return Exported(lambda crops, boxes: dict(heatmaps=find_heatmaps(model, crops, boxes)), inputs,
+                    refused="the formula of its selective scan takes a step per token, and a graph would hold them all")
 
 
 def fuse(model: DiffusionPose) -> DiffusionPose:

@@ -53,6 +53,7 @@ from common import draw, metrics, records, transforms, weights
 from common.cli import RunConfig, check_choice, check_range, parse_numbers, resolve, run_method
 from common.datasets import PoseDataset
 from common.errors import UserError
+from common.export import RESIZED, Exported
 from common.heatmaps import CellHeatmaps, people_heatmap_loss
 from common.nets.resnet import ConvNorm, ResNet
 from common.oks import similarity_of
@@ -322,7 +323,7 @@ def attention_mask(group: Tensor | None, num_boxes: int, keypoints: int, device:
     group (B, D): of each denoising query, or None; num_boxes, keypoints: Q, 0 in the box layers, then G, K.
     """
     person = torch.arange(num_boxes, device=device)
-    person = torch.cat([person, person.repeat_interleave(keypoints)])
+    person = torch.cat([person, person[:, None].expand(-1, keypoints).flatten()])
     box = torch.arange(len(person), device=device) < num_boxes
     mask = ((person[:, None] == person) | (box[:, None] & box))[None]
     if group is not None:
@@ -426,7 +427,7 @@ class Decoder(nn.Module):
     def pick_people(self, x: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Of Q boxes the G of the highest score, best first: content (B, G, C) and boxes (B, G, 4)."""
         best = self.score_heads[self.box_layers - 1](x).max(-1).values.topk(self.people).indices[..., None]
-        return x.take_along_dim(best, 1), boxes.take_along_dim(best, 1)
+        return x.gather(1, best.expand(-1, -1, x.shape[2])), boxes.gather(1, best.expand(-1, -1, 4))
 
     def coarse_keypoints(self, content: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """K keypoints for each of G people: tokens (B, G·K, C), xy and wh (B, G·K, 2)."""
@@ -562,8 +563,8 @@ class DiffusionRegPose(nn.Module):
         if self.time_embedding:
             s = self.time_embedding(t)[:, None]
             position = position * (s + 1) + s
-        cells = torch.tensor([h * w for h, w in grid.shapes], device=position.device)
-        position = position + self.level_embed.repeat_interleave(cells, 0, output_size=memory.shape[1])
+        levels = [level.expand(h * w, -1) for level, (h, w) in zip(self.level_embed, grid.shapes)]
+        position = position + torch.cat(levels)
         for layer in self.encoder:
             memory = layer(memory, position, grid)                                      # F of eq. 6
         content, proposals = self.selection(memory, grid)       # the chosen cells: features detached; an Output
@@ -1291,9 +1292,9 @@ class QuerySelection(nn.Module):
         logits = self.score(cells)                                                      # (B, N, 2)
         best = logits.max(-1).values.masked_fill(grid.padded, -math.inf)    # Departs from the release: padding last
         index = best.topk(min(self.queries, best.shape[1]), dim=1).indices[..., None]   # (B, Q, 1)
-        content = cells.take_along_dim(index, 1)
-        boxes = (self.box(content).float() + proposals.take_along_dim(index, 1)).sigmoid()
-        return content.detach(), Output(logits.take_along_dim(index, 1), boxes, None)
+        content, start, logits = (x.gather(1, index.expand(-1, -1, x.shape[2])) for x in (cells, proposals, logits))
+        boxes = (self.box(content).float() + start).sigmoid()
+        return content.detach(), Output(logits, boxes, None)
 
 
 LABELS = 100               # labels of denoising queries in the release; its embedding has one row more
@@ -1522,6 +1523,24 @@ def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config) -> dict:
     """RGB pictures of any size → what `predict` takes."""
     return dict(images=[input_image(picture, cfg) for picture in pictures], image_ids=image_ids,
                 sizes_px=[picture.size for picture in pictures])
+
+
+def exported(model: DiffusionRegPose) -> Exported:
+    """For eval.py --export: one DDIM step."""
+    cfg = model.cfg
+
+    def run(images: Tensor, padded: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        t = torch.full(noise.shape[:1], STEPS - 1, device=noise.device)
+        return model(images, padded, to_poses(noise, cfg.scale), t)
+
+    def inputs(batch: dict) -> dict[str, Tensor]:
+        noise = [start_noise(image_id, cfg, model.skeleton.num_keypoints) for image_id in batch["image_ids"]]
+        return dict(zip(("images", "padded", "noise"), (*pad_images(batch["images"]), torch.stack(noise))))
+
+    return Exported(
+        run, inputs, RESIZED.format(cfg.short_side, cfg.long_side) + "padded: True there. noise: standard normal",
+        "score of a person = sigmoid(logits[..., 1]); keypoints (x, y) and boxes (centre, w, h) times the picture's "
+        "w and h; of similar poses keep the best (NMS)")
 
 
 @torch.no_grad()

@@ -11,6 +11,8 @@
     python eval.py runs/<run> --images folder/ --gif            diffusionpose: a folder is a clip, in order of names
     python eval.py detrpose-l --images photo.jpg                released weights by name, fetched once
     python eval.py detrpose_hgnetv2_l.pth --data data/coco      released weights from a file
+    python eval.py detrpose-l --export detrpose-l.onnx          or .pt2: a file that runs without this repository
+    python eval.py detrpose-l --bench                           milliseconds; --bench detrpose-l.onnx beside ONNX Runtime
     torchrun --nproc_per_node=8 eval.py detrpose-l --data data/coco
 
     from eval import load
@@ -38,6 +40,7 @@ from common.boxes import DETECTED, NOBODY, Boxes, Found, boxes_of, detect, in_im
 from common.cli import Parser, parse_numbers, resolve, run_main
 from common.datasets import PoseDataset
 from common.errors import UserError
+from common.export import bench, check_target, export
 from common.ranks import Ranks, init_ranks, pick_device, rank_zero_first
 from common.records import Prediction, load_image
 from common.run import make_folder, new_folder
@@ -432,6 +435,8 @@ def build_parser() -> Parser:
     parser.add_argument("--threshold", type=float, default=0.5, help="smallest score that is drawn (default 0.5)")
     parser.add_argument("--gif", action="store_true", help="also join the drawn pictures into all.gif")
     parser.add_argument("--process", action="store_true", help="also draw how the method gets there, of a video in its first frame")
+    parser.add_argument("--export", type=Path, metavar="FILE", help="write the model as .onnx or .pt2 (torch.export)")
+    parser.add_argument("--bench", nargs="?", const="", metavar="FILE.onnx", help="measure milliseconds of a batch")
     parser.add_argument("--out", type=Path, help="folder for what is written (default: a new one in runs/)")
     parser.add_argument("--workers", type=int, help="image loading processes per GPU (default: the model's own)")
     parser.add_argument("--eval_batch", type=int, help="images at once (default: the model's own; of --images 8)")
@@ -441,6 +446,8 @@ def build_parser() -> Parser:
 
 def main() -> None:
     args = build_parser().parse_args()
+    if args.export:
+        check_target(args.export)               # before weights are fetched
     ranks = init_ranks(args.device)
     with rank_zero_first(ranks):                # it fetches
         module, model, trained_for = load_model(args.checkpoint, args.method, args.preset)
@@ -452,6 +459,10 @@ def main() -> None:
     with rank_zero_first(ranks):                # it fetches
         detector = load_detector(args.detector, str(ranks.device), DETECTED) if args.detector else None
     pose = Pose(module, model, args.threshold, detector)
+    if args.export:
+        return export(module, pose.model, args.export, args.checkpoint)
+    if args.bench is not None:
+        return print(bench(module, pose.model, ranks.device, args.eval_batch or 1, args.bench))
     if args.images:
         if ranks.rank == 0:                             # pictures are too few to share
             draw_pictures(pose, args, trained_for)

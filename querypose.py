@@ -1,27 +1,30 @@
 """QueryPose: sparse multi-person pose regression via spatial-aware part-level queries (NeurIPS 2022).
 
-Idea     A fixed number of learned boxes and queries, one per person, is refined in six stages: no anchors and
-         no NMS. A pose is not read from one query but from seven part queries. Each draws an attention map
-         over the features in the person's box, gathers them by it, and regresses the few keypoints of its
-         part, and how sure it is of them.
+Idea     A fixed number of learned boxes and queries, at most one person each, is refined in six stages: no
+         anchors and no NMS. A pose is not read from one query but from seven part queries. For each part a
+         convolution draws an attention map over the features in the person's box. What the map gathers
+         updates the part's query, from which the few keypoints of the part and their uncertainty are read.
 Flow     image (B,3,H,W) → ResNet-50, HRNet or Swin-L → neck → maps of stride 4, 8, 16, 32 → 6 ×
          [BoxStage: boxes (B,Q,4), logits (B,Q) → KeypointStage in each box: keypoints, sigmas (B,Q,K,2)]
 Read     BoxStage (eq. 1) → SPEGM (Sec. 3.2) → SIM (eq. 3) → KeypointStage (eq. 2) → QueryPose.forward
          → likelihood_loss (eq. 4) → criterion → train
-Letters  B images  Q person queries (the paper's N)  R = B·Q rows, a box each  K keypoints  M parts  h heads
-         S stages  P people of an image  C (d), D (d_p) channels of an instance query, of a part query
+Letters  B images  Q person queries (the paper's N)  R = B·Q rows, a box each  K keypoints  M parts
+         S stages  P people of an image, or of the batch  N matched pairs of a query and a person
+         C (d), D (d_p) channels of an instance query, of a part query  h, w height and width of a map
+         P_2 the map of stride 4  n cells along a side of a box's features (`pose_roi`)
          Q_I instance queries (B,Q,C)  Q_P part queries (R,M,D)  E_P part embeddings (R,M,D)
-         A attention maps (R,M,cells)  μ̂ keypoints and σ̂ deviations, relative to the box  C̄ class score
+         A attention maps (R,M,4n²)  μ̂ keypoints and σ̂ deviations, relative to the box  C̄ class score
 Units    boxes are x1, y1, x2, y2 in pixels of the network's input, never clipped; keypoints of the model are
          relative to the box of their stage: 0 its centre, ±0.5 its sides; `People` are pixels of the input
 Forms    full (Fig. 3b), the paper's: the keypoint decoder updates the instance query, for the next box stage.
-         Light (`--no-full`, Fig. 3a): it leaves the query as it is; the released weights are of this form
+         Light (`--no-full`, Fig. 3a): it leaves the query as it is; the released weights, all of HRNets,
+         are of this form
 Tables   at the end of the main text: equation → function, the rows of the paper's tables, departures from
          paper and release
 
     python querypose.py                                 what each preset is: parameters, GFLOPs
     python querypose.py --train                         learn puppets, synthetic people drawn on first use
-    python querypose.py --train --data data/coco --preset hrnet_w32 --init pose_hrnet_w32_384x288.pth
+    python querypose.py --train --data data/coco --preset hrnet_w32-full --init pose_hrnet_w32_384x288.pth
     python eval.py querypose-hrnet_w32 --images photo.jpg       the authors' weights on your photo
     python eval.py runs/<run> --images photo.jpg --process      and where the parts look, how sure they are
 """
@@ -50,6 +53,7 @@ from common import draw, metrics, records, transforms, weights
 from common.cli import RunConfig, check_choice, check_range, parse_numbers, resolve, run_method
 from common.datasets import PoseDataset
 from common.errors import UserError
+from common.export import RESIZED, Exported
 from common.nets.hrnet import HRNet
 from common.nets.resnet import ConvNorm, ResNet
 from common.nets.swin import Swin
@@ -58,7 +62,7 @@ from common.ranks import (Ranks, autocast, distribute, init_ranks, mean_over_ran
                           seed_all)
 from common.records import Prediction, Sample, gather_people
 from common.run import Ema, Run
-from common.skeletons import Skeleton, get_skeleton, words
+from common.skeletons import SIDES, Skeleton, get_skeleton, words
 from common.splits import open_crowd, open_splits
 from common.tables import Row, Table
 from kernels.dispatch import plain
@@ -76,7 +80,7 @@ AT_INFERENCE = ("prune",)              # fields that `eval.py --set` may change
 class Config(RunConfig):       # which adds data, accum (micro-batches), amp, processes, workers, eval_*, seed
     # model (Sec. 3; numbers without a source are the release's)
     backbone: str = "r50"          # r50, hrnet_w32, hrnet_w48, swin_l (Table 4), or the narrow r26 of tiny
-    frozen_norm: bool = True       # the backbone's batch norms are constants; off to train from nothing
+    frozen_norm: bool = True       # the backbone's batch norms are constants; off to train from scratch
     freeze: bool = True            # a ResNet's stem and first stage stay as they start
     dim: int = 256                 # C, channels of maps and instance queries
     heads: int = 8                 # attention heads; divides dim and part_dim
@@ -85,19 +89,19 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
     stages: int = 6                # S, box and keypoint stages (Sec. 3.1)
     queries: int = 100             # Q, people at most (Sec. 4.1)
     box_roi: int = 7               # cells along a side of a box's features for the box stage (Sec. 3.1)
-    pose_roi: int = 14             # and for the keypoint stage (Sec. 3.1)
+    pose_roi: int = 14             # the same for the keypoint stage (Sec. 3.1)
     convs: int = 6                 # stacked 3×3 convolutions of the keypoint stage (Sec. 3.2 has no number)
-    conv_width: int = 512          # channels between them
+    conv_width: int = 512          # channels between those convolutions
     # the paper's ablations (Tables 1 to 3); the defaults are its model
     full: bool = True              # keypoint stages update the instance query (Fig. 3b); off: the light form
-    iterate: bool = True           # and the next box stage gets it; off: another reading of Fig. 3a (Table 3)
+    iterate: bool = True           # box stages get the updated query; off: Fig. 3a read otherwise (Table 3)
     query: str = "part"            # what looks at the box's features: part, or one instance query (Table 1)
     interaction: str = "spegm"     # spegm, mhsa, dynamic MLP: channel or spatial (Table 1), pool (Table 2b)
     update: str = "sim"            # how part queries go from stage to stage: sim, sum, concat, none (Table 2a)
     part_dim: int = 128            # D, channels of a part query (Table 2c)
     scheme: str = "c"              # parts (Fig. 4, Table 2d): a keypoints, b head in one, c seven, d five
     init: str = "resnet50"         # start weights: file or name; QueryPose, or a ResNet, HRNet or Swin
-    # optimisation (Sec. 4.1: AdamW, rates, batch, 280k steps over 57k images; the last three: release)
+    # optimisation (Sec. 4.1: AdamW, rates, batch, 280k steps over COCO's 56,599 images; last three: release)
     epochs: int = 79               # passes over the training images; 40 are the 1× schedule of the ablations
     drop_epochs: str = "62,74"     # learning rate ×0.1 from each of these epochs on (220k, 260k); 1×: 31,37
     batch: int = 16                # images per optimiser step, over all GPUs and micro-batches
@@ -111,10 +115,10 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
     short_side: int = 800          # pixels of an image's shorter side, unless the longer gets too long
     long_side: int = 1333          # pixels of the longer side at most (release)
     multiscale: bool = True        # short sides of 0.6 to 1 of that, half of the time after a random crop
-    # who gets a pose
-    prune: bool = True             # AP is computed from poses that can be among the 20 best; light form only
-    matched: bool = False          # training computes poses of matched queries; not with --full --iterate
-    # aids to learn from nothing: ours, not the paper's; the presets of the paper do without them
+    # who gets a pose (where all queries do, the AP of boxes is computed, too)
+    prune: bool = True             # AP from poses that can be among the 20 best; not with --full --iterate
+    matched: bool = False          # train on poses of matched queries alone; not with --full --iterate
+    # aids to learn from scratch: ours, not the paper's; the presets of the paper do without them
     spread: bool = False           # boxes start spread out, of half the image's size; off: as the whole image
     schedule: str = "constant"     # constant or cosine
     ema: float = 0.0               # decay of the weight average that is evaluated; 0: the weights themselves
@@ -141,13 +145,14 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
 
 
 def _presets() -> dict[str, Config]:
-    """Backbones of Table 4, each in the paper's full form and in the light one of the released weights."""
+    """Backbones of Table 4. Without a suffix, r50 and swin_l have the paper's full form, the HRNets the light
+    one of their released weights; -full and -light are the others."""
     r50 = Config(eval_batch=1)                                  # padding would move the results a little
     w32 = replace(r50, backbone="hrnet_w32", frozen_norm=False, freeze=False, full=False,
                   init="pose_hrnet_w32_384x288.pth")            # heatmap pre-training (Sec. 4.3)
     w48 = replace(w32, backbone="hrnet_w48", init="pose_hrnet_w48_384x288.pth")
     swin = replace(w32, backbone="swin_l", full=True, init="swin_large_patch4_window7_224_22k.pth")
-    # minutes on a laptop, from nothing: small everything, all the aids, poses of matched queries alone
+    # minutes on a laptop, from scratch: light form, all small, all the aids, poses of matched queries alone
     tiny = Config(backbone="r26", frozen_norm=False, freeze=False, dim=80, heads=4, ffn=192, dynamic=24,
                   stages=2, queries=10, spread=True, pose_roi=8, convs=2, conv_width=96, full=False,
                   part_dim=64, matched=True, init="", epochs=10, batch=16, lr=1e-3, lr_backbone=1e-3,
@@ -216,10 +221,11 @@ class DynamicMLP(nn.Module):
 
 
 def box_level(boxes: Tensor) -> Tensor:
-    """The map that a box is pooled from: 0 (stride 4) below 112 px, 1 below 224, ...; boxes (R, 4) → (R,).
+    """The map that a box is pooled from: boxes (R, 4) → (R,), 0 for stride 4, ...
 
-    FPN's rule (Lin et al., CVPR 2017). A box that is not finite gets some map: the check of the losses is to
-    end the run, not an impossible index.
+    FPN's rule (Lin et al., CVPR 2017): 0 where the root of a box's area is below 112 px, 1 below 224, 2 below
+    448, else 3. A box that is not finite gets some map: the check of the losses is to end the run, not an
+    impossible index.
     """
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1).clamp(min=0).nan_to_num()
     return (4 + torch.log2(area.sqrt() / 224 + 1e-8)).floor().clamp(2, 5).long() - 2
@@ -239,16 +245,18 @@ def move_boxes(boxes: Tensor, delta: Tensor) -> Tensor:
 
 def image_of_rows(boxes: Tensor) -> Tensor:
     """Which image each of the R = B·Q boxes (B, Q, 4) is in: (R,)."""
-    return torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])
+    return torch.arange(boxes.shape[0], device=boxes.device).repeat_interleave(boxes.shape[1])
 
 
 class BoxStage(nn.Module):
     """One stage of the box decoder (Sec. 3.1, Fig. 2b):
 
         ROI_box = RoIAlign(maps, b)                   7 × 7 cells, from the map that suits the box's size
+                                                      (drawn in `roi_align_formula`)
         Q_I ← MHSA(Q_I)                               the Q queries of an image see each other
         Q_I ← DyMLP_channel(Q_I, ROI_box)             a query meets the features in its box
-        b ← Δ(Head_box(Q_I), b),   C̄ = σ(Head_cls(Q_I))                                               (eq. 1)
+        b ← Δ(Head_box(Q_I), b)                       the box moves and changes its size               (eq. 1)
+        C̄ = sigmoid(Head_cls(Q_I))                    the class score                              (Sec. 3.4)
 
     with norms around the sums and a feed-forward block, as in Sparse R-CNN.
     Takes    maps (B, C, h, w) of stride 4, 8, 16, 32;  queries (B, Q, C);  boxes (B, Q, 4)
@@ -270,8 +278,8 @@ class BoxStage(nn.Module):
         self.delta_tower, self.delta = nn.Sequential(*layer(), *layer(), *layer()), nn.Linear(dim, 4)
 
     def forward(self, maps: list[Tensor], queries: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rows = boxes.detach().flatten(0, 1)                                         # (R, 4)
-        roi = roi_align(maps, image_of_rows(boxes), rows, box_level(rows), self.bins)       # (R, bins², C)
+        box_rows = boxes.detach().flatten(0, 1)                                     # (R, 4)
+        roi = roi_align(maps, image_of_rows(boxes), box_rows, box_level(box_rows), self.bins)  # (R, bins², C)
         queries = self.norm1(queries + self.attention(queries))
         queries = self.norm2(queries + self.dynamic(queries.flatten(0, 1), roi).view_as(queries))
         queries = self.ffn(queries)
@@ -282,74 +290,75 @@ class BoxStage(nn.Module):
 
 # ---- Keypoint decoder: how the parts look at the features in a box (Sec. 3.2, Table 1) --------------------
 #
-# All of them: ROI (R, C, n, n), queries (R, M, D) → part embeddings E_P (R, M, D)
+# All of them: ROI (R, C, n, n), part queries (R, M, D) → part embeddings E_P (R, M, D). With --query instance
+# they get a linear view of the instance query as the only part query.
 
 
 class SPEGM(nn.Module):
-    """Spatial part embedding generation module (Sec. 3.2, Fig. 2c). It looks at no query:
+    """Spatial part embedding generation module (Sec. 3.2, Fig. 2c). No query has a say in it:
 
         U = ReLU(norm(deconv(ROI)))                   (R, C, 2n, 2n)
         A = softmax(conv(U))                          (R, M, 4n²): a map for each part, of sum 1
-        E_P = Linear(A ⊗ Uᵀ)                          (R, M, D): the features where the part looks
+        E_P = Linear(A Uᵀ), U as (C, 4n²)             (R, M, D): the features where the part looks
 
     The norm is a batch norm over all boxes of the batch; with `--matched` over the matched ones.
     """
 
-    def __init__(self, cfg: Config, parts: int):
+    def __init__(self, cfg: Config, num_parts: int):
         super().__init__()
         self.upsample = nn.ConvTranspose2d(cfg.dim, cfg.dim, 4, 2, 1, bias=False)
         self.norm = nn.BatchNorm2d(cfg.dim)
-        self.attention = nn.Conv2d(cfg.dim, parts, 3, padding=1)
+        self.attention = nn.Conv2d(cfg.dim, num_parts, 3, padding=1)
         self.out = nn.Linear(cfg.dim, cfg.part_dim)
 
-    def forward(self, roi: Tensor, queries: Tensor) -> Tensor:
+    def forward(self, roi: Tensor, part_queries: Tensor) -> Tensor:
         up = F.relu(self.norm(self.upsample(roi)), inplace=True)
-        attention = self.attention(up).flatten(2).softmax(-1)                       # A (R, M, cells)
-        return self.out(attention @ rearrange(up, "r c h w -> r (h w) c"))          # E_P
+        attention = self.attention(up).flatten(2).softmax(-1)                       # A (R, M, 4n²)
+        return self.out(attention @ rearrange(up, "r c h w -> r (h w) c"))          # E_P without Q_I
 
 
 class CrossAttention(nn.Module):
-    """The queries attend to the cells (Table 1, MHSA)."""
+    """The part queries attend to the cells (Table 1, MHSA)."""
 
-    def __init__(self, cfg: Config, parts: int):
+    def __init__(self, cfg: Config, num_parts: int):
         super().__init__()
         self.attention = nn.MultiheadAttention(cfg.part_dim, cfg.heads, kdim=cfg.dim, vdim=cfg.dim,
                                                batch_first=True)
 
-    def forward(self, roi: Tensor, queries: Tensor) -> Tensor:
+    def forward(self, roi: Tensor, part_queries: Tensor) -> Tensor:
         cells = rearrange(roi, "r c h w -> r (h w) c")
-        return self.attention(queries, cells, cells, need_weights=False)[0]
+        return self.attention(part_queries, cells, cells, need_weights=False)[0]
 
 
 class DynamicInteraction(nn.Module):
-    """The queries write the weights of layers over channels or over cells (Table 1, DyMLP)."""
+    """The part queries write the weights of layers over channels or over cells (Table 1, DyMLP)."""
 
-    def __init__(self, cfg: Config, parts: int):
+    def __init__(self, cfg: Config, num_parts: int):
         super().__init__()
         self.channel = cfg.interaction == "channel"
         dim, rows = (cfg.dim, cfg.pose_roi ** 2) if self.channel else (cfg.pose_roi ** 2, cfg.dim)
         self.dynamic = DynamicMLP(cfg.part_dim, dim, rows, cfg.dynamic, cfg.part_dim)
 
-    def forward(self, roi: Tensor, queries: Tensor) -> Tensor:
+    def forward(self, roi: Tensor, part_queries: Tensor) -> Tensor:
         x = rearrange(roi, "r c h w -> r (h w) c" if self.channel else "r c h w -> r c (h w)")
-        return self.dynamic(queries, x[:, None])
+        return self.dynamic(part_queries, x[:, None])
 
 
 class Pool(nn.Module):
     """The mean over all cells, the same for every part (Table 2b, baseline, there with one query)."""
 
-    def __init__(self, cfg: Config, parts: int):
+    def __init__(self, cfg: Config, num_parts: int):
         super().__init__()
         self.out = nn.Linear(cfg.dim, cfg.part_dim)
 
-    def forward(self, roi: Tensor, queries: Tensor) -> Tensor:
-        return self.out(roi.mean((2, 3)))[:, None].expand_as(queries)
+    def forward(self, roi: Tensor, part_queries: Tensor) -> Tensor:
+        return self.out(roi.mean((2, 3)))[:, None].expand_as(part_queries)
 
 
-def make_interaction(cfg: Config, parts: int) -> nn.Module:
+def make_interaction(cfg: Config, num_parts: int) -> nn.Module:
     kinds = dict(spegm=SPEGM, mhsa=CrossAttention, channel=DynamicInteraction, spatial=DynamicInteraction,
                  pool=Pool)
-    return kinds[cfg.interaction](cfg, parts)
+    return kinds[cfg.interaction](cfg, num_parts)
 
 
 # ---- Keypoint decoder: how part queries go from stage to stage (Sec. 3.3, Table 2a) -----------------------
@@ -360,7 +369,8 @@ class SIM(nn.Module):
 
         W_E, W_Q = Sigmoid(MLP(E_P + Q_P));   Q_P ← W_E * E_P + W_Q * Q_P                              (eq. 3)
 
-    E_P (R, M, D) of this stage; Q_P of the stage before, at the first one learned and (1, M, D).
+    E_P (R, M, D) of this stage; Q_P (R, M, D) of the stage before. The first stage takes the learned ones,
+    (1, M, D).
     """
 
     def __init__(self, dim: int):
@@ -368,10 +378,10 @@ class SIM(nn.Module):
         self.linear1, self.norm = nn.Linear(dim, dim // 4, bias=False), nn.LayerNorm(dim // 4)
         self.linear2 = nn.Linear(dim // 4, 2 * dim)
 
-    def forward(self, embedding: Tensor, parts: Tensor) -> Tensor:
-        gates = self.linear2(F.relu(self.norm(self.linear1(embedding + parts)))).sigmoid()
+    def forward(self, embedding: Tensor, part_queries: Tensor) -> Tensor:
+        gates = self.linear2(F.relu(self.norm(self.linear1(embedding + part_queries)))).sigmoid()
         new, old = gates.chunk(2, -1)                                               # W_E, W_Q
-        return new * embedding + old * parts                                        # eq. 3
+        return new * embedding + old * part_queries                                 # eq. 3
 
 
 class Ungated(nn.Module):
@@ -383,10 +393,10 @@ class Ungated(nn.Module):
         if kind == "concat":
             self.linear = nn.Linear(2 * dim, dim)
 
-    def forward(self, embedding: Tensor, parts: Tensor) -> Tensor:
+    def forward(self, embedding: Tensor, part_queries: Tensor) -> Tensor:
         if self.kind == "concat":
-            return self.linear(torch.cat([embedding, parts.expand_as(embedding)], -1))
-        return embedding + parts if self.kind == "sum" else embedding
+            return self.linear(torch.cat([embedding, part_queries.expand_as(embedding)], -1))
+        return embedding + part_queries if self.kind == "sum" else embedding
 
 
 # ---- Keypoint decoder (Sec. 3.1, eq. 2) -------------------------------------------------------------------
@@ -399,14 +409,16 @@ def keypoint_parts(skeleton: Skeleton, scheme: str) -> list[list[int]]:
     """Indices of the keypoints of each part, by their names (Fig. 4): what is no limb is the head.
 
     a every keypoint alone;  b the head together, the rest alone;  c head, shoulders, hips, arms and legs;
-    d head, and arms and legs with their shoulder or hip. Words may be longer than these: left_forefinger1.
+    d head, and arms and legs with their shoulder or hip. Words may be longer than these: left_forefinger1, or
+    lelbow, whose side counts where the skeleton pairs it with another.
     """
     parts: dict[object, list[int]] = {}
     for k, name in enumerate(skeleton.keypoints):
         read = words(name)
         limb = next((limb for limb, joints in LIMBS.items()
                      if any(joint in word for joint in joints for word in read)), "head")
-        side = next((word[0] for word in read if word in ("left", "right", "l", "r")), "")
+        glued = read[0][0] if skeleton.flip and skeleton.flip[k] != k else ""
+        side = next((word[0] for word in read if word in SIDES), glued)
         if scheme == "d":
             limb = dict(shoulders="arm", hips="leg").get(limb, limb)
         alone = scheme == "a" or scheme == "b" and limb != "head"
@@ -435,15 +447,14 @@ class KeypointStage(nn.Module):
 
         ROI_pose = RoIAlign(P_2, b)                   14 × 14 cells of the finest map, then 3×3 convolutions
         Q_I ← FFN(DyMLP_channel(Q_I, ROI_pose))       in the full form (Fig. 3b)
-        E_P = SPEGM(ROI_pose)                         each part looks where it wants
+        E_P = SPEGM(ROI_pose) + Linear_m(Q_I)         each part looks where it wants; the sum is the release's
         Q_P ← SIM(Q_P, E_P)                           what earlier stages knew comes in (eq. 3)
         Q_P ← MHSA(Q_P)                               the M parts of one person see each other
         μ̂, σ̂ = Linear(Q_P)                            one layer per part                             (eq. 2)
 
     Takes    finest map P_2 (B, C, h, w);  image (R,) of each box (R, 4);  queries Q_I (R, C);
-             parts Q_P (R, M, D) or (1, M, D)
-    Returns  keypoints and sigmas (R, K, 2), relative to the box; the new queries and parts
-    As released: E_P is the sum of what SPEGM gives and of a linear view of Q_I, another one for each part.
+             part queries Q_P (R, M, D) or (1, M, D)
+    Returns  keypoints and sigmas (R, K, 2), relative to the box; the new queries and part queries
     """
 
     def __init__(self, cfg: Config, parts: list[list[int]]):
@@ -456,7 +467,7 @@ class KeypointStage(nn.Module):
         if cfg.full:
             self.dynamic = DynamicMLP(dim, dim, cfg.pose_roi ** 2, cfg.dynamic, dim)
             self.query_norm, self.query_ffn = nn.LayerNorm(dim), FeedForward(dim, cfg.ffn)
-        self.residual = nn.ModuleList(nn.Linear(dim, part_dim) for _ in parts)
+        self.residual = nn.ModuleList(nn.Linear(dim, part_dim) for _ in parts)      # Linear_m
         self.look = make_interaction(cfg, len(parts))
         self.update = SIM(part_dim) if cfg.update == "sim" else Ungated(cfg.update, part_dim)
         self.attention, self.norm = SelfAttention(part_dim, cfg.heads), nn.LayerNorm(part_dim)
@@ -474,19 +485,19 @@ class KeypointStage(nn.Module):
         return x
 
     def forward(self, finest: Tensor, image: Tensor, boxes: Tensor, queries: Tensor,
-                parts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                part_queries: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         roi = self.roi(finest, image, boxes)
         if self.full:
             cells = rearrange(roi, "r c h w -> r (h w) c")
             queries = self.query_ffn(self.query_norm(queries + self.dynamic(queries, cells)))
         view = torch.stack([layer(queries) for layer in self.residual], 1)      # of Q_I, per part (R, M, D)
-        asking = view if self.query == "instance" else parts.expand_as(view)    # SPEGM does not ask
+        asking = view if self.query == "instance" else part_queries.expand_as(view)
         embedding = self.look(roi, asking) + view                               # E_P
-        parts = self.update(embedding, parts)                                   # SIM
-        parts = self.ffn(self.norm(parts + self.attention(parts)))              # MHSA
-        pose = (head(x) for head, x in zip(self.heads, parts.unbind(1)))        # Linear
+        part_queries = self.update(embedding, part_queries)                     # SIM
+        part_queries = self.ffn(self.norm(part_queries + self.attention(part_queries)))     # MHSA
+        pose = (head(x) for head, x in zip(self.heads, part_queries.unbind(1)))             # Linear
         keypoints, sigmas = (torch.cat(x, 1)[:, self.order] for x in zip(*pose))
-        return keypoints, sigmas, queries, parts                                # eq. 2
+        return keypoints, sigmas, queries, part_queries                         # eq. 2
 
 
 # ---- The model (Fig. 2, Fig. 3) ---------------------------------------------------------------------------
@@ -532,26 +543,28 @@ class QueryPose(nn.Module):
         """Images (B, 3, H, W), normalised, of sizes (B, 2) (w, h) before padding → what each stage says.
 
         Q_I runs through box and keypoint stages in turn, Q_P through keypoint stages (Fig. 3b). No gradient
-        goes from the boxes of a stage into the stage before, nor from poses into boxes.
+        goes from the boxes of a stage into those of the stage before, nor from poses into boxes; through Q_I
+        the loss of poses does reach the box stages.
+        choose: which queries need a pose, for `--matched`; not for --full --iterate. None: all of them
         """
         maps = self.neck(self.backbone(images))
-        boxes, queries = self.first_boxes(sizes), self.queries.expand(len(images), -1, -1)
-        if choose and not plain():
-            # fast form: 3.6 times as fast where a quarter of the queries needs a pose; a step of tiny 1.5
+        boxes, queries = self.first_boxes(sizes), self.queries.expand(images.shape[0], -1, -1)
+        if choose:                  # no fast form of what follows: in training SPEGM's norm sees other boxes
             return pose_chosen(self, maps, boxes, queries, choose)
 
-        outputs, parts, image = [], self.parts[None], image_of_rows(boxes)
+        outputs, part_queries, image = [], self.parts[None], image_of_rows(boxes)
         for box_stage, keypoint_stage in zip(self.box_stages, self.keypoint_stages):
             queries, logits, boxes = box_stage(maps, queries, boxes)                                # eq. 1
-            rows = boxes.detach().flatten(0, 1), queries.flatten(0, 1)
-            keypoints, sigmas, updated, new_parts = keypoint_stage(maps[0], image, *rows, parts)    # eq. 2
+            box_rows, query_rows = boxes.detach().flatten(0, 1), queries.flatten(0, 1)
+            keypoints, sigmas, updated, new_part_queries = keypoint_stage(                          # eq. 2
+                maps[0], image, box_rows, query_rows, part_queries)
             pose = (x.unflatten(0, logits.shape) for x in (keypoints, sigmas))
             outputs.append(Output(logits, boxes, *pose))
             boxes = boxes.detach()
             if self.cfg.iterate:                                    # Fig. 3b
                 queries = updated.view_as(queries)
             if self.cfg.update != "none":                           # Table 2a
-                parts = new_parts
+                part_queries = new_part_queries
         return outputs
 
 
@@ -586,7 +599,8 @@ def box_distance(boxes: Tensor, people: People) -> Tensor:
 
 
 def match_cost(logits: Tensor, boxes: Tensor, people: People) -> Tensor:
-    """Cost of giving a query to a person, (B, Q, P): 2·class + 5·L1 − 2·GIoU. The pose has no say."""
+    """Cost of giving a query to a person, (B, Q, P), as released: 2·class + 5·L1 − 2·GIoU,
+    where class is the change of L_cls. The pose has no say."""
     p, boxes = logits.float().sigmoid().unsqueeze(-1), boxes.float().unsqueeze(-2)
     focal = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.75 * p ** 2 * -(1 - p + 1e-8).log()
     return 2 * focal + 5 * box_distance(boxes, people) - 2 * generalized_iou(boxes, people.boxes)
@@ -617,10 +631,10 @@ def focal_loss(logits: Tensor, positive: Tensor) -> Tensor:
 
 
 def pose_in_box(boxes: Tensor, people: People) -> tuple[Tensor, Tensor]:
-    """The targets μ_g of eq. 4: the people's keypoints in boxes (P, 4), one for each, in sizes of the box and
-    seen from its centre, (P, K, 2); and (P, K), 1 where labelled and in the box: the others have no loss.
+    """The targets μ_g of eq. 4: keypoints of N people in boxes (N, 4), one for each, in sizes of the box and
+    seen from its centre, (N, K, 2); and (N, K), 1 where labelled and in the box: the others have no loss.
 
-    A box without width has it at 1/1000 pixel.
+    Sides below 1/1000 pixel count as that.
     """
     corner, size = boxes[:, None, :2], (boxes[:, None, 2:] - boxes[:, None, :2]).clamp(min=1e-3)
     fraction = (people.keypoints - corner) / size
@@ -630,7 +644,8 @@ def pose_in_box(boxes: Tensor, people: People) -> tuple[Tensor, Tensor]:
 def likelihood_loss(mu: Tensor, sigma: Tensor, target: Tensor, visible: Tensor, log_prob: Callable) -> Tensor:
     """Residual log-likelihood estimation: −log P(x | ROI_pose) of each coordinate at x = μ_g          (eq. 4)
 
-        x = x̄ σ̂ + μ̂  with x̄ ~ P_φ, the flow's density;  so  P(x) = P_φ(x̄) / σ̂                (Sec. 3.4)
+        x = x̄ σ̂ + μ̂  with x̄ ~ P_φ, the flow's density                                         (Sec. 3.4)
+        so, for one coordinate, P(x) = P_φ(x̄) / σ̂
         −log P = [log σ̂ − log P_φ(x̄)] + [log(σ̂ √(2π)) + |x − μ̂| / (√2 σ̂)]
 
     Why two brackets: a flow that has not learned yet would pull the poses anywhere. So RLE (Li et al., ICCV
@@ -638,11 +653,11 @@ def likelihood_loss(mu: Tensor, sigma: Tensor, target: Tensor, visible: Tensor, 
     while the flow learns what is left to explain. The fixed one is a Laplace density of scale √2 σ̂ but for a
     constant, which no gradient sees: with a Gaussian's √(2π) in place of 2√2 it sums to 2/√π = 1.13.
 
-    Takes    mu, sigma, target (P, K, 2) relative to the box;  visible (P, K);  log_prob (..., 2) → (...)
-    Returns  (P, K, 2), 0 where not visible; may be negative, as a density may exceed 1
-    As released: x̄ = (μ̂ − x) / σ̂, where x = x̄ σ̂ + μ̂ has (x − μ̂) / σ̂; the flow learns the mirrored
-    density, as the released ones have. P_φ is one density of both coordinates, and counts once for each of
-    them; log σ̂ counts in both brackets.
+    Takes    mu, sigma, target (N, K, 2) relative to the box;  visible (N, K);  log_prob (..., 2) → (...)
+    Returns  (N, K, 2), 0 where not visible; may be negative, as a density may exceed 1
+    As released: x̄ has the other sign, (μ̂ − x) / σ̂, so the flow learns the density of −x̄. P_φ is that of
+    both coordinates together, and counts whole for each of them. log σ̂ counts in both brackets. The 1e-9 is
+    the release's, against a division by 0.
     """
     sigma = sigma.clamp(min=SMALLEST_SIGMA)
     # what is not visible sits at μ̂: 0 times a number that is not finite would not be 0
@@ -665,18 +680,20 @@ def stage_losses(output: Output, pairs: Pairs, people: People, log_prob: Callabl
                 giou=(1 - generalized_iou(boxes, true.boxes)).sum(), kps=likelihood.sum() / mu.shape[-2])
 
 
-def criterion(outputs: list[Output], people: list[People], log_prob: Callable) -> dict[str, Tensor]:
+def criterion(outputs: list[Output], people: list[People], log_prob: Callable,
+              pairs: list[Pairs] | None = None) -> dict[str, Tensor]:
     """All weighted loss terms by their names in the release, to be summed: L_total = L_QI + L_QP (Sec. 3.4).
 
     For every stage (_0, _1, ..., the last without suffix), matched on its own, per person of the batch:
-    L_QI = 2·L_cls + 5·L_L1 + 2·L_giou, and L_QP, the mean of eq. 4 over the K keypoints, visible or not.
-    Computed in float32. No people give 0 with a zero gradient, but for L_cls.
+    L_QI = 2·L_cls + 5·L_L1 + 2·L_giou, and L_QP, the sum of eq. 4 over both coordinates of the keypoints that
+    are labelled and in the box, divided by K. Computed in float32. No people give 0 with a zero gradient, but
+    for L_cls. pairs: those of `match`, where it has been called already
     """
     everybody, losses = gather_people(people), {}
     count = mean_over_ranks(torch.tensor(float(len(everybody)), device=everybody.boxes.device)).clamp(min=1)
-    for s, (output, pairs) in enumerate(zip(outputs, match(outputs, people)), 1):
+    for s, (output, matched) in enumerate(zip(outputs, pairs or match(outputs, people)), 1):
         suffix = "" if s == len(outputs) else f"_{s - 1}"
-        for term, value in stage_losses(output, pairs, everybody, log_prob).items():
+        for term, value in stage_losses(output, matched, everybody, log_prob).items():
             losses[f"loss_{term}{suffix}"] = WEIGHTS[term] * value / count
     return losses
 
@@ -701,7 +718,7 @@ def to_prediction(output: Output, image_id: int | str, input_px: tuple, size_px:
     """The queries of one image, without the dimension B, as people in its pixels; sizes are (w, h).
 
     There is no NMS and no threshold: most have a score near 0. Left out are queries without a pose, and those
-    with nothing of their box in the image. Half a pixel less: the targets had it more (`people_to_learn`).
+    with nothing of their box in the image. The half pixel that `people_to_learn` adds is subtracted.
     """
     scale = np.divide(size_px, input_px)
     keypoints = keypoints_px(output.keypoints, output.boxes).numpy() * scale - 0.5
@@ -741,30 +758,30 @@ def predict(model: QueryPose, batch: dict, best: bool = False) -> list[Predictio
     """
     people, output = [], detect(model, batch["images"], best)
     for i, picture in enumerate(batch["images"]):
-        one = Output(*(x[i] for x in output))
-        people.append(to_prediction(one, batch["image_ids"][i], picture.shape[:0:-1], batch["sizes_px"][i]))
+        one, size = Output(*(x[i] for x in output)), picture.shape[:0:-1]               # (w, h)
+        people.append(to_prediction(one, batch["image_ids"][i], size, batch["sizes_px"][i]))
     return people
 
 
 def evaluate(model: QueryPose, data: PoseDataset, cfg: Config, ranks: Ranks) -> tuple[dict, list[Prediction]]:
     """Metrics and predictions of a dataset; the images are shared among the processes, all get the result.
 
-    APM and APL judge people by their boxes, as the release is scored. With `--no-prune` every query has a pose,
-    and there is the AP of boxes (Table 3), which wants them all.
-    Departs from the release: it passes results through a soft-NMS that takes boxes' lower sides for scores.
-    Many boxes end with a negative height, and COCO's evaluation ignores such poses instead of counting them
-    as wrong. The published AP with a star (W32 72.3, W48 73.4), and with it the paper's, seems made that way;
-    from a plain evaluation as here expect the one without (69.8, 71.0).
+    APM and APL judge people by their boxes, as the release is scored. Where every query has a pose, in the
+    full form or with `--no-prune`, there is the AP of boxes (Table 3), too.
+    Departs from the release, which passes results through a soft-NMS that takes the y2 of boxes for scores.
+    Many boxes then have a negative height, and COCO's evaluation ignores those of them that match nobody
+    instead of counting them as wrong. Its README has two columns: AP with a star, 72.3 (W32) and 73.4 (W48),
+    which like the paper's seems made that way, and without, 69.8 and 71.0, as is to be expected here.
     """
-    # fast form: COCO counts 20 people of an image. Poses of those alone who can be among them give the same AP,
-    # 3.6 times as fast where 25 of 100 can
+    # fast form: COCO counts 20 people of an image. Poses of those alone who can be among them give the same
+    # AP, 3.6 times as fast where 25 of 100 can (docs/results.md)
     best = cfg.prune and not (cfg.full and cfg.iterate) and data.metric != "posetrack" and not plain()
     found = predict_all(partial(predict, fuse(model), best=best), data, partial(input_image, cfg=cfg),
                         cfg.eval_batch, cfg.workers, ranks, join=list)
-    return metrics.evaluate(found, data, boxes=not cfg.prune, areas_of_boxes=True), found
+    return metrics.evaluate(found, data, boxes=not best, areas_of_boxes=True), found
 
 
-# ---- Data (Sec. 4.1): aspect ratio kept, short side 480 to 800, random crops, ImageNet normalisation ------
+# ---- Data (Sec. 4.1): mirrored or not, random crops, short side 480 to 800, ImageNet normalisation --------
 
 
 def input_size(size: tuple[int, int], short_side: int, longest: float = math.inf) -> tuple[int, int]:
@@ -783,12 +800,12 @@ def input_image(image: Image.Image, cfg: Config) -> Tensor:
 
 def people_to_learn(sample: Sample) -> Sample:
     """Without crowd regions and boxes outside of the image; people without keypoints stay. Keypoints get half
-    a pixel more: from now on the first column's centre is 0.5."""
+    a pixel more: from now on the first column's centre is 0.5. A clip's neighbouring frames are not used."""
     boxes = sample.boxes.clip(0, np.tile(np.float32(sample.size), 2))
     keep = ~sample.iscrowd & (boxes[:, 2:] > boxes[:, :2]).all(1)
     shifted = sample.keypoints + np.float32([0.5, 0.5, 0])
     return replace(sample, keypoints=shifted[keep], boxes=boxes[keep], areas=sample.areas[keep],
-                   iscrowd=sample.iscrowd[keep])
+                   iscrowd=sample.iscrowd[keep], frames=(), track_ids=None)
 
 
 def hide_outside(sample: Sample, x: int, y: int, w: int, h: int) -> Sample:
@@ -799,7 +816,7 @@ def hide_outside(sample: Sample, x: int, y: int, w: int, h: int) -> Sample:
 
 def augment(sample: Sample, cfg: Config, rng: np.random.Generator) -> Sample:
     """Crop half of the images, resize. For `short_side` 800 with the lengths of the release: short sides 480,
-    512, ..., 800; before a crop 400, 500 or 600; sides of crops 384 to 600."""
+    512, ..., 800; before a crop 400, 500 or 600; sides of crops 384 to 600. Others are in proportion."""
     full = cfg.short_side
     if not cfg.multiscale:
         return transforms.resize(sample, input_size(sample.size, full, cfg.long_side))
@@ -809,7 +826,7 @@ def augment(sample: Sample, cfg: Config, rng: np.random.Generator) -> Sample:
         window = [int(rng.integers(full * 12 // 25, min(side, full * 3 // 4) + 1)) for side in sample.size]
         corner = [int(rng.integers(0, side - length + 1)) for side, length in zip(sample.size, window)]
         sample = transforms.crop(hide_outside(sample, *corner, *window), *corner, *window)
-    short_side = int(rng.choice(range(full * 3 // 5, full + 1, 32)))
+    short_side = full * int(rng.choice(range(15, 26))) // 25
     return transforms.resize(sample, input_size(sample.size, short_side, cfg.long_side))
 
 
@@ -883,8 +900,8 @@ def train(cfg: Config, args) -> None:
     optimizer = build_optimizer(model, cfg)
     fp16 = cfg.amp == "fp16" and ranks.device.type == "cuda"        # else the scaler is idle
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=fp16)
-    parts = dict(model=model, optimizer=optimizer, scaler=scaler) | (dict(ema=average) if average else {})
-    run = Run("querypose", cfg, args, ranks, data, held_out, parts)
+    contents = dict(model=model, optimizer=optimizer, scaler=scaler) | (dict(ema=average) if average else {})
+    run = Run("querypose", cfg, args, ranks, data, held_out, contents)      # contents of its checkpoints
     net, train_set = distribute(model, ranks), data.training()
 
     for epoch in run.epochs():
@@ -897,12 +914,14 @@ def train(cfg: Config, args) -> None:
             images = images.to(ranks.device, non_blocking=True, memory_format=torch.channels_last)
             people = [one.to(ranks.device) for one in people]
             run.show_batch(images, people, normalised=True)         # train_batch.png
-            choose = partial(matched_queries, people=people) if cfg.matched else None
+            pairs = []                                              # filled by `matched_queries`
+            choose = partial(matched_queries, people=people, pairs=pairs) if cfg.matched else None
 
             with autocast(ranks.device, cfg.amp):
                 outputs = net(images, sizes.to(ranks.device), choose)
-            losses = criterion(outputs, people, model.flow.log_prob)
-            losses["unused"] = 0 * model.parts.sum()                # several processes wait for its gradient
+            losses = criterion(outputs, people, model.flow.log_prob, pairs)
+            # DDP waits for a gradient of every parameter, and with --update none SPEGM has none for Q_P
+            losses["unused"] = 0 * model.parts.sum()
             scaler.scale(sum(losses.values()) / cfg.accum).backward()
             if run.more_micro_batches(losses):
                 continue
@@ -931,18 +950,22 @@ EQUATIONS = {           # equation, section or figure of the paper → where it 
     "eq. 1": BoxStage, "eq. 1, DyMLP": DynamicMLP, "eq. 1, Δ": move_boxes, "eq. 2": KeypointStage,
     "eq. 3": SIM, "eq. 4": likelihood_loss, "eq. 4, μ_g": pose_in_box, "Sec. 3.1, Fig. 3": QueryPose.forward,
     "Sec. 3.2, A and E_P": SPEGM, "Sec. 3.4, x = x̄ σ̂ + μ̂": likelihood_loss, "Sec. 3.4, matching": match,
+    "Sec. 3.4, L_cls": focal_loss, "Sec. 3.4, L_L1": box_distance, "Sec. 3.4, L_giou": generalized_iou,
     "Sec. 3.4, L_QI and L_total": criterion, "Sec. 3.4, pose score": pose_scores, "Fig. 4": keypoint_parts,
     "Sec. 4.1": train,
 }
 
-# Rows of the paper's tables: what, AP in the paper, flags of the paper's preset, flags of the tiny preset, which
-# is in the light form unless they say --full. The command of a row:
+# Rows of the paper's tables: what, AP in the paper, flags of the paper's preset, flags of the tiny preset,
+# which is in the light form unless they say --full. versus: the row, from 1, that it is compared with; default:
+# the paper's choice in this table; more: further columns. The command of a row:
 #
 #     python querypose.py --train --data data/coco --preset <table's preset> <table's flags> <row's flags>
 #
-# Open in the paper, and assumed here. An instance query is one part with all keypoints; what asks is a linear view
-# of Q_I. Table 1 is without iteration of part queries: its last row has the figures of Table 2a's None. The
-# baseline of Table 2b regresses all keypoints from one vector, the mean of ROI_pose after its convolutions.
+# Open in the paper, and assumed here. An instance query is one part with all keypoints; what asks is a linear
+# view of Q_I. Table 1 is without iteration of part queries: its last row has the figures of Table 2a's None.
+# The baseline of Table 2b regresses all keypoints from one vector: the mean of ROI_pose after the convolutions
+# plus the view of Q_I. So + SPEGM goes from one vector for all parts to a map for each part. All rows of both
+# tables keep the convolutions, the view of Q_I, and what follows E_P.
 # Not here: Table 5, measured by COCO's server on annotations that are not public.
 ONE_TIME = "--epochs 40 --drop_epochs 31,37"                    # the 1× schedule (Sec. 4.2)
 POOLED = "--query instance --interaction pool --update none"
@@ -990,17 +1013,14 @@ TABLES = {
             Row("(c) 7 parts: what is rigid together", 64.9, versus=1, default=True),
             Row("(d) 5 parts: head and four limbs", 64.5, **same("--scheme d"), versus=3)]),
     "3": Table(
-        "Way of the instance query (Fig. 3)", preset="r50", flags=ONE_TIME, puppets="--no-matched",
-        metric="AP", rows=[
-            Row("(a) through the box decoders alone, as its caption says", 64.1, "--no-full", ""),
+        "Way of the instance query (Fig. 3)", preset="r50", flags=f"{ONE_TIME} --no-prune",
+        puppets="--no-matched --no-prune", metric="AP", rows=[
+            Row("(a) through the box decoders alone, as its caption says", 64.1, "--no-full", "",
+                more=dict(box_AP=55.3)),
             Row("(a) read otherwise: the keypoint decoder updates it for itself", 64.1, "--no-iterate",
-                "--full --no-iterate"),
-            Row("(b) through both in turn", 64.9, "", "--full", versus=1, default=True)]),
-    "3box": Table(
-        "The same, AP of boxes", preset="r50", flags=f"{ONE_TIME} --no-prune",
-        puppets="--no-matched --no-prune", metric="box_AP", rows=[
-            Row("(a) through the box decoders alone", 55.3, "--no-full", ""),
-            Row("(b) through both in turn", 56.9, "", "--full", versus=1, default=True)]),
+                "--full --no-iterate", more=dict(box_AP=55.3)),
+            Row("(b) through both in turn", 64.9, "", "--full", versus=1, default=True,
+                more=dict(box_AP=56.9))]),
     "4": Table(
         "COCO mini-val; the paper's evaluation seems to be the release's, see `evaluate`", preset="r50",
         metric="AP", rows=[
@@ -1016,34 +1036,43 @@ TABLES = {
 }
 
 # Departures. Each: what: paper | release | here | why ("weights": the released ones need it; "recipe": it is
-# training alone, as the release does)
+# training alone, as the release does). "–": nothing is said, or done
 #
 # eq. 1 and 2, after MHSA and DyMLP: – | norms and feed-forward blocks | release | weights
 # eq. 2, Linear: linear | coordinates are W x / |x| + b | release | weights
-# eq. 4, x̄: (x − μ̂) / σ̂ | (μ̂ − x) / σ̂ | release | weights: the flow is not symmetric
+# eq. 3, MLP: no sizes | D → D/4, LayerNorm, ReLU → 2D | release | weights
+# eq. 4, sign of x̄: (x − μ̂) / σ̂ | (μ̂ − x) / σ̂ | release | weights: the flow is not symmetric
 # eq. 4, shares: – | P_φ counts for each coordinate, log σ̂ in both brackets | release | recipe
+# eq. 4, divisor: – | K, labelled or not, times the people of the batch | release | recipe
 # eq. 4, σ̂: – | down to 0, where the loss is infinite | at least 1e-6 of the box | a sigmoid can underflow
 # Sec. 3.2, stacked 3×3 convolutions: no number | six, 512 wide | release | weights
 # Sec. 3.2, E_P: of ROI_pose alone | plus a linear view of Q_I for each part | release | weights
 # Fig. 3b, how Q_I is updated: – | FFN(DyMLP_channel(Q_I, ROI_pose)) | release | its later code updates
 #     matched queries in training, and none in prediction; here all of them always, as in its first code
-# Fig. 3, the form: full | light in the weights, full in the later code | both | weights
+# Fig. 3, the form: full | light in its weights, full by default in its later code | a field, --full | weights
 # Table 1, MHSA: – | no code | part queries attend to the cells (cross-attention) | the words allow it
 # Table 1, IQ: instance query | no code | a linear view of it, as wide as a part query | so are the heads
+# Table 1, DyMLP: – | no code | inner width and layers of the box stage's | the same module
+# Table 2a, concatenation: – | no code | a linear layer of both | the words allow it
 # Sec. 3.4, first boxes: – | learned, whole images at the start | release | recipe
+# Sec. 3.4, matching: costs – | 2·focal + 5·L1 − 2·GIoU | release | recipe
+# Sec. 3.4, L_cls: focal | α 0.25, γ 2; summed over all queries, divided by people | release | recipe
+# Sec. 3.4, pose score: σ̂_k ∈ R² | the mean of its x and y | release | a score is one number
+# Sec. 4.1, Swin-L: – | stochastic depth 0.2 | release | recipe
 # Sec. 4.1, who has a pose in training: all | later code: matched queries, whose part queries go on by their
 #     position in the list | all, or with --matched matched ones; part queries stay with their query | memory
 #     and time; SPEGM's norm then sees matched boxes alone
 # Sec. 4.1, batch norm: – | of each GPU's 2 images | of all GPUs' images (SyncBatchNorm) | 2 images say
 #     little; one GPU, or a process on a CPU, has that of its micro-batch
-# Sec. 4.1, batch norm of HRNet: – | learns | release; --frozen_norm keeps its statistics | recipe
-# Sec. 4.1, schedule: 280k steps (2×), ablations 1× | R50 140k, others 280k | paper, as epochs of 57k images | –
+# Sec. 4.1, batch norm of HRNet: – | learns, normalises by each batch | release; --frozen_norm: it is constant | recipe
+# Sec. 4.1, schedule: 280k steps (2×), ablations 1× | R50 140k, others 280k | paper, in epochs | paper's own
 # Sec. 4.1, images: 57k | 64k, also those in which nobody has a keypoint | paper | no pose to learn from
 # Sec. 4.1, batches: – | wide and high images apart | mixed | one order of images for all methods
 # Sec. 4.1, clip, decay, warm-up: – | 1.0, 1e-4, 1000 steps from 1/100 | release | recipe
-# micro-batches: – | none | each divided by its own people: --accum 2 is not exactly the batch's gradient | –
+# micro-batches: – | none | each divided by its own people: --accum 2 is not exactly the batch's gradient |
+#     how many people the next ones have is not known yet
 # Sec. 4.1, evaluation: – | results pass a misused soft-NMS | plain | see `evaluate`
-# Table 6, parts of 14 keypoints: – | no code | seven, by their names: head and neck are one | –
+# Table 6, parts of 14 keypoints: – | no code | seven, by their names: head and neck are one | the paper's number
 
 # ---- Appendix: necks, RoIAlign, flow, fast forms, released names, pictures, summary. Not needed at first.
 
@@ -1106,8 +1135,8 @@ def roi_align(maps: list[Tensor], image: Tensor, boxes: Tensor, level: Tensor, b
     Takes    maps (B, C, h, w) of stride 4, 8, ...;  image, level (R,) say whose map a box (R, 4) lies on
     Returns  (R, bins², C), row by row. Gradients go to the maps, not to the boxes
     """
-    # the fast form is 7 to 31 times as fast with gradients, a training step of tiny 1.6 times
-    form = roi_align_formula if plain() else roi_align_bag
+    # the fast form keeps no samples for the backward pass; `flops` has no numbers, which the formula needs
+    form = roi_align_formula if plain() and not boxes.is_meta else roi_align_bag
     return form(maps, image, boxes.detach(), level, bins)
 
 
@@ -1132,16 +1161,16 @@ def bilinear(x: Tensor, image: Tensor, u: Tensor, v: Tensor) -> Tensor:
 def roi_align_formula(maps: list[Tensor], image: Tensor, boxes: Tensor, level: Tensor, bins: int) -> Tensor:
     """A bin is the mean of four samples, at 1/4 and 3/4 of its sides, each read between four cells of the map:
 
-        ·   ·   ·   ·   ·       ·  cells of the map
-          ┌───────────┐
-          │  +     +  │         +  samples of one bin of a box
+        ·   ·   ·   ·   ·       ·  centres of the map's cells
+          ┌───────────┐         the frame is one bin, of bins × bins in the box
+          │  +     +  │         +  its four samples
         · │ ·   ·   · │ ·
           │  +     +  │
           └───────────┘
         ·   ·   ·   ·   ·
     """
     fraction = torch.arange(0.5, 2 * bins, device=boxes.device, dtype=boxes.dtype) / (2 * bins)
-    out = boxes.new_zeros(len(boxes), 2 * bins, 2 * bins, maps[0].shape[1])
+    out = boxes.new_zeros(boxes.shape[0], 2 * bins, 2 * bins, maps[0].shape[1])
     for l, x in enumerate(maps):
         rows = (level == l).nonzero().squeeze(1)
         low, high = (boxes[rows] / (4 * 2 ** l) - 0.5).unflatten(1, (2, 2)).unbind(1)     # corners in cells
@@ -1255,15 +1284,15 @@ def box_stages_first(model: QueryPose, maps: list[Tensor], boxes: Tensor,
 def pose_rows(model: QueryPose, finest: Tensor, queries: list[Tensor], found: list[Output],
               rows: Tensor) -> list[Output]:
     """`found` with poses of rows (R,) of the B·Q queries. A query keeps its part queries all the way."""
-    parts, outputs, image = model.parts[None], [], image_of_rows(found[0].boxes)[rows]
+    part_queries, outputs, image = model.parts[None], [], image_of_rows(found[0].boxes)[rows]
     for keypoint_stage, q_i, one in zip(model.keypoint_stages, queries, found):
         chosen = one.boxes.detach().flatten(0, 1)[rows], q_i.flatten(0, 1)[rows]
-        keypoints, sigmas, _, new_parts = keypoint_stage(finest, image, *chosen, parts)
+        keypoints, sigmas, _, new_part_queries = keypoint_stage(finest, image, *chosen, part_queries)
         pose = (empty.to(x.dtype).flatten(0, 1).index_copy(0, rows, x).view_as(empty)
                 for empty, x in zip(one[2:], (keypoints, sigmas)))
         outputs.append(Output(one.logits, one.boxes, *pose))
         if model.cfg.update != "none":
-            parts = new_parts
+            part_queries = new_part_queries
     return outputs
 
 
@@ -1279,10 +1308,14 @@ def pose_chosen(model: QueryPose, maps: list[Tensor], boxes: Tensor, queries: Te
     return pose_rows(model, maps[0], every, found, rows)
 
 
-def matched_queries(outputs: list[Output], people: list[People]) -> Tensor:
-    """(B, Q) True where a query is matched in any stage: poses are learned from these alone."""
+def matched_queries(outputs: list[Output], people: list[People], pairs: list[Pairs]) -> Tensor:
+    """(B, Q) True where a query is matched in any stage: poses are learned from these alone.
+
+    The pairs of each stage are appended to `pairs`, for the losses of the same step.
+    """
     needed = torch.zeros_like(outputs[0].logits, dtype=torch.bool)
-    for image, query, _ in match(outputs, people):
+    pairs += match(outputs, people)
+    for image, query, _ in pairs:
         needed[image, query] = True
     return needed
 
@@ -1361,6 +1394,16 @@ def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config) -> dict:
     """RGB pictures of any size → what `predict` takes."""
     return dict(images=[input_image(picture, cfg) for picture in pictures], image_ids=image_ids,
                 sizes_px=[picture.size for picture in pictures])
+
+
+def exported(model: QueryPose) -> Exported:
+    """What goes into the file of eval.py --export."""
+    return Exported(
+        lambda images, sizes: model(images, sizes)[-1]._asdict(),
+        lambda batch: dict(zip(("images", "sizes"), pad_images(batch["images"]))),
+        RESIZED.format(model.cfg.short_side, model.cfg.long_side) + "sizes: w, h before the zeros",
+        "score of a person = sigmoid(logits) * mean(1 - sigmas); in resized pixels a keypoint is "
+        "(keypoints + 0.5) * (x2 - x1, y2 - y1) + (x1, y1) of its box; then undo the resizing and take 0.5 off")
 
 
 TRUNK, BOX_STAGE, KEYPOINT_STAGE = (rf"^{part}\." for part in (

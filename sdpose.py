@@ -81,6 +81,7 @@ from common.boxes import Boxes, Found, people_to_learn, true_boxes, whole_image
 from common.cli import RunConfig, check_choice, check_range, resolve, run_method
 from common.datasets import PoseDataset
 from common.errors import UserError
+from common.export import Exported
 from common.oks import oks_nms, rescore
 from common.predict import people_by_image, predict_people, train_loader
 from common.ranks import (Ranks, autocast, distribute, gather_lists, init_ranks, mean_over_ranks,
@@ -527,7 +528,7 @@ def average_heatmaps(model: SDPose, crops: Tensor, noise: Tensor | None = None) 
         maps = model.heatmaps(model.encode(views, noise)).float()
     if not both:
         return maps
-    straight, mirrored = maps.chunk(2)
+    straight, mirrored = maps.unflatten(0, (2, -1))
     return (straight + mirrored[:, list(flip)].flip(3)) / 2
 
 
@@ -962,7 +963,7 @@ class Attention(nn.Module):
         context = x if context is None else context
         q, k, v = (rearrange(project(tokens), "b n (m d) -> b m n d", m=self.heads) for project, tokens in
                    ((self.to_q, x), (self.to_k, context), (self.to_v, context)))
-        x = F.scaled_dot_product_attention(q, k.expand(len(x), -1, -1, -1), v.expand(len(x), -1, -1, -1))
+        x = F.scaled_dot_product_attention(q, k.expand(x.shape[0], -1, -1, -1), v.expand(x.shape[0], -1, -1, -1))
         return self.to_out(rearrange(x, "b m n d -> b n (m d)"))
 
 
@@ -1341,6 +1342,20 @@ def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config,
     people = [(image_id, input_crop(picture, box, cfg), box, score) for picture, image_id, found
               in zip(pictures, image_ids, boxes) for box, score in zip(*found)]
     return dict(people=people, image_ids=image_ids)
+
+
+def exported(model: SDPose) -> Exported:
+    """What goes into the file of eval.py --export: no noise, latents are means."""
+    def inputs(batch: dict) -> dict[str, Tensor]:
+        return dict(crops=normalise(torch.stack([crop for _, crop, _, _ in batch["people"]])).contiguous())
+
+    width, height = model.cfg.width, model.cfg.height
+    return Exported(
+        lambda crops: dict(heatmaps=average_heatmaps(model, crops)), inputs,
+        before=f"crops: RGB, of one person each: the box enlarged 1.25 times and to {width}:{height} around its centre, "
+               f"warped to {width} x {height} (UDP: corner pixels' centres on the region's corners); / 127.5, minus 1",
+        after="keypoint k lies at the maximum of heatmaps[k] (DARK moves it by less than a cell); cell 0 is the left or "
+              "top rim of the region, the last cell the right or bottom one; the maximum is the score")
 
 
 RENAME = [(rf"^(vae\..*\.attentions\.0\.){theirs}\.", rf"\1{ours}.") for theirs, ours in    # before 2023

@@ -527,7 +527,7 @@ def deform_attn_offsets(value: Tensor, shapes: Sequence, reference: Tensor, offs
         raise ValueError(f"reference must be (B, Q, 1 or {len(shapes)}, 2 or 4), "
                          f"not {tuple(reference.shape)}")
     real, device = working_type(value.dtype), value.device
-    level = torch.repeat_interleave(torch.tensor(points)).to(device)                    # (T,)
+    level = torch.tensor([l for l, count in enumerate(points) for _ in range(count)], device=device)    # (T,)
     reference = reference.to(real)
     if reference.shape[2] > 1:
         reference = reference[:, :, level]

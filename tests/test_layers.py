@@ -12,7 +12,7 @@ ORDER = ["common.errors",
          "common.weights", "common.nets.resnet", "common.nets.hrnet", "common.nets.swin", "common.nets.vit",
          "common.datasets", "common.transforms", "common.video", "common.cli",
          "common.posetrack", "common.draw", "common.boxes", "common.predict",
-         "data.puppets", "common.splits", "common.metrics",
+         "data.puppets", "common.splits", "common.metrics", "common.export",
          "common.run", "common.tables", *METHODS, "eval"]
 
 

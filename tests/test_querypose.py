@@ -28,7 +28,7 @@ from common.ranks import Ranks
 from common.records import Sample, gather_people
 from common.run import RunFolder
 from common.splits import open_dataset
-from common.skeletons import get_skeleton
+from common.skeletons import get_skeleton, skeleton_from_category
 from data import puppets
 from kernels.dispatch import plain
 from tests.helpers import assert_equal, close, fill, golden, normal, reference, watch
@@ -249,7 +249,7 @@ def released_forward(case, preset: str, form: str, manifest: str):
     """The rows with poses, all stages and what the parts of the model gave; on a GPU with all rows and stages.
 
     On a CPU the light form gives poses to every tenth query, which changes nothing for these; the full form, where
-    boxes depend on all poses, ends after two stages.
+    boxes depend on all poses, ends after two stages. With POSE_KERNELS=plain both run through the paper's loop.
     """
     stages = 2 if form == "full" and not CUDA else 6
     keys = rf"^(?!head\.(pose_)?head_series\.[{stages}-9])"
@@ -278,7 +278,7 @@ def released_forward(case, preset: str, form: str, manifest: str):
     for s in range(stages):
         parts |= {f"box{s}": model.box_stages[s], f"keypoint{s}": model.keypoint_stages[s]}
     with watch(**parts) as seen:
-        stages = model(images, sizes.to(device), (lambda found: chosen.to(device)) if form == "light" else None)
+        stages = model(images, sizes.to(device), (lambda found: chosen.to(device)) if form == "light" and not plain() else None)
     return chosen, stages, {name: calls[0] for name, calls in seen.items()}
 
 
@@ -428,23 +428,22 @@ NO_POSE_NEEDED = [dict(full=False), dict(full=True, iterate=False), dict(update=
 
 @pytest.mark.parametrize("form", NO_POSE_NEEDED, ids=str)
 def test_poses_of_chosen_queries_are_those_of_the_papers_loop_and_so_are_gradients(form, monkeypatch):
-    """In float64; batch norm keeps its statistics. POSE_KERNELS=plain brings the loop back."""
+    """In float64; batch norm keeps its statistics. Whatever POSE_KERNELS says: it is an option, no fast form."""
     model, (images, sizes) = small(matched=False, **form).double().eval(), pictures()
     images, sizes = images.double(), sizes.double()
     chosen = some(model(images, sizes))
 
-    def outputs_and_gradients(kernels: str, choose=None):
-        monkeypatch.setenv("POSE_KERNELS", kernels)
+    def outputs_and_gradients(choose=None):
         stages = model(images, sizes, choose)
         total = sum(one.keypoints[chosen].sum() + one.sigmas[chosen].log().sum() + one.boxes.sum() for one in stages)
         learned = [p for p in model.parameters() if p.requires_grad]
         return stages, torch.autograd.grad(total, learned, allow_unused=True, materialize_grads=True)
 
-    loop, theirs = outputs_and_gradients("auto")
+    loop, theirs = outputs_and_gradients()
     for kernels in ("auto", "plain"):
-        stages, ours = outputs_and_gradients(kernels, lambda found: chosen)
-        others = [one.sigmas[~chosen] for one in stages]
-        assert all((sigmas == 1).all() if kernels == "auto" else (sigmas < 1).all() for sigmas in others)
+        monkeypatch.setenv("POSE_KERNELS", kernels)
+        stages, ours = outputs_and_gradients(lambda found: chosen)
+        assert all((one.sigmas[~chosen] == 1).all() and (one.keypoints[~chosen] == 0).all() for one in stages)
         for a, b in zip(stages, loop):
             close(a.boxes, b.boxes, 1e-11)
             close(a.logits, b.logits, 1e-11)
@@ -452,6 +451,17 @@ def test_poses_of_chosen_queries_are_those_of_the_papers_loop_and_so_are_gradien
             close(a.sigmas[chosen], b.sigmas[chosen], 1e-11)
         for a, b in zip(ours, theirs, strict=True):
             close(a, b, 1e-9)
+
+
+def test_a_training_step_of_matched_queries_has_the_same_losses_with_plain_kernels(monkeypatch):
+    """SPEGM's batch norm sees the matched boxes alone in both."""
+    model, people, losses = small().train(), some_people([2, 1]), []
+    images, sizes = pictures()
+    for kernels in ("auto", "plain"):
+        monkeypatch.setenv("POSE_KERNELS", kernels)
+        losses.append(losses_of(model, images, sizes, people))
+    for name, value in losses[0].items():
+        assert value.item() == pytest.approx(losses[1][name].item(), rel=1e-4), name
 
 
 @pytest.mark.parametrize("form", NO_POSE_NEEDED, ids=str)
@@ -524,6 +534,13 @@ def test_fingers_are_of_the_arm_and_toes_and_heels_of_the_leg():
     assert by_side == {7: [*range(91, 112)], 8: [*range(112, 133)], 13: [17, 18, 19], 14: [20, 21, 22]}
     assert len(qp.keypoint_parts(body, "b")) == 1 + 133 - len(head)
     assert qp.keypoint_parts(get_skeleton("humanart21"), "c")[2] == [7, 9, 17]
+
+
+def test_the_two_arms_are_two_parts_however_their_side_is_written():
+    names = ["nose", *(side + joint for joint in ("elbow", "wrist", "knee", "ankle") for side in "lr")]
+    glued = skeleton_from_category(dict(name="mine", keypoints=names))
+    assert glued.keypoints[:3] == ("nose", "lelbow", "relbow") and glued.flip[1] == 2
+    assert qp.keypoint_parts(glued, "c") == [[0], [1, 3], [2, 4], [5, 7], [6, 8]]
 
 
 def test_keypoints_come_out_in_the_order_of_the_skeleton():
@@ -855,7 +872,7 @@ def test_boxes_that_are_not_finite_go_through_the_model_to_the_losses(kernels, m
     monkeypatch.setenv("POSE_KERNELS", kernels)
     model, (images, sizes), people = small().train(), pictures(), some_people([2, 1])
     model.boxes.data[:] = math.nan
-    stages = model(images, sizes, partial(qp.matched_queries, people=people))
+    stages = model(images, sizes, partial(qp.matched_queries, people=people, pairs=[]))
     losses = qp.criterion(stages, people, model.flow.log_prob)
     assert losses["loss_bbox"].isnan() and losses["loss_giou_0"].isnan()
 
@@ -952,6 +969,16 @@ def test_people_without_keypoints_stay_and_crowds_and_outsiders_go():
     assert len(targets) == 2 and not targets.visible.any() and not targets.keypoints.any()
 
 
+def test_people_of_a_clip_are_cropped_without_its_tracks_and_neighbouring_frames():
+    boxes = np.float32([[0, 0, 50, 50], [400, 0, 5, 5], [10, 10, 50, 50]])
+    people = sample_of(np.zeros((200, 300, 3), np.uint8), boxes, np.full((3, 17, 3), 30),
+                       track_ids=np.arange(3), frames=("before.jpg", "after.jpg"))
+    cfg = SimpleNamespace(short_side=800, long_side=1333, multiscale=True)
+    for seed in range(8):                                   # about half of them crop
+        learned = qp.augment(qp.people_to_learn(people), cfg, np.random.default_rng(seed))
+        assert len(learned.boxes) <= 2 and learned.track_ids is None and learned.frames == ()
+
+
 def test_pictures_are_padded_to_multiples_of_the_largest_stride_even_if_smaller():
     images, sizes = qp.pad_images([torch.ones(3, 20, 33), torch.ones(3, 5, 7)])
     assert images.shape == (2, 3, 32, 64) and sizes.tolist() == [[33, 20], [7, 5]]
@@ -965,6 +992,10 @@ def test_sizes_and_crops_are_those_of_the_release():
     assert {min(size) for size in sizes} <= set(range(480, 801, 32)) and max(max(size) for size in sizes) <= 1333
     whole = [size for size in sizes if abs(size[0] / size[1] - 1.5) < 0.01]
     assert 10 <= len(whole) <= 30, "half of the images are cropped"
+    for side in (128, 512):
+        cfg = SimpleNamespace(short_side=side, long_side=10 * side, multiscale=True)
+        short = {min(qp.augment(people, cfg, np.random.default_rng(i)).size) for i in range(80)}
+        assert short == {side * part // 25 for part in range(15, 26)}, "0.6 to 1 of it, and the size of the test"
     assert qp.augment(people, SimpleNamespace(short_side=80, long_side=90, multiscale=False), None).size == (90, 60)
 
 
@@ -1051,8 +1082,9 @@ FORMS = [dict(), dict(matched=False), dict(full=True, matched=False), dict(full=
 
 def losses_of(model: qp.QueryPose, images: torch.Tensor, sizes: torch.Tensor, people: list[qp.People]) -> dict:
     """Those of a training step."""
-    choose = partial(qp.matched_queries, people=people) if model.cfg.matched else None
-    losses = qp.criterion(model(images, sizes, choose), people, model.flow.log_prob)
+    pairs = []
+    choose = partial(qp.matched_queries, people=people, pairs=pairs) if model.cfg.matched else None
+    losses = qp.criterion(model(images, sizes, choose), people, model.flow.log_prob, pairs)
     return losses | dict(unused=0 * model.parts.sum())
 
 
@@ -1074,6 +1106,14 @@ def test_matched_queries_alone_have_the_losses_of_all_queries():
         losses.append(losses_of(model, images, sizes, people))
     for name, value in losses[0].items():
         assert value.item() == pytest.approx(losses[1][name].item(), rel=1e-5), name
+
+
+@pytest.mark.parametrize("matched", [True, False])
+def test_people_are_matched_once_in_a_training_step(matched, monkeypatch):
+    model, calls, match = small(matched=matched).train(), [], qp.match
+    monkeypatch.setattr(qp, "match", lambda *args: calls.append(1) or match(*args))
+    losses_of(model, *pictures(), some_people([2, 1]))
+    assert len(calls) == 1
 
 
 def steady(**overrides) -> qp.QueryPose:
@@ -1115,6 +1155,9 @@ def test_the_metrics_of_the_best_poses_are_those_of_all_poses(puppets_folder, mo
         results.append(qp.evaluate(model, data, replace(model.cfg, prune=prune), ALONE))
     (table, found), (whole, everybody) = results
     assert all(how["areas_of_boxes"] for how in asked) and [how["boxes"] for how in asked] == [False, True]
+    full = steady(full=True, matched=False, **SIDES)
+    qp.evaluate(full, data, full.cfg, ALONE)
+    assert asked[-1]["boxes"], "every query of the full form has a pose"
     assert table.items() <= whole.items() and whole.keys() - table.keys() >= {"box_AP", "box_AP50"}
     for a, b in zip(found, everybody, strict=True):
         assert 20 <= len(a.scores) < len(b.scores) == 40
@@ -1283,6 +1326,14 @@ def test_parameters_and_cost_are_those_of_the_release(preset, millions, cost):
         model = qp.build(preset).eval()
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.006)
     assert qp.flops(model, 640, 480) / 2e9 == pytest.approx(cost, rel=0.01)
+
+
+def test_cost_is_counted_with_plain_kernels_too(monkeypatch):
+    with torch.device("meta"):
+        model = small().eval()
+    fast = qp.flops(model, 64, 64)
+    monkeypatch.setenv("POSE_KERNELS", "plain")
+    assert qp.flops(model, 64, 64) == fast > 0
 
 
 @pytest.mark.slow

@@ -571,7 +571,7 @@ def in_two_processes(*words: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="--processes is for Linux")
 def test_a_resumed_run_of_two_processes_equals_one_that_was_never_cut(puppets_folder, tmp_path):
-    words = [*FLAGS, "--processes", "2", "--schedule", "constant", "--data", str(puppets_folder), "--out"]
+    words = [*FLAGS, "--processes", "2", "--schedule", "constant", "--warmup", "1", "--data", str(puppets_folder), "--out"]
     in_two_processes(*words, str(tmp_path / "whole"))
     in_two_processes(*words, str(tmp_path / "cut"), "--epochs", "1")
     in_two_processes("--resume", str(tmp_path / "cut"), "--epochs", "2")
