@@ -49,7 +49,7 @@ from common.export import Exported
 from common.heatmaps import CellHeatmaps, people_heatmap_loss
 from common.nets.resnet import FrozenBatchNorm
 from common.oks import similarity_of
-from common.predict import predict_all
+from common.predict import predict_all, watch
 from common.ranks import Ranks, autocast, distribute, init_ranks, mean_over_ranks, rank_zero_first, say, seed_all
 from common.records import People, Prediction, Sample, gather_people
 from common.run import Ema, Run
@@ -1525,15 +1525,10 @@ def show_process(model: DETRPose, image: Image.Image, threshold: float) -> dict[
     """
     decoder, cfg, names, size = model.decoder, model.cfg, model.skeleton.keypoints, np.array(image.size)
     looking = [layer.cross_attn for layer in decoder.layers]
-    watched = dict(first=[model.selection], z=decoder.pose_heads, offsets=[one.sampling_offsets for one in looking],
-                   shares=[one.attention_weights for one in looking])
-    seen, hooks, layers = {what: [] for what in watched}, [], len(looking)
-    for what, parts in watched.items():
-        hooks += [part.register_forward_hook(lambda part, given, out, what=what: seen[what].append(out))
-                  for part in parts]
-    result = model(input_image(image, cfg.size)[None].to(model.sigmas.device))
-    for hook in hooks:
-        hook.remove()
+    layers, offsets = len(looking), [one.sampling_offsets for one in looking]
+    with watch(first=[model.selection], z=decoder.pose_heads, offsets=offsets,
+               shares=[one.attention_weights for one in looking]) as seen:
+        result = model(input_image(image, cfg.size)[None].to(model.sigmas.device))
     scores = result["logits"][0, :, PERSON].sigmoid().cpu().numpy()
     rows = np.flatnonzero(scores >= threshold)
     if not len(rows):

@@ -57,7 +57,7 @@ from common.export import RESIZED, Exported
 from common.nets.hrnet import HRNet
 from common.nets.resnet import ConvNorm, ResNet
 from common.nets.swin import Swin
-from common.predict import predict_all
+from common.predict import predict_all, watch
 from common.ranks import (Ranks, autocast, distribute, init_ranks, mean_over_ranks, rank_zero_first, say,
                           seed_all)
 from common.records import Prediction, Sample, gather_people
@@ -1539,16 +1539,11 @@ def show_process(model: QueryPose, image: Image.Image, threshold: float) -> dict
     deviations σ̂ at each keypoint, and, with SPEGM, `attention`, the last stage's maps A: a row per person, her box,
     then a map per part. Nothing if there is nobody.
     """
-    maps, size, picture = [], torch.tensor(image.size), input_image(image, model.cfg)
-    shows = model.cfg.interaction == "spegm"
-    if shows:
-        watched = model.keypoint_stages[-1].look.attention
-        hook = watched.register_forward_hook(lambda *call: maps.append(call[-1]))
-    output = Output(*(x[0] for x in detect(model, [picture])))
+    size, picture, shows = torch.tensor(image.size), input_image(image, model.cfg), model.cfg.interaction == "spegm"
+    with watch(maps=[model.keypoint_stages[-1].look.attention] if shows else []) as seen:
+        output = Output(*(x[0] for x in detect(model, [picture])))
     boxes = output.boxes * (size / torch.tensor(picture.shape[:0:-1])).repeat(2)
     rows = (pose_scores(output)[0] >= max(threshold, 1e-6)).nonzero().squeeze(1)
-    if shows:
-        hook.remove()
     if not len(rows):
         return {}
     people = keypoints_px(output.keypoints, boxes)[rows] - 0.5
@@ -1559,7 +1554,8 @@ def show_process(model: QueryPose, image: Image.Image, threshold: float) -> dict
     ellipses = draw.draw_ellipses(image, guesses.clamp(-1e4, 1e4).numpy(), model.skeleton)
     shown = dict(sigma=[draw.captioned(ellipses, "two predicted deviations σ̂ of each keypoint")])
     if shows:
-        attention = maps[-1].float().flatten(2).softmax(-1).view(maps[-1].shape).cpu().numpy()
+        maps = seen["maps"][-1].float()
+        attention = maps.flatten(2).softmax(-1).view(maps.shape).cpu().numpy()
         tiles = [tile for row in rows.tolist()
                  for tile in draw_attention(image, boxes[row].tolist(), attention[row])]
         sheet = draw.contact_sheet(tiles, 1 + attention.shape[1], 192)
