@@ -80,6 +80,7 @@ def raw(model, images):
     return {name: result[name] for name in ("logits", "keypoints")}
 
 
+@pytest.mark.slow
 def test_a_pt2_file_gives_the_same_numbers_in_a_process_that_cannot_import_this_repository(model, pt2, tmp_path):
     cases = [torch.rand(n, 3, 64, 64) for n in (1, 3)]
     torch.save(cases, tmp_path / "cases")
@@ -124,7 +125,8 @@ def test_onnx_runtime_is_measured_beside_the_model(model, onnx, monkeypatch):
         export.bench(detrpose, randomised(detrpose, "tiny", **SMALL | dict(size=96)), torch.device("cpu"), 1, str(onnx))
 
 
-@pytest.mark.parametrize("name", ["querypose", "diffusionregpose", "diffusionpose", "sdpose"])
+@pytest.mark.parametrize("name", ["querypose", *(pytest.param(name, marks=pytest.mark.slow) for name in
+                                                 ("diffusionregpose", "diffusionpose", "sdpose"))])
 def test_every_method_is_measured(name, monkeypatch):
     monkeypatch.setattr(export, "ROUNDS", 3)
     module = importlib.import_module(name)
@@ -151,10 +153,15 @@ def test_a_file_that_differs_from_the_model_is_not_kept(model, pretended, tmp_pa
     assert "largest difference from detrpose on drawn and random pictures 1.0e-05" in capsys.readouterr().out
 
 
-def test_a_few_queries_that_rounding_ranks_otherwise_are_told_and_kept(model, pretended, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(export, "relative", lambda a, b: torch.tensor([0.0] * 99 + [0.5]))
+def test_queries_that_rounding_ranks_otherwise_are_told_and_kept(model, pretended, tmp_path, capsys, monkeypatch):
+    answers = [(0.5, 0.01), (0.4, 0.006), (0.5, 0.02), (0.4, 0.006)]     # of the file, of noise on the inputs; again
+    monkeypatch.setattr(export, "difference", lambda ours, expected: answers.pop(0))
     export.export(detrpose, model, tmp_path / "x.pt2", "")
-    assert "largest difference from detrpose on drawn and random pictures 5.0e-01 (1.0% above" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "pictures 5.0e-01 (1.0% of the numbers above 0.001" in out and "on the inputs moves 0.6%" in out
+    with pytest.raises(UserError, match="2.0% of the numbers"):
+        export.export(detrpose, model, tmp_path / "y.pt2", "")
+    assert [one.name for one in tmp_path.iterdir()] == ["x.pt2"]
 
 
 def test_formulas_are_exported_and_the_setting_from_before_comes_back(model, pretended, tmp_path, monkeypatch):
