@@ -28,7 +28,6 @@ import math
 import re
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -41,7 +40,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import metrics, transforms, weights
+from common import draw, metrics, transforms, weights
 from common.cli import RunConfig, check_choice, check_range, resolve, run_method
 from common.datasets import PoseDataset
 from common.errors import UserError
@@ -49,7 +48,7 @@ from common.export import Exported
 from common.heatmaps import CellHeatmaps, people_heatmap_loss
 from common.nets.resnet import FrozenBatchNorm
 from common.oks import similarity_of
-from common.predict import predict_all
+from common.predict import predict_all, watch
 from common.ranks import Ranks, autocast, distribute, init_ranks, mean_over_ranks, rank_zero_first, say, seed_all
 from common.records import People, Prediction, Sample, gather_people
 from common.run import Ema, Run
@@ -1036,9 +1035,11 @@ def train(cfg: Config, args) -> None:
 
     for epoch in run.epochs():
         net.train()
+        if cfg.ksvf and 0 < epoch == cfg.ksvf_from:
+            run.folder.say("from now on scores learn OKS (eq. 5): loss_vfl jumps, because it is another loss")
         # micro-batches; a resumed run goes on in mid-epoch, unreadable files are reported
         for images, people in run.batches(TrainImages(train_set, cfg, epoch)):
-            factor = lr_scale(run.step, run.steps, epoch, cfg)
+            factor = lr_scale(run.step, run.steps, epoch, run.cfg)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             side = input_side(cfg, epoch, run.step)
@@ -1046,6 +1047,7 @@ def train(cfg: Config, args) -> None:
             if side != cfg.size:
                 images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
             people = [one.to(ranks.device) for one in people]
+            run.show_batch(images, people, side)                    # train_batch.png
 
             with autocast(ranks.device, cfg.amp):
                 result = net(images, people)
@@ -1516,6 +1518,60 @@ def start_from_mean_pose(selection: QuerySelection, data: PoseDataset, people: i
         return
     # σ has slope 1/4 in the middle of the image
     selection.pose.layers[-1].bias.copy_(4 * torch.from_numpy(np.mean(poses, 0)).flatten())
+
+
+@torch.no_grad()
+def show_process(model: DETRPose, image: Image.Image, threshold: float) -> dict[str, list[Image.Image]]:
+    """For eval.py --process, of people above the threshold, nothing if there are none: `selected`, the cells that
+    queries start from; `layers`, poses layer by layer; and of the surest person's keypoint that moves most in the
+    layers `sampling`, where it looks, and with FDR `distributions`, its offset along the axis on which it moves.
+    """
+    decoder, cfg, names, size = model.decoder, model.cfg, model.skeleton.keypoints, np.array(image.size)
+    looking = [layer.cross_attn for layer in decoder.layers]
+    layers, offsets = len(looking), [one.sampling_offsets for one in looking]
+    with watch(first=[model.selection], z=decoder.pose_heads, offsets=offsets,
+               shares=[one.attention_weights for one in looking]) as seen:
+        result = model(input_image(image, cfg.size)[None].to(model.sigmas.device))
+    scores = result["logits"][0, :, PERSON].sigmoid().cpu().numpy()
+    rows = np.flatnonzero(scores >= threshold)
+    if not len(rows):
+        return {}
+    decoded, (_, first, index) = result["decoded"], seen["first"][0]
+    shapes = [tuple(x.shape[-2:]) for x in result["maps"]]
+    poses = [first, *([decoded["pre_keypoints"]] if "pre_keypoints" in decoded else []), *decoded["keypoints"]]
+    poses = [pose[0].cpu().numpy() * size for pose in poses]                                        # (Q, K, 2) px
+    said = ["of the selected cells", "before refinement (pre-pose)"][:len(poses) - layers]
+    said += [f"of decoder layer {layer} of {layers}" for layer in range(1, layers + 1)]
+    frames = [draw.captioned(draw.draw_people(image, pose[rows], None, model.skeleton, person_scores=scores[rows]),
+                             f"poses {what}") for pose, what in zip(poses, said)]
+    centres = cell_anchors(shapes, index.device)[0][0, index[0]].sigmoid().cpu().numpy() * size
+    dots = draw.draw_points(image, centres, np.isin(np.arange(len(centres)), rows).astype(float))
+    selected = f"the cells that the {len(centres)} queries start from; large: those that become people"
+
+    best = rows[scores[rows].argmax()]
+    moved = np.abs(poses[-1][best] - poses[-1 - layers][best])                                      # (K, 2)
+    k, axis = (int(place) for place in np.unravel_index(moved.argmax(), moved.shape))
+    looks, references = [], [with_centre(first), *decoded["references"]]
+    cells = torch.tensor([(w, h) for h, w in shapes], device=index.device)
+    for l, (offsets, shares) in enumerate(zip(seen["offsets"], seen["shares"])):
+        token = best * (1 + len(names)) + 1 + k
+        offsets = rearrange(offsets[0, token], "(m l p xy) -> m p l xy", m=cfg.heads, l=cfg.levels, xy=2) / cells
+        places = (references[l][0, best, 1 + k] + offsets).cpu().numpy() * size
+        shares = rearrange(shares[0, token], "(m t) -> m t", m=cfg.heads).softmax(-1)
+        shares = rearrange(shares, "m (l p) -> (m p l)", l=cfg.levels).cpu().numpy()
+        dotted = draw.draw_points(image, places.reshape(-1, 2), shares / shares.max())
+        looks.append(draw.captioned(dotted, f"where {names[k]} of the surest person looks in layer {l + 1}"))
+    shown = dict(selected=[draw.captioned(dots, selected)], layers=frames, sampling=[draw.contact_sheet(looks, 3)])
+    if cfg.fdr:
+        z = torch.stack(seen["z"])[:, 0, best, k].unflatten(-1, (2, -1))[:, axis].cumsum(0)         # (D, 33)
+        chance = z.float().softmax(-1).cpu().numpy()
+        offset = decoder.offset_values.cpu().numpy() / cfg.reg_scale * size[axis]                   # pixels
+        near = np.flatnonzero((chance > 0.002).any(0))
+        lines = {str(l): list(zip(offset[near], row[near])) for l, row in enumerate(chance, 1)}
+        panel = draw.draw_panel("", lines, offset[near[0]], offset[near[-1]] + 1e-6, "pixels")
+        shown["distributions"] = [draw.captioned(panel, f"{names[k]}'s {'xy'[axis]}: distribution of its offset from the "
+                                                 "pre-pose, layer by layer")]
+    return shown
 
 
 def summary(skeleton: str = "coco") -> str:

@@ -953,7 +953,7 @@ def train(cfg: Config, args) -> None:
         net.train()
         # micro-batches; a resumed run goes on in mid-epoch, unreadable files are reported
         for clips, joints in run.batches(TrainClips(train_set, people, cfg, epoch)):
-            factor = lr_scale(run.step, run.steps, epoch, cfg)
+            factor = lr_scale(run.step, run.steps, epoch, run.cfg)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             # grows over the first epoch [C]: on maps without peaks the Markov loss would lead
@@ -961,6 +961,7 @@ def train(cfg: Config, args) -> None:
             frames = transforms.normalise(clips.to(ranks.device, non_blocking=True) / 255)
             joints = torch.stack(joints).to(ranks.device)
             visible = joints[..., 2]
+            run.show_batch(clips[:, KEY] / 255, joints)             # train_batch.png
 
             target = target_heatmaps(joints[..., :2] / STRIDE, visible, cfg.heatmap, cfg.sigma)     # G
             t = torch.randint(TIMES, (len(frames),), device=ranks.device)
@@ -1284,10 +1285,11 @@ def show_process(model: DiffusionPose, picture: Image.Image | tuple, threshold: 
         return ddim(lambda x, t: model.denoise(x, t, *conditions), noise, steps, 0.0, cfg.signal_scale)
 
     films = []
-    for heatmaps, state in zip(*run(SHOWN_STEPS)):
+    for step, (heatmaps, state) in enumerate(zip(*run(SHOWN_STEPS)), 1):
         pairs = zip(views, (state / cfg.signal_scale + 1) / 2, heatmaps)
         tiles = [draw.draw_heat(view, maps.amax(0).cpu().numpy()) for view, *both in pairs for maps in both]
-        films.append(draw.contact_sheet(tiles, 2))
+        films.append(draw.captioned(draw.contact_sheet(tiles, 2), f"DDIM step {step} of {SHOWN_STEPS}: left the noisy "
+                                    "heatmaps, right those that the network sees in them"))
     layers = [block.mol for block in getattr(model.pdd, "blocks", ()) if block.mol]
     if not layers:
         return dict(steps=films)
@@ -1305,7 +1307,8 @@ def show_process(model: DiffusionPose, picture: Image.Image | tuple, threshold: 
         tiles += [draw.draw_people(view, xy[None], peaks[None, n].numpy(), model.skeleton)
                   for xy, (_, peaks) in zip(places, poses)]
         tiles.append(draw.draw_arrows(view, places[0], layers[-1].arrows, strength[n]))
-    return dict(steps=films, markov=[draw.contact_sheet(tiles, 3)])
+    said = "the pose; without the Markov layers; how strong the last layer's messages along the limbs are"
+    return dict(steps=films, markov=[draw.captioned(draw.contact_sheet(tiles, 3), said)])
 
 
 def summary() -> str:

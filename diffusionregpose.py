@@ -979,12 +979,13 @@ def train(cfg: Config, args) -> None:
         net.train()
         # one micro-batch a turn, `accum` of them per optimiser step; a resumed run goes on in mid-epoch
         for (images, padded), people in run.batches(TrainImages(training, cfg, epoch, completion), pad_images):
-            factor = lr_scale(run.step, run.steps, epoch, cfg)
+            factor = lr_scale(run.step, run.steps, epoch, run.cfg)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             images = images.to(ranks.device, non_blocking=True, memory_format=torch.channels_last)
             padded = padded.to(ranks.device, non_blocking=True)
             people = [one.to(ranks.device) for one in people]
+            run.show_batch(images, people, torch.stack([(~padded).any(d).sum(1) for d in (1, 2)], 1), True)
 
             noise = draw_pose_noise([len(one) for one in people], joints, cfg, ranks.device)
             y_t = noise_poses(pad_poses(people, noise, cfg.padding), noise.t, noise.eps, cfg.scale)
@@ -1565,12 +1566,14 @@ def show_process(model: DiffusionRegPose, image: Image.Image, threshold: float) 
     frames = [draw.draw_people(image, step["noisy"][rows] * size, None, skeleton) for step in chain]
     people, draws = chain[-1]["keypoints"][rows], []
     frames.append(draw.draw_people(image, people * size, None, skeleton, person_scores=scores[rows]))
+    said = [f"into DDIM step {n} of 10" for n in range(1, 11)] + ["the poses found"]
     encoded = model.encode_image(images)
     for noisy in to_poses(noise, cfg.scale).to(device).split(1):
         poses = model.decode(encoded, noisy, t)["keypoints"][0].cpu().numpy()
         distances = np.linalg.norm(people[:, None] - poses, axis=-1).mean(-1)                # (P, G)
         draws.append(poses[distances.argmin(1)] * size)
-    return dict(process=frames, uncertainty=[draw.draw_ellipses(image, np.stack(draws), skeleton)])
+    ellipses = draw.captioned(draw.draw_ellipses(image, np.stack(draws), skeleton), "two deviations of 16 draws")
+    return dict(process=list(map(draw.captioned, frames, said)), uncertainty=[ellipses])
 
 
 def draw_completion(data: PoseDataset, complete: Callable, file: Path, count: int = 9) -> None:

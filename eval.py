@@ -5,7 +5,7 @@
     python eval.py runs/<run>/best.pt --data data/coco          another dataset
     python eval.py best.pt --images photo.jpg folder/ clip.mp4  draws people, writes COCO results
     python eval.py best.pt --set steps=4 ensemble=true          with more DDIM steps (diffusionregpose)
-    python eval.py best.pt --images photo.jpg --process         and how all but detrpose find them
+    python eval.py best.pt --images photo.jpg --process         and how the method finds them
     python eval.py sdpose-body --images photo.jpg --detector detrpose-l       top-down: one person at a time
     python eval.py sdpose-body --data data/coco --boxes people.json            COCO results say where people are
     python eval.py runs/<run> --images folder/ --gif            diffusionpose: a folder is a clip, in order of names
@@ -293,6 +293,14 @@ def boxes_in_data(pose: Pose, data: PoseDataset, args: argparse.Namespace, ranks
     return true_boxes(data)
 
 
+def published(source: str, data: PoseDataset, table: dict[str, float]) -> list[str]:
+    """A line with the authors' AP beside ours, of weights by name on the data of their table."""
+    known = weights.RELEASES.get(source)
+    figure = known and known.published.get(f"{data.name}_{data.split}")
+    boxes = " with a detector's boxes" if figure and known.method == "sdpose" and data.name != "humanart" else ""
+    return [f"AP {100 * table['AP']:.1f}, published for {source}{boxes}: {figure:.1f}"] if figure else []
+
+
 def evaluate_dataset(pose: Pose, model: nn.Module, args: argparse.Namespace, ranks: Ranks, trained: RunConfig) -> None:
     """Print the table of metrics, errors per keypoint and images per second; write them and results.json.
 
@@ -316,7 +324,8 @@ def evaluate_dataset(pose: Pose, model: nn.Module, args: argparse.Namespace, ran
         return
     lines = [metrics.format_table(metrics.keypoint_errors(predictions, data)),
              "(errors of the people found, as fractions of √area; close: OKS term of at least 0.5)\n",
-             metrics.format_table(table), *map(str, boxes), *data.caveats()] if data.labelled else [
+             metrics.format_table(table), *map(str, boxes), *data.caveats(),
+             *published(args.checkpoint, data, table)] if data.labelled else [
              f"{data.files[0]} has no labels: results.json for its own evaluation server, and no table"]
     print("\n".join(lines))
     for name, text in {"results.json": json.dumps(metrics.to_results(predictions)),
@@ -362,8 +371,6 @@ def boxes_in_pictures(pose: Pose, names: list[str], args: argparse.Namespace) ->
 
 def draw_pictures(pose: Pose, args: argparse.Namespace, trained_for: str) -> None:
     """Draw the people of each picture and video, and list them; whatever a video's length, a few frames are in memory."""
-    if args.process and not hasattr(pose.module, "show_process"):
-        raise UserError(f"{pose.module.__name__} has nothing to show with --process")
     sources = find_pictures(args.images)
     out = folder_for(args)
     if trained_for == "puppets":
@@ -395,6 +402,9 @@ def draw_pictures(pose: Pose, args: argparse.Namespace, trained_for: str) -> Non
                             metrics.to_results([sure if shot.clip else p]))
                 if args.process and not shot.frame.number:
                     more = pose.module.show_process(pose.model, seen[i], args.threshold, *([boxes[i]] if boxes else []))
+                    if not more:
+                        tqdm.write(f"{shot.source.name}: nobody of score {args.threshold:g} or more, so --process has "
+                                   "nothing to show")
                     for what, shown in more.items():
                         save_pictures(shown, out / f"{shot.source.target}_{what}")
         if bad == len(sources):
@@ -434,7 +444,7 @@ def build_parser() -> Parser:
     parser.add_argument("--detector", default="", help="top-down methods: a checkpoint that finds people")
     parser.add_argument("--threshold", type=float, default=0.5, help="smallest score that is drawn (default 0.5)")
     parser.add_argument("--gif", action="store_true", help="also join the drawn pictures into all.gif")
-    parser.add_argument("--process", action="store_true", help="also draw how the method gets there, if it can show it")
+    parser.add_argument("--process", action="store_true", help="also draw how the method gets there, of a video in its first frame")
     parser.add_argument("--export", type=Path, metavar="FILE", help="write the model as .onnx or .pt2 (torch.export)")
     parser.add_argument("--bench", nargs="?", const="", metavar="FILE.onnx", help="measure milliseconds of a batch")
     parser.add_argument("--out", type=Path, help="folder for what is written (default: a new one in runs/)")

@@ -36,7 +36,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -57,7 +56,7 @@ from common.export import RESIZED, Exported
 from common.nets.hrnet import HRNet
 from common.nets.resnet import ConvNorm, ResNet
 from common.nets.swin import Swin
-from common.predict import predict_all
+from common.predict import predict_all, watch
 from common.ranks import (Ranks, autocast, distribute, init_ranks, mean_over_ranks, rank_zero_first, say,
                           seed_all)
 from common.records import Prediction, Sample, gather_people
@@ -907,11 +906,12 @@ def train(cfg: Config, args) -> None:
         net.train()
         # micro-batches; a resumed run goes on in mid-epoch, unreadable files are reported
         for (images, sizes), people in run.batches(TrainImages(train_set, cfg, epoch), pad_images):
-            factor = lr_scale(run.step, run.steps, epoch, cfg)
+            factor = lr_scale(run.step, run.steps, epoch, run.cfg)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             images = images.to(ranks.device, non_blocking=True, memory_format=torch.channels_last)
             people = [one.to(ranks.device) for one in people]
+            run.show_batch(images, people, normalised=True)         # train_batch.png
             pairs = []                                              # filled by `matched_queries`
             choose = partial(matched_queries, people=people, pairs=pairs) if cfg.matched else None
 
@@ -1544,30 +1544,31 @@ def draw_attention(image: Image.Image, box: list[float], attention: np.ndarray) 
 @torch.no_grad()
 def show_process(model: QueryPose, image: Image.Image, threshold: float) -> dict[str, list[Image.Image]]:
     """For eval.py --process, of people above the threshold: `sigma`, the image with an ellipse of two
-    deviations σ̂ at each keypoint, and, with SPEGM and if there is anybody, `attention`, the last stage's maps A:
-    a row per person, her box, then a map per part.
+    deviations σ̂ at each keypoint, and, with SPEGM, `attention`, the last stage's maps A: a row per person, her box,
+    then a map per part. Nothing if there is nobody.
     """
-    maps, size, picture = [], torch.tensor(image.size), input_image(image, model.cfg)
-    shows = model.cfg.interaction == "spegm"
-    if shows:
-        watched = model.keypoint_stages[-1].look.attention
-        hook = watched.register_forward_hook(lambda *call: maps.append(call[-1]))
-    output = Output(*(x[0] for x in detect(model, [picture])))
+    size, picture, shows = torch.tensor(image.size), input_image(image, model.cfg), model.cfg.interaction == "spegm"
+    with watch(maps=[model.keypoint_stages[-1].look.attention] if shows else []) as seen:
+        output = Output(*(x[0] for x in detect(model, [picture])))
     boxes = output.boxes * (size / torch.tensor(picture.shape[:0:-1])).repeat(2)
     rows = (pose_scores(output)[0] >= max(threshold, 1e-6)).nonzero().squeeze(1)
+    if not len(rows):
+        return {}
     people = keypoints_px(output.keypoints, boxes)[rows] - 0.5
     spread = output.sigmas[rows] * (boxes[rows, 2:] - boxes[rows, :2])[:, None]
     # four guesses of each joint whose standard deviations are σ̂
     guesses = torch.stack([people + sign * 2 ** 0.5 * spread * torch.tensor(axis) for sign in (-1, 1)
                            for axis in ([1.0, 0.0], [0.0, 1.0])])
-    shown = dict(sigma=[draw.draw_ellipses(image, guesses.clamp(-1e4, 1e4).numpy(), model.skeleton)])
+    ellipses = draw.draw_ellipses(image, guesses.clamp(-1e4, 1e4).numpy(), model.skeleton)
+    shown = dict(sigma=[draw.captioned(ellipses, "two predicted deviations σ̂ of each keypoint")])
     if shows:
-        hook.remove()
-    if shows and len(rows):
-        attention = maps[-1].float().flatten(2).softmax(-1).view(maps[-1].shape).cpu().numpy()
+        maps = seen["maps"][-1].float()
+        attention = maps.flatten(2).softmax(-1).view(maps.shape).cpu().numpy()
         tiles = [tile for row in rows.tolist()
                  for tile in draw_attention(image, boxes[row].tolist(), attention[row])]
-        shown["attention"] = [draw.contact_sheet(tiles, 1 + attention.shape[1], 192)]
+        sheet = draw.contact_sheet(tiles, 1 + attention.shape[1], 192)
+        shown["attention"] = [draw.captioned(sheet, "a row per person: her box, then where each part of her looks in it "
+                                             "(spatial attention of the last stage)")]
     return shown
 
 

@@ -85,7 +85,7 @@ from common.export import Exported
 from common.oks import oks_nms, rescore
 from common.predict import people_by_image, predict_people, train_loader
 from common.ranks import (Ranks, autocast, distribute, gather_lists, init_ranks, mean_over_ranks,
-                          rank_zero_first, say, seed_all, wait_for_all)
+                          rank_zero_first, seed_all, wait_for_all)
 from common.records import Prediction, Sample
 from common.run import Run, RunFolder, goes_on
 from common.skeletons import Skeleton, get_skeleton, words
@@ -789,13 +789,16 @@ def train(cfg: Config, args) -> None:
         net.train()
         # micro-batches: views (B, S, 3, H, W), a list of keypoints (K, 3); `run` keeps the other two columns
         for views, keypoints in run.batches(crops_of(epoch)):           # a resumed run goes on in mid-epoch
-            factor = lr_scale(run.step, run.steps, cfg)
+            factor = lr_scale(run.step, run.steps, run.cfg)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             keypoints = torch.stack(keypoints).to(ranks.device)
             target, weight = udp_encode(keypoints[..., :2], keypoints[..., 2], cfg)                # H_Pose
 
             z_input, z_rgb = training_latents(model, views)
+            if run.first_batch:                                         # train_batch.png; views may be posteriors
+                seen = views[:, 0] / 255 if views.dtype == torch.uint8 else model.decode(z_input) / 2 + 0.5
+                run.show_batch(seen, keypoints)
             with autocast(ranks.device, cfg.amp):
                 output = net(z_input, cfg.rgb_weight > 0)                          # both tasks, at t = 999
             losses = criterion(output, z_rgb, target, weight, cfg)
@@ -1499,8 +1502,10 @@ def show_process(model: SDPose, image: Image.Image, threshold: float,
         if model.cfg.rgb_weight:
             z = model.encode(crops)
             rgb += [seen, *(to_picture(model.decode(x)[0]) for x in (model.reconstruct(z), z))]
-    return {name: [draw.contact_sheet(tiles, columns)] for name, tiles, columns in
-            (("heatmaps", heatmaps, 2), ("rgb", rgb, 3)) if tiles}
+    note = "" if model.cfg.rgb_weight else "; no picture of the RGB branch, which was never trained"
+    return {name: [draw.captioned(draw.contact_sheet(tiles, columns), text)] for name, tiles, columns, text in
+            (("heatmaps", heatmaps, 2, f"a crop, the heatmaps of all keypoints over it{note}"),
+             ("rgb", rgb, 3, "a crop, the RGB branch's picture of it, the VAE's alone")) if tiles}
 
 
 def compare_styles(model: SDPose, table: dict, run: Run) -> None:

@@ -130,6 +130,8 @@ def run_method(config_class: type[ConfigT], presets: dict[str, ConfigT], about: 
         else:
             print(about, flush=True)                            # before the seconds that the summary takes
             print(summary())
+            if flags := [word for word in sys.argv[1:] if word.startswith("--")]:
+                print(f"\n{' '.join(flags)}: without --train the presets are shown as they are")
 
     run_main(main)
 
@@ -196,7 +198,8 @@ def parse(config_class: type[ConfigT], presets: dict[str, ConfigT], description:
 
     parser = Parser(description=description)
     parser.add_argument("--train", action="store_true", help="train; without it: a summary of the presets")
-    parser.add_argument("--preset", default=preset, help=f"one of {', '.join(presets)} (default tiny)")
+    parser.add_argument("--preset", default=preset, help=f"one of {', '.join(presets)} (default tiny); "
+                        f"each has defaults of its own: those below are of {preset}")
     parser.add_argument("--resume", default="", help="run folder or last.pt: go on exactly where it stopped")
     parser.add_argument("--out", default="", help="run folder (default runs/<method>-<preset>-<time>)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")

@@ -120,6 +120,17 @@ def draw_heat(image: Image.Image, heat: np.ndarray) -> Image.Image:
     return Image.composite(Image.new("RGB", image.size, RIGHT[0]), image.point(lambda value: value // 2), shade)
 
 
+def draw_points(image: Image.Image, points: np.ndarray, weights: np.ndarray, min_side: int = 384) -> Image.Image:
+    """The image with a disc at each point (N, 2), in pixels, the larger the more it weighs, (N,) from 0 to 1."""
+    canvas, layer, zoom, fine = start_drawing(image, min_side)
+    pen, unit = ImageDraw.Draw(layer), fine * math.sqrt(canvas.width * canvas.height) / 200
+    for i in np.argsort(weights):
+        x, y = (points[i] + 0.5) * zoom * fine
+        disc(pen, x, y, unit * (0.8 + 2 * weights[i]), RIM)
+        disc(pen, x, y, unit * (0.5 + 2 * weights[i]), RIGHT[1] if weights[i] > 0.5 else CENTRE[0])
+    return finish_drawing(canvas, layer)
+
+
 def draw_arrows(image: Image.Image, points: np.ndarray, arrows: Sequence[tuple[int, int]], strength: np.ndarray,
                 min_side: int = 384) -> Image.Image:
     """The image with arrows between points (K, 2), wide where they end, the wider the stronger."""
@@ -200,11 +211,42 @@ def contact_sheet(images: Sequence[Image.Image], columns: int = 4, cell: int = 4
     return sheet
 
 
+def captioned(image: Image.Image, text: str) -> Image.Image:
+    """The image below a strip with a text, over as many lines as it needs."""
+    font, lines = ImageFont.load_default(14), [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines[-1:] = [longer] if not lines[-1] or font.getlength(longer) <= image.width - 8 else [lines[-1], word]
+    strip = 18 * len(lines) + 6
+    canvas = Image.new("RGB", (image.width, image.height + strip), RIM)
+    canvas.paste(image, (0, strip))
+    ImageDraw.Draw(canvas).multiline_text((4, 3), "\n".join(lines), LIGHT, font)
+    return canvas
+
+
+def draw_batch(images: np.ndarray, people: Sequence[np.ndarray], skeleton: Skeleton, count: int = 12) -> Image.Image:
+    """The first images (B, 3, H, W) of a batch, RGB in [0, 1], with the people of each, (P, K, 3) x, y, v in its pixels."""
+    pixels = (255 * np.clip(images[:count], 0, 1)).round().astype(np.uint8).transpose(0, 2, 3, 1)
+    return contact_sheet([draw_people(Image.fromarray(image), keypoints, None, skeleton, min_side=256)
+                          for image, keypoints in zip(pixels, people)])
+
+
+def clips_first(data: PoseDataset) -> list[int]:
+    """Indices of a dataset; of videos the middle frame of each, then the others in order."""
+    places: dict[str, list[int]] = {}
+    if data.metric == "posetrack":
+        for i in range(len(data)):
+            places.setdefault(str(Path(data[i].image).parent), []).append(i)
+    first = [indices[len(indices) // 2] for indices in places.values()]
+    return first + sorted(set(range(len(data))) - set(first))
+
+
 def draw_predictions(data: PoseDataset, predictions: Sequence[Prediction], count: int = 12,
                      min_score: float = 0.3) -> Image.Image:
-    """The first images with labelled people, or of a set without labels: the labels left, the predictions of at least `min_score` right."""
+    """The first images with labelled people, of videos one frame of each, or of a set without labels: the labels left,
+    the predictions of at least `min_score` right."""
     found, pairs = {id_key(p.image_id): p for p in predictions}, []
-    for i in range(len(data)):
+    for i in clips_first(data):
         if len(pairs) == count:
             break
         if data.labelled and not (data[i].keypoints[..., 2] > 0).any() or id_key(data[i].image_id) not in found:
@@ -228,16 +270,16 @@ PANEL = (440, 300)                                      # pixels; drawn twice as
 
 
 def plot_curves(rows: Sequence[dict], path: Path | str):
-    """Every number in the rows against `step`, a panel per quantity; APs share one, ARs share one.
+    """Every number in the rows against `step`, a panel per quantity; APs share one, ARs share one, from 0 on.
 
-    Values that are not finite, or -1 (nothing to find), are left out. A positive quantity that spans more than
+    Values that are not finite, or -1 (nothing to find), are left out. Another positive quantity that spans more than
     two decades gets a logarithmic axis. Writes a picture in the format of the path's suffix.
     """
     panels: dict[str, dict[str, list]] = {}
     for row in rows:
         for name, value in row.items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if number and name not in ("step", "epoch") and math.isfinite(value) and value != -1:
+            if number and name not in ("step", "epoch", "seconds") and math.isfinite(value) and value != -1:
                 family = re.match(r".*?A[PR](?=_|\d|[A-Z]|$)", name)
                 panel = panels.setdefault(family.group() if family else name, {})
                 panel.setdefault(name, []).append((row["step"], value))
@@ -248,8 +290,9 @@ def plot_curves(rows: Sequence[dict], path: Path | str):
     contact_sheet(pictures, columns=3, cell=max(PANEL), gap=0).save(path)
 
 
-def draw_panel(title: str, series: dict[str, list[tuple[float, float]]], x0: float, x1: float) -> Image.Image:
-    """One small diagram from step x0 to x1: grid, ticks, a line per series, a legend if there are several."""
+def draw_panel(title: str, series: dict[str, list[tuple[float, float]]], x0: float, x1: float,
+               unit: str = "step") -> Image.Image:
+    """One small diagram from x0 to x1 in a unit: grid, ticks, a line per series, a legend if there are several."""
     width, height = (2 * side for side in PANEL)
     left, top, right, bottom = 110, 60, width - 56, height - 80
     picture = Image.new("RGB", (width, height), PAPER)
@@ -258,11 +301,12 @@ def draw_panel(title: str, series: dict[str, list[tuple[float, float]]], x0: flo
 
     values = np.array([y for line in series.values() for _, y in line] or [0.0], dtype=float)
     y0, y1 = values.min(), values.max()
-    logarithmic = y0 > 0 and y1 / y0 > 100
+    score = bool(re.fullmatch(r".*A[PR]|Mean", title))  # its axis starts at 0, however small it is
+    logarithmic = not score and y0 > 0 and y1 / y0 > 100
     scale = np.log10 if logarithmic else np.asarray
     low, high = scale([y0, y1])
     room = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
-    low, high = low - room, high + room
+    low, high = 0.0 if score else low - room, high + room
 
     def place(x, y) -> np.ndarray:
         return np.stack([left + (np.asarray(x) - x0) / (x1 - x0) * (right - left),
@@ -277,7 +321,7 @@ def draw_panel(title: str, series: dict[str, list[tuple[float, float]]], x0: flo
         pen.line((column, bottom, column, bottom + 10), INK, 2)
         pen.text((column, bottom + 16), f"{x:,.0f}", INK, font, anchor="mt")
     pen.line((left, top, left, bottom, right, bottom), INK, 2)
-    pen.text((right, height - 12), "step", INK, font, anchor="rb")
+    pen.text((right, height - 12), unit, INK, font, anchor="rb")
     for (name, line), colour in zip(series.items(), LINES * len(series)):
         draw_line(pen, place(*np.array(line, dtype=float).T), colour)
     if len(series) > 1:

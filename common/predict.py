@@ -1,12 +1,13 @@
 """Batches of a dataset, and the one loop of an evaluation over whole pictures or over crops of people."""
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
@@ -46,6 +47,20 @@ def over_items(answer: Callable, items: Dataset, data: PoseDataset, batch: int, 
         for message in data.remember(messages):
             tqdm.write(f"warning: {message}")
     return [result for _, result in sorted(gather_lists(found), key=lambda pair: pair[0])]
+
+
+@contextlib.contextmanager
+def watch(**parts: Iterable[nn.Module]) -> Iterator[dict[str, list]]:
+    """A look into a model: by name, what the modules of that name give from now on, call by call."""
+    seen, hooks = {name: [] for name in parts}, []
+    for name, modules in parts.items():
+        hooks += [module.register_forward_hook(lambda module, given, out, name=name: seen[name].append(out))
+                  for module in modules]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 # ---------------------------------------------------------------- whole pictures

@@ -21,10 +21,12 @@ import json
 import math
 import signal
 import sys
+import shlex
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,20 +37,22 @@ from tqdm import tqdm
 
 try:
     import fcntl
+    import resource
 except ImportError:                    # Windows
-    fcntl = None
+    fcntl = resource = None
 
-from common import draw, metrics
+from common import draw, metrics, transforms
 from common.cli import RunConfig, find_last
 from common.datasets import PoseDataset
 from common.errors import UserError
 from common.predict import train_loader
 from common.ranks import (STOP_SIGNALS, Ranks, epoch_batches, gather_lists, mean_over_ranks, micro_batch, say, seed_all, share_buffers,
                           wait_for_all)
-from common.records import Prediction
-from common.weights import save_checkpoint
+from common.records import People, Prediction
+from common.weights import count_parameters, save_checkpoint
 
 LOG_EVERY = 20             # optimiser steps
+WARMUP_SHARE = 4           # the warm-up takes at most one in so many of the run's steps
 LOCKS: dict[Path, IO] = {}  # run folders that this process writes, with their locks
 
 
@@ -146,6 +150,20 @@ def new_folder(name: str) -> Path:
             raise UserError(f"cannot make the folder {path}: {error}; choose another with --out") from None
 
 
+def duration(seconds: float) -> str:
+    """45 s, 24 min 18 s, 3 h 5 min."""
+    hours, minutes, seconds = int(seconds) // 3600, int(seconds) // 60 % 60, int(seconds) % 60
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """GB: the most that this process has had, of the GPU's memory or else of the machine's; None where that is unknown."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+    unit = 1e9 if sys.platform == "darwin" else 1e6                 # bytes there, kilobytes here
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 3) if resource else None
+
+
 @contextlib.contextmanager
 def goes_on(path: Path) -> Iterator[None]:
     """A file that cannot be written in the middle of a run is a warning: the disk may have room again later."""
@@ -156,7 +174,8 @@ def goes_on(path: Path) -> Iterator[None]:
 
 
 class RunFolder:
-    """A run folder: config.json, log.jsonl, curves.png, predictions.png, last.pt, best.pt. Only rank 0 writes.
+    """A run folder: config.json, log.jsonl, train_batch.png, curves.png, predictions.png, last.pt, best.pt. Only rank 0
+    writes.
 
     While it is written it is locked (`.lock`; not on Windows), so that a second run in it is refused.
     Raises UserError if the folder cannot be written, is in use, or holds a run that is not the one to resume.
@@ -271,6 +290,11 @@ class RunFolder:
             with goes_on(self.path / "predictions.png"):
                 draw.draw_predictions(data, predictions, count=12).save(self.path / "predictions.png")
 
+    def draw_batch(self, *batch: Any) -> None:
+        """train_batch.png, see `draw.draw_batch`."""
+        with goes_on(self.path / "train_batch.png"):
+            draw.draw_batch(*batch).save(self.path / "train_batch.png")
+
     def save(self, name: str, **content: Any) -> None:
         """Raises UserError; the file from before is then intact."""
         if self.writes:
@@ -310,6 +334,9 @@ class Run:
                        if name in before and before[name] != value]
             about = f"\ngoing on at {about}" + f"; changed: {', '.join(changed)}" * bool(changed)
         self.folder = RunFolder(method, cfg, args, ranks)
+        self.began = time.monotonic() - max((row.get("seconds", 0) for row in self.folder.rows), default=0)
+        self.steps, self.taken = 0, deque(maxlen=LOG_EVERY)         # of the whole run; seconds of the last steps
+        self.evaluations, self.told = [], False                     # their seconds; whether the minutes were said
         args.saved = None                                           # its memory is ours again
         self.folder.say(f"{data.report()}\n{held_out.report()}\nwriting to {self.folder.path}{about}")
 
@@ -317,6 +344,11 @@ class Run:
     def step(self) -> int:
         """Optimiser steps so far."""
         return self.at["step"]
+
+    @property
+    def score_name(self) -> str:
+        """The metric by which best.pt is chosen: PoseTrack's, else OKS AP."""
+        return "Mean" if self.held_out.metric == "posetrack" else "AP"
 
     @property
     def last(self) -> bool:
@@ -335,30 +367,80 @@ class Run:
             self.folder.bad_files(gather_lists([*self.folder.bad, *self.held_out.bad]))
             self.at.update(epoch=epoch + 1, done=0)
             self.save_last(must=epoch + 1 == epochs)                # at the very end a full disk is an error
+            if epoch + 1 == epochs:
+                self.say_end()
 
     def batches(self, items: Dataset | list, join: Callable = torch.stack) -> Iterator[tuple]:
         """This process's micro-batches that the epoch still has, without the last two columns of the items: an
         image's id, and why files were skipped on the way to it. `join` makes a batch of their first column.
 
-        `steps` is from now on how many optimiser steps the whole run has. Before each batch the seed is set from
-        (seed, epoch, its number, rank).
+        `steps` is from now on how many optimiser steps the whole run has, and `cfg` has a warm-up that fits into them.
+        Before each batch the seed is set from (seed, epoch, its number, rank).
         """
         cfg, epoch = self.cfg, self.at["epoch"]
         batches = epoch_batches(len(items), self.micro, cfg.accum, cfg.seed, epoch, self.ranks, self.start)
         an_epoch = max(1, len(items) // cfg.batch)
         # in units of the present batch, which may be another than before the run was resumed
         self.at["done"] = an_epoch - len(batches) // cfg.accum
-        self.at["step"], self.steps = epoch * an_epoch + self.at["done"], cfg.epochs * an_epoch
+        self.at["step"], first_call = epoch * an_epoch + self.at["done"], not self.steps
+        self.steps, self.an_epoch = cfg.epochs * an_epoch, an_epoch
+        if first_call:
+            self.say_start(len(items))
         self.start, first = 0, self.at["done"] * cfg.accum
         loader = train_loader(items, batches, cfg.workers, self.ranks, join)
         self.bar = tqdm(loader, f"epoch {epoch + 1}/{cfg.epochs}", an_epoch * cfg.accum, initial=first,
                         disable=self.ranks.rank > 0, dynamic_ncols=True)
-        self.seen = []                                              # ids of the images of this optimiser step
+        self.seen, self.tick = [], time.monotonic()                 # ids of the images of this optimiser step
         for self.number, (*columns, ids, skipped) in enumerate(self.bar, first):
             self.folder.bad_files(sum(skipped, []))
             self.seen += ids
             seed_all(cfg.seed, epoch, self.number, self.ranks.rank)
             yield tuple(columns)
+
+    def say_start(self, count: int) -> None:
+        """What is trained, where, on how many images (or people) and for how long, and if the warm-up is too long."""
+        cfg, device, learned = self.cfg, self.ranks.device, count_parameters(self.parts["model"])
+        place = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+        place += f", {self.ranks.world} processes" * (self.ranks.world > 1)
+        self.folder.say(f"training on {place}: {learned / 1e6:,.2f} M parameters that learn, {count:,} images or people an "
+                        f"epoch, in {self.an_epoch:,} steps of {cfg.batch}; {self.steps - self.step:,} of {self.steps:,} "
+                        "steps to go")
+        longest = max(1, self.steps // WARMUP_SHARE)
+        if cfg.warmup > longest:
+            self.cfg = replace(cfg, warmup=longest)
+            self.folder.say(f"the warm-up of {cfg.warmup:,} steps is cut to {longest:,}, one in {WARMUP_SHARE} of the run's; "
+                            "more --epochs or a smaller --batch would make it longer")
+
+    @property
+    def first_batch(self) -> bool:
+        """Whether this is the run's first micro-batch, the only one that `show_batch` draws."""
+        return self.step == 0 and self.number == 0 and self.folder.writes
+
+    def show_batch(self, images: Tensor, people: list[People] | Tensor, scale: Tensor | float = 1,
+                   normalised: bool = False) -> None:
+        """train_batch.png of the first micro-batch, as the network sees it: images (B, 3, H, W) in [0, 1] or normalised;
+        people, whose keypoints are pixels after times `scale`, a number or (B, 2), or one person each (B, K, 3) x, y, v."""
+        if self.first_batch:
+            by = torch.as_tensor(scale, device=images.device).expand(len(images), 2)
+            labels = [torch.cat([one.keypoints * by[i], one.visible[..., None]], -1) if isinstance(one, People) else one[None]
+                      for i, one in enumerate(people)]
+            pixels = transforms.denormalise(images) if normalised else images
+            self.folder.draw_batch(pixels.detach().float().cpu().numpy(), [one.cpu().numpy() for one in labels],
+                                   self.held_out.skeleton)
+
+    def left(self) -> float:
+        """Seconds to the end of the run, of its steps at the pace of the last ones and its evaluations, if one was timed."""
+        cfg, later = self.cfg, range(self.at["epoch"] + 1, self.cfg.epochs + 1)
+        evaluations = sum(epoch % cfg.eval_every == 0 or epoch == cfg.epochs for epoch in later)
+        return (sum(self.taken) / len(self.taken) * (self.steps - self.step)
+                + sum(self.evaluations) / max(1, len(self.evaluations)) * evaluations)
+
+    def say_end(self) -> None:
+        """How long it took, how good it is, where to look and what to do next."""
+        path, picture = self.folder.path, shlex.quote(str(self.held_out[0].image))
+        best = f", best {self.score_name} {self.at['best']:.3f}" * math.isfinite(self.at["best"])
+        self.folder.say(f"finished in {duration(time.monotonic() - self.began)}{best}: look at {path / 'predictions.png'} and "
+                        f"{path / 'curves.png'}\nnext: python eval.py {shlex.quote(str(path))} --images {picture} --process")
 
     def more_micro_batches(self, losses: dict[str, Tensor]) -> bool:
         """Whether gradients are still to be added up before the optimiser's step; losses: weighted terms by name."""
@@ -369,7 +451,7 @@ class Run:
         return (self.number + 1) % self.cfg.accum > 0
 
     def stepped(self, norm: Tensor, shown: Iterable[str] = ()) -> bool:
-        """After an optimiser step: check its numbers, count it, log every 20th, save when that is due.
+        """After an optimiser step: check its numbers, count it, log every 20th or one an epoch, save when that is due.
 
         norm: the gradient's, before it was clipped; shown: the terms to log, all without it. Returns whether somebody
         asked to stop: everything is saved then.
@@ -382,12 +464,19 @@ class Run:
             names = [name for name, good in zip(self.terms, finite) if not good] or ["the gradient"]
             raise self.folder.not_finite(", ".join(names[:5]), self.step, self.seen)
         self.at.update(step=self.step + 1, done=self.at["done"] + 1)
-        self.seen = []
-        if self.step % LOG_EVERY == 0:
+        self.seen, now = [], time.monotonic()
+        self.taken.append(now - self.tick)
+        self.tick = now
+        if len(self.taken) == min(10, self.steps) and not self.told:
+            self.told = True
+            self.folder.say(f"about {duration(self.left())} to go at {sum(self.taken) / len(self.taken):.2f} s a step, and the "
+                            "evaluations")
+        self.bar.set_description(f"epoch {self.at['epoch'] + 1}/{self.cfg.epochs}, {duration(self.left())} to go", False)
+        if self.step % LOG_EVERY == 0 or self.at["done"] == self.an_epoch < LOG_EVERY:
             terms = dict(loss=sum(self.terms.values()).item())
             terms |= {name: self.terms[name].item() for name in shown or self.terms}
             self.folder.log(step=self.step, epoch=self.at["epoch"], **terms, grad_norm=float(norm),
-                            lr=self.parts["optimizer"].param_groups[-1]["lr"])
+                            lr=self.parts["optimizer"].param_groups[-1]["lr"], **self.cost())
             self.bar.set_postfix({name.removeprefix("loss_"): f"{value:.3g}" for name, value in terms.items()})
         if self.asked(self.ranks):
             self.save_last(must=True)
@@ -397,17 +486,25 @@ class Run:
             self.save_last()
         return False
 
+    def cost(self) -> dict[str, float]:
+        """Seconds since the run began, pauses left out; images a second of the last steps; the peak of memory, GB."""
+        cost = dict(seconds=round(time.monotonic() - self.began, 1), memory=peak_memory(self.ranks.device),
+                    images_a_second=round(self.cfg.batch * len(self.taken) / max(sum(self.taken), 1e-9), 2))
+        return {name: value for name, value in cost.items() if value is not None}
+
     def evaluates(self) -> bool:
         """Whether an evaluation follows: every `eval_every` epochs and after the last."""
         due = self.last or (self.at["epoch"] + 1) % self.cfg.eval_every == 0
         if due:
             self.save_last()                                        # a kill while evaluating costs nothing
             share_buffers(self.parts.get("ema", self.parts["model"]))
+        self.tick = time.monotonic()
         return due
 
     def record(self, table: dict[str, float], predictions: list[Prediction], about: str = "") -> None:
         """The metrics on the screen and in log.jsonl, best.pt if it is the best so far, the pictures."""
-        score = table.get("Mean", table.get("AP"))                  # PoseTrack's, else OKS
+        self.evaluations.append(time.monotonic() - self.tick)
+        score = table[self.score_name]
         self.folder.log(step=self.step, epoch=self.at["epoch"], **table)
         said = [metrics.format_table(table), *self.held_out.caveats()]
         self.folder.say(f"epoch {self.at['epoch'] + 1}{about}\n" + "\n".join(said))

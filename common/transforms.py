@@ -260,3 +260,8 @@ def to_tensor(image: Image.Image) -> Tensor:
 def normalise(pixels: Tensor) -> Tensor:
     """RGB (..., 3, H, W) in [0, 1], each channel less ImageNet's mean and divided by its deviation."""
     return (pixels - MEAN.to(pixels.device)) / STD.to(pixels.device)
+
+
+def denormalise(pixels: Tensor) -> Tensor:
+    """What `normalise` was given."""
+    return pixels * STD.to(pixels.device) + MEAN.to(pixels.device)

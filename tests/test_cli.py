@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import detrpose
-from common.cli import field_help, launch, parse, run_main
+from common.cli import field_help, launch, parse, run_main, run_method
 from common.errors import UserError
 from common.ranks import pick_device
 
@@ -47,6 +47,22 @@ def test_every_field_is_a_flag_whose_help_is_its_comment(capsys, monkeypatch):
         assert end.value.code == 0 and comments.keys() == {field.name for field in fields(config)}
         for name, comment in comments.items():
             assert f"--{name}" in text and f"{comment} (default " in text
+
+
+def test_help_says_whose_defaults_it_shows(capsys):
+    with pytest.raises(SystemExit):
+        parsed("--preset", "big", "--help")
+    assert "those below are of big" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("argv, said", [([], ""), (["--size", "5", "--no-fdr"], "--size --no-fdr: without --train")])
+def test_without_train_the_docstring_comes_first_and_flags_are_said_to_do_nothing(argv, said, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["method.py", *argv])
+    seen = []
+    run_method(Config, PRESETS, "A method.", None, lambda: seen.append(capsys.readouterr().out) or "the presets")
+    assert seen == ["A method.\n"]
+    out = capsys.readouterr().out
+    assert out.startswith("the presets\n") and said in out and ("without --train" in out) == bool(said)
 
 
 def test_flags_take_dashes_or_underscores_and_values_after_an_equals_sign():

@@ -651,3 +651,28 @@ def test_the_tiny_preset_learns_the_photos_of_the_coco_sample_by_heart(pose_data
         ema.update(model)
     table, _ = detrpose.evaluate(ema.module, photos, cfg, init_ranks("cpu"))
     assert len(data) == 28 and table["AP"] > 0.9, table
+
+
+@pytest.mark.parametrize("fdr", [True, False])
+def test_the_process_is_cells_layers_sampling_points_and_distributions_of_people_alone(fdr, monkeypatch):
+    model, panels = detrpose.build("tiny", **SMALL, fdr=fdr).eval(), []
+    with torch.no_grad():
+        for head in model.decoder.pose_heads:
+            head.layers[-1].bias += 0.1 * normal("bias", head.layers[-1].bias.shape)
+    monkeypatch.setattr(detrpose.draw, "draw_panel", lambda *args: panels.append(args) or Image.new("RGB", (9, 9)))
+    image = Image.new("RGB", (80, 60), (90, 120, 30))
+    shown = detrpose.show_process(model, image, 0)
+    assert {name: len(pictures) for name, pictures in shown.items()} == (
+        dict(selected=1, layers=4, sampling=1, distributions=1) if fdr else dict(selected=1, layers=3, sampling=1))
+    assert len({picture.size for picture in shown["layers"]}) == 1
+    assert detrpose.show_process(model, image, 1) == {}
+    if not fdr:
+        return
+    layers = panels[0][1]
+    assert list(layers) == ["1", "2"] and all(0.98 < sum(p for _, p in row) <= 1.0001 for row in layers.values())
+    # the mean of the last layer's distribution is how far the keypoint is from the pre-pose
+    with torch.no_grad():
+        decoded = model(detrpose.input_image(image, 64)[None])["decoded"]
+    moved = ((decoded["keypoints"][-1] - decoded["pre_keypoints"])[0] * torch.tensor([80, 60])).flatten().tolist()
+    mean = sum(offset * p for offset, p in layers["2"])
+    assert min(abs(mean - one) for one in moved) < 0.02 * abs(mean) + 0.05

@@ -1,14 +1,17 @@
 """Drawings show what they are given, at any size, and never stop a run."""
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from common import draw
 from common.records import Prediction
 from common.splits import open_dataset
-from common.draw import (HOLLOW, LINES, SOLID, colours, contact_sheet, draw_ellipses, draw_people,
-                         draw_predictions, plot_curves, side_of, states, ticks)
+from common.draw import (HOLLOW, LINES, SOLID, captioned, clips_first, colours, contact_sheet, draw_ellipses, draw_panel,
+                         draw_people, draw_points, draw_predictions, plot_curves, side_of, states, ticks)
 from common.skeletons import SKELETONS, get_skeleton
 
 COCO = get_skeleton("coco")
@@ -113,6 +116,37 @@ def test_curves_put_each_loss_in_its_panel_and_all_aps_in_one(tmp_path):
     blue, orange = ((np.abs(pixels.astype(int) - colour).sum(2) < 120) for colour in LINES[:2])
     assert all(blue[:300, 440 * i:440 * (i + 1)].sum() > 100 for i in range(3)) and blue[300:, :440].sum() > 100
     assert orange[:300, 880:].sum() > 100 and orange[:, :880].sum() == 0     # AP50 is the only second line
+
+
+@pytest.mark.parametrize("values", [[0.0], [0.0, 1e-5], [0.3, 0.9], [1e-6, 0.5]])
+def test_an_axis_of_ap_starts_at_0_and_is_never_logarithmic(values, monkeypatch):
+    axes = []
+    monkeypatch.setattr(draw, "ticks", lambda *axis: axes.append(axis) or [])
+    draw_panel("AP", {"AP": list(enumerate(values))}, 0, 1)
+    low, high, logarithmic = axes[0]
+    assert low == 0 and max(values) < high <= max(1.5 * max(values), 1e-4 if max(values) else 1) and not logarithmic
+
+
+def test_a_caption_stands_above_the_picture_on_as_many_lines_as_it_needs():
+    picture = Image.new("RGB", (200, 50), (9, 99, 9))
+    short, long = (captioned(picture, "what is seen here, said in words " * n) for n in (1, 3))
+    assert short.width == long.width == 200 and 50 < short.height < long.height
+    assert (np.asarray(long)[-50:] == (9, 99, 9)).all() and np.ptp(np.asarray(long)[:-50]) > 100
+
+
+def test_of_videos_one_frame_of_each_comes_first():
+    frames = [SimpleNamespace(image=Path(clip, f"{n}.jpg")) for clip in ("a", "b", "c") for n in range(3)]
+    data = type("Clips", (list,), dict(metric="posetrack"))(frames)
+    assert clips_first(data) == [1, 4, 7, 0, 2, 3, 5, 6, 8]
+    data.metric = "coco"
+    assert clips_first(data) == list(range(9))
+
+
+def test_the_more_a_point_weighs_the_larger_it_is():
+    image, area = Image.new("RGB", (400, 400)), []
+    for weight in (0.0, 0.5, 1.0):
+        area.append((np.asarray(draw_points(image, np.array([[200.0, 200.0]]), np.array([weight]))).sum(2) > 0).sum())
+    assert 0 < area[0] < area[1] < area[2] < 500
 
 
 def test_ticks_are_round_numbers_inside_the_range():

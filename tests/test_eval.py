@@ -9,6 +9,7 @@ import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -408,3 +409,25 @@ def test_settings_that_only_prediction_reads_are_changed_and_others_refused():
             evaluation.with_settings(diffusionregpose, model, [setting])
     with pytest.raises(UserError, match="nothing"):
         evaluation.with_settings(detrpose, model, ["steps=4"])
+
+
+def test_the_published_figure_stands_beside_ours_for_released_weights_on_the_data_of_their_table():
+    def said(source: str, name: str, split: str) -> list[str]:
+        return evaluation.published(source, SimpleNamespace(name=name, split=split), dict(AP=0.7213))
+    assert said("detrpose-l", "coco", "val") == ["AP 72.1, published for detrpose-l: 72.5"]
+    assert said("detrpose-n-crowdpose", "crowdpose", "test")[0].endswith("published for detrpose-n-crowdpose: 56.0")
+    assert said("sdpose-body", "ood", "ood")[0].endswith("sdpose-body with a detector's boxes: 63.5")
+    assert said("detrpose-l", "puppets", "val") == said("runs/mine", "coco", "val") == said("resnet50", "coco", "val") == []
+    for name, release in weights.RELEASES.items():
+        assert bool(release.published) == bool(release.method), name
+
+
+def test_the_process_is_captioned_and_without_people_says_so(run, call, puppets_folder, tmp_path):
+    picture = next((puppets_folder / "val2017").iterdir())
+    code, text, _ = call(run, "--images", picture, "--process", "--threshold", "0.1")
+    assert code == 0 and "nothing to show" not in text
+    assert {f"{picture.stem}_{what}" for what in ("selected.png", "layers.gif", "sampling.png", "distributions.png")} <= {
+        path.name for path in (tmp_path / "drawn").iterdir()}
+    code, text, _ = call(run, "--images", picture, "--process", "--threshold", "1.1", "--out", "nobody")
+    assert code == 0 and f"{picture.name}: nobody of score 1.1 or more, so --process has nothing to show" in text
+    assert not [path for path in (tmp_path / "nobody").iterdir() if path.stem.endswith(("selected", "layers"))]

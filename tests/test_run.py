@@ -1,5 +1,6 @@
 """Exact resume, stops, averages, run folders, several processes: what every training loop stands on."""
 import errno
+import importlib
 import json
 import math
 import multiprocessing
@@ -29,6 +30,7 @@ from common.records import People
 from common.run import Ema, RunFolder, Stopper
 from common.splits import open_dataset
 from common.weights import load_checkpoint, save_checkpoint
+from tests import torture
 from tests.helpers import TINY, assert_equal
 
 
@@ -96,6 +98,10 @@ def whole_run(puppets_folder, tmp_path_factory) -> Path:
     return folder
 
 
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 def plain(value) -> bool:
     if isinstance(value, dict):
         return all(type(key) in (str, int) and plain(item) for key, item in value.items())
@@ -157,8 +163,49 @@ def test_a_run_that_is_cut_and_resumed_ends_with_the_same_bits(
     expected = torch.load(whole_run / "last.pt", weights_only=True)
     assert after["step"] == 10
     assert_equal({part: after[part] for part in SAME}, {part: expected[part] for part in SAME})
-    rows = (whole_run / "log.jsonl").read_text()
-    assert (tmp_path / "run" / "log.jsonl").read_text() == rows and rows.count('"AP"') == 2
+    rows = rows_of(whole_run)
+    assert_equal(rows_of(tmp_path / "run"), rows)
+    assert sum("AP" in row for row in rows) == 2 and after["rows"][-1]["step"] == 10
+
+
+def test_a_short_run_says_what_it_does_logs_each_epoch_and_cuts_its_warmup(puppets_folder, tmp_path, capsys):
+    train(puppets_folder, tmp_path / "run", "--warmup", "60")
+    out = capsys.readouterr().out
+    for said in ("training on the CPU: ", " M parameters that learn, 23 images", "10 of 10 steps to go",
+                 "the warm-up of 60 steps is cut to 2", " to go at ", "finished in ", "best AP 0.", "curves.png",
+                 f"next: python eval.py {tmp_path / 'run'} --images {puppets_folder}"):
+        assert said in out, said
+    rows = [row for row in rows_of(tmp_path / "run") if "loss" in row]
+    assert [row["step"] for row in rows] == [5, 10] and 0 < rows[0]["seconds"] < rows[1]["seconds"]
+    assert all(0.05 < row["memory"] < 50 and row["images_a_second"] > 0 for row in rows)
+    assert rows[0]["lr"] == pytest.approx(1e-3 * (0.5 + 0.5 * math.cos(math.pi * 4 / 10)))       # the warm-up is over
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["config"]["warmup"] == 60               # as it was asked for
+    train(puppets_folder, tmp_path / "run", "--resume", str(tmp_path / "run"), "--epochs", "3")
+    out, later = capsys.readouterr().out, rows_of(tmp_path / "run")
+    assert "going on at epoch 3, step 10; changed: epochs 2 → 3" in out and "5 of 15 steps to go" in out
+    assert later[-2]["seconds"] > rows[1]["seconds"]
+    assert train(puppets_folder, tmp_path / "run", "--resume", str(tmp_path / "run"), "--epochs", "1")["epoch"] == 3
+    assert "all 3 epochs are done; --epochs 4 would go on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", torture.FLAGS)
+def test_the_first_batch_is_shown_as_the_network_sees_it_with_its_labels(method, puppets_folder, tmp_path, monkeypatch):
+    def end(images, people, skeleton):
+        shown.append((images, people))
+        raise Killed
+
+    shown, module = [], importlib.import_module(method)
+    monkeypatch.setattr(run.draw, "draw_batch", end)
+    words = ["--train", "--epochs", "1", "--workers", "0", "--processes", "1", "--device", "cpu", *torture.FLAGS[method].split()]
+    words += ["--data", str(puppets_folder), "--out", str(tmp_path / "run")]
+    with pytest.raises(Killed):
+        module.train(*parse(module.Config, module.PRESETS, "", words))
+    images, people = shown[0]
+    assert images.ndim == 4 and images.shape[1] == 3 and len(images) == len(people) in (4, 8)
+    assert -0.01 < images.min() < 0.3 and 0.6 < images.max() < 1.01 and images.std() > 0.05
+    labels = np.concatenate(people).reshape(-1, 3)
+    xy = labels[labels[:, 2] > 0, :2] / images.shape[:1:-1]
+    assert len(xy) > 20 and (xy > -0.2).all() and (xy < 1.2).all() and np.ptp(xy, axis=0).min() > 0.3
 
 
 @pytest.mark.parametrize("batch", [4, 8, 2, 3])
@@ -232,7 +279,7 @@ def test_a_finished_run_says_so_and_goes_on_with_more_epochs_and_another_learnin
     assert more["step"] == 2 and more["config"]["lr"] == 0.5
     assert [group["initial_lr"] for group in more["optimizer"]["param_groups"]] == [1e-3, 0.5]
     assert {group["weight_decay"] for group in more["optimizer"]["param_groups"]} == {0.25}
-    assert [row["step"] for row in map(json.loads, open(folder / "log.jsonl"))] == [1, 2]
+    assert [row["step"] for row in rows_of(folder)] == [1, 1, 2, 2]          # a row of losses, one of metrics
 
 
 def test_a_folder_with_another_run_is_never_written_over(short_run, puppets_folder, tmp_path, capsys):
@@ -524,7 +571,7 @@ def in_two_processes(*words: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="--processes is for Linux")
 def test_a_resumed_run_of_two_processes_equals_one_that_was_never_cut(puppets_folder, tmp_path):
-    words = [*FLAGS, "--processes", "2", "--schedule", "constant", "--data", str(puppets_folder), "--out"]
+    words = [*FLAGS, "--processes", "2", "--schedule", "constant", "--warmup", "1", "--data", str(puppets_folder), "--out"]
     in_two_processes(*words, str(tmp_path / "whole"))
     in_two_processes(*words, str(tmp_path / "cut"), "--epochs", "1")
     in_two_processes("--resume", str(tmp_path / "cut"), "--epochs", "2")

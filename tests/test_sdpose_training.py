@@ -672,6 +672,15 @@ def test_pictures_take_boxes_of_a_file_or_the_whole_image(run_folder, call, data
     assert code == 2 and "for none of the pictures" in text
 
 
+@pytest.mark.parametrize("rgb_weight", [0.0, 0.1])
+def test_pictures_say_whether_the_rgb_branch_was_trained(rgb_weight, monkeypatch):
+    said, model = [], sd.build("tiny", **TINIER, rgb_weight=rgb_weight).eval()
+    monkeypatch.setattr(sd.draw, "captioned", lambda image, text: said.append(text) or image)
+    shown = sd.show_process(model, Image.new("RGB", (48, 64)), 0.5)
+    assert list(shown) == ["heatmaps", "rgb"][:len(said)] and len(said) == 1 + (rgb_weight > 0)
+    assert ("never trained" in said[0]) == (rgb_weight == 0)
+
+
 def test_boxes_and_detectors_that_make_no_sense_are_one_line(run_folder, call, data, tmp_path):
     code, text, _ = call(run_folder, "--images", data[0].image, "--detector", run_folder)
     assert code == 2 and "needs boxes itself" in text
