@@ -1486,9 +1486,8 @@ def nms(keypoints: np.ndarray, scores: np.ndarray, size_px: tuple[int, int], kin
     if kind == "none":
         return best_first
     count, joints = keypoints.shape[:2]
-    points = keypoints * size_px
-    if kind == "official":
-        points = np.moveaxis(keypoints.reshape(count, 2, joints), 1, 2) * size_px
+    official = np.moveaxis(keypoints.reshape(count, 2, joints), 1, 2)
+    points = (official if kind == "official" else keypoints) * size_px
     limit = 0.04 * np.linalg.norm(np.ptp(points, 1), axis=-1)
     near = np.linalg.norm(points[:, None] - points, axis=-1) < limit[:, None, None]          # (E, E, K)
     needed = max(min(10, 3 * joints // 4), 10 * joints // 17)          # 10 of COCO's 17 and of CrowdPose's 14
@@ -1579,20 +1578,15 @@ def show_process(model: DiffusionRegPose, image: Image.Image, threshold: float) 
 def draw_completion(data: PoseDataset, complete: Callable, file: Path, count: int = 9) -> None:
     """The first images in which complete(keypoints (P, K, 3), boxes xyxy (P, 4)) labels further keypoints:
     as labelled left, completed right, where what is new is hollow. No file if there are none."""
-    pairs = []
-    for i in range(len(data)):
-        if len(pairs) == count:
-            break
-        sample = data[i]
-        after = complete(sample.keypoints, sample.boxes)
-        old = sample.keypoints[..., 2] > 0
+    pairs, i = [], 0
+    while i < len(data) and len(pairs) < count:
+        after, old = complete(data[i].keypoints, data[i].boxes), data[i].keypoints[..., 2] > 0
         new = (after[..., 2] > 0) & ~old
-        picture = data.load(i)[0] if new.any() else None
-        if picture is not None:
-            shown = [np.concatenate([after[..., :2], state[..., None]], 2)
-                     for state in (draw.SOLID * old, draw.SOLID * old + draw.HOLLOW * new)]
-            sides = [draw.draw_people(picture.image, people, None, data.skeleton) for people in shown]
+        if new.any() and (picture := data.load(i)[0]):
+            sides = [draw.draw_people(picture.image, np.dstack([after[..., :2], states]), None, data.skeleton)
+                     for states in (draw.SOLID * old, draw.SOLID * old + draw.HOLLOW * new)]
             pairs.append(draw.contact_sheet(sides, 2, gap=2))
+        i += 1
     if pairs:
         draw.contact_sheet(pairs, columns=3, cell=720).save(file)
 
