@@ -1395,7 +1395,6 @@ def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config) -> dict:
 
 
 def exported(model: QueryPose) -> Exported:
-    """What goes into the file of eval.py --export."""
     return Exported(
         lambda images, sizes: model(images, sizes)[-1]._asdict(),
         lambda batch: dict(zip(("images", "sizes"), pad_images(batch["images"]))),

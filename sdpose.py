@@ -57,11 +57,10 @@ from __future__ import annotations
 
 import math
 import re
-import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -582,13 +581,8 @@ def evaluate(model: SDPose, data: PoseDataset, cfg: Config, ranks: Ranks,
     its annotated boxes unless others are given. Crops are shared among the processes, all get the result.
     Whole-body data have six evaluations.
     """
-    boxes = boxes or true_boxes(data)
-    crops = boxes.total()
-    views = 1 + (model.cfg.flip_test and model.skeleton.flip is not None)
-    if ranks.rank == 0 and crops:
-        say_cost(model, f"{crops} crops x {views}", crops * views, 1, ranks.world)
-    found = predict_people(partial(poses, fuse(model)), data, boxes, partial(sample_crop, model.cfg),
-                           cfg.eval_batch, cfg.workers, ranks)
+    found = predict_people(partial(poses, fuse(model)), data, boxes or true_boxes(data),
+                           partial(sample_crop, model.cfg), cfg.eval_batch, cfg.workers, ranks)
     found = [finish(one, model) for one in found]
     return metrics.evaluate(found, data), found
 
@@ -781,9 +775,6 @@ def train(cfg: Config, args) -> None:
     if cfg.cache_views:                                             # posteriors in place of crops
         crops_of = encode_once(model, crops_of, cfg, ranks, run.folder)
     net = distribute(model, ranks)
-    if ranks.rank == 0:
-        left = cfg.epochs * len(people) - run.step * cfg.batch
-        say_cost(model, f"training on {left:,} crops", left, 3 + cfg.checkpointing, ranks.world)
 
     for epoch in run.epochs():
         net.train()
@@ -1534,49 +1525,18 @@ def show_styles(model: SDPose, val: PoseDataset, rows: int = 6) -> Image.Image:
     return draw.contact_sheet(tiles, 5)
 
 
-# Cost, summary, main.
-
-
-@lru_cache
 def flops(cfg: Config, skeleton: Skeleton) -> dict[str, float]:
-    """FLOPs of one crop, 2 per multiply-add: `encode` it, `pose` and `rgb` branch. Nothing is computed."""
+    """FLOPs of one crop, 2 per multiply-add: `encode` it, `pose` branch. Nothing is computed."""
     counts = {}
     with torch.device("meta"), torch.no_grad():
         model = SDPose(replace(cfg, checkpointing=False), skeleton)
         crop = torch.zeros(1, 3, cfg.height, cfg.width)
-        for name, run in dict(encode=model.encode, pose=model.heatmaps, rgb=model.reconstruct).items():
+        for name, run in dict(encode=model.encode, pose=model.heatmaps).items():
             x = crop if name == "encode" else torch.zeros(1, LATENT, cfg.height // 8, cfg.width // 8)
             with FlopCounterMode(display=False) as counter:
                 run(x)
             counts[name] = counter.get_total_flops()
     return counts
-
-
-def measured_speed(device: torch.device, amp: str) -> float:
-    """FLOP per second of a convolution, to say before long work about how long it takes."""
-    conv, x = nn.Conv2d(256, 256, 3, padding=1).to(device), torch.zeros(1, 256, 64, 64, device=device)
-    for _ in range(2):                                          # the first call sets things up
-        start = time.perf_counter()
-        with torch.no_grad(), autocast(device, amp):
-            conv(x).sum().item()
-        seconds = time.perf_counter() - start
-    return 2 * 9 * 256 ** 2 * 64 ** 2 / seconds
-
-
-def say_cost(model: SDPose, what: str, crops: int, passes: int, processes: int) -> None:
-    """Before long work of all processes on that many crops: its FLOPs, and the time if over two minutes.
-
-    passes: of the U-Net, backward counts twice; 1 is prediction.
-    """
-    cfg, cost = model.cfg, flops(model.cfg, model.skeleton)
-    rgb = passes > 1 and cfg.rgb_weight > 0
-    encoded = 3 if passes > 1 and cfg.vae_along else 1                  # a VAE that learns goes backward, too
-    encoded = 0 if passes > 1 and cfg.cache_views else encoded + (rgb and cfg.target == "clean")
-    flop = crops * (encoded * cost["encode"] + passes * (cost["pose"] + rgb * cost["rgb"]))
-    seconds = flop / processes / measured_speed(model.text.device, cfg.amp)
-    if seconds > 120:
-        print(f"{what}: {flop / 1e12:,.0f} TFLOP, about {seconds / 3600:.1f} hours at the speed of this "
-              "machine")
 
 
 def summary() -> str:
@@ -1591,7 +1551,8 @@ def summary() -> str:
         parameters = list(model.parameters())
         every, learned = (sum(p.numel() for p in some) / 1e6 for some in
                           (parameters, [p for p in parameters if p.requires_grad]))
-        encode, pose = (flops(cfg, skeleton)[part] / 1e9 for part in ("encode", "pose"))
+        cost = flops(cfg, skeleton)
+        encode, pose = cost["encode"] / 1e9, cost["pose"] / 1e9
         rows.append(f"{preset:12}{f'{cfg.width}x{cfg.height}':>10}{skeleton.num_keypoints:>11}"
                     f"{every:>11.2f} M{learned:>9.2f} M{encode + pose:>9.1f}{encode:>9.1f}")
     return "\n".join(rows)

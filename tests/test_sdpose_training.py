@@ -3,7 +3,6 @@ import argparse
 import importlib
 import json
 import math
-import re
 import shutil
 import signal
 import sys
@@ -586,19 +585,6 @@ def test_without_the_rgb_branch_nothing_behind_the_tap_learns():
     crops = torch.zeros(2, 1, 3, 128, 96, dtype=torch.uint8)
     sum(step_losses(model, crops, torch.full((2, 17, 3), 40.0)).values()).backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
-
-
-def test_the_cost_of_a_training_is_that_of_all_processes_and_their_time_is_shared(monkeypatch, capsys):
-    monkeypatch.setattr(sd, "measured_speed", lambda device, amp: 1e6)
-    model, said = sd.build("tiny"), []
-    cost = sd.flops(model.cfg, model.skeleton)
-    for crops, passes, processes in (100_000, 3, 1), (100_000, 3, 2), (100_000, 1, 1):
-        sd.say_cost(model, "crops", crops, passes, processes)
-        said.append([float(word.replace(",", "")) for word in re.findall(r"[\d.,]*\d(?= TFLOP| hours)", capsys.readouterr().out)])
-    both = 1e5 * (cost["encode"] + cost["pose"])                # the VAE learns along, backward is as long as two passes
-    for (flop, hours), passes, processes in zip(said, (3, 3, 1), (1, 2, 1)):
-        assert flop == round(passes * both / 1e12)
-        assert hours == pytest.approx(passes * both / 1e6 / 3600 / processes, abs=0.1)
 
 
 def test_the_summary_counts_what_a_training_changes(monkeypatch):
