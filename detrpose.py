@@ -909,7 +909,7 @@ def postprocess(logits: Tensor, keypoints: Tensor, sizes_px: Tensor) -> tuple[Te
 def predict(model: DETRPose, batch: dict) -> list[Prediction]:
     """People of a batch {images (B, 3, H, W) in [0, 1], image_ids, sizes_px}: one Prediction per image.
 
-    The model has no score per keypoint (App. B): every keypoint gets 1.
+    The model has no score per keypoint (App. B): every keypoint gets 1. In float32 for any --amp.
     """
     device = next(model.parameters()).device
     result = model(batch["images"].to(device))

@@ -754,7 +754,7 @@ def noise_for(boxes: np.ndarray, model: DiffusionPose) -> Tensor:
 
 @torch.no_grad()
 def find_heatmaps(model: DiffusionPose, crops: Tensor, boxes: np.ndarray) -> Tensor:
-    """Clips (P, 3, 3, H, W) uint8, of boxes (P, 4) → heatmaps (P, J, Hh, Wh), float32 on the CPU."""
+    """Clips (P, 3, 3, H, W) uint8, of boxes (P, 4) → heatmaps (P, J, Hh, Wh) on the CPU; computed as --amp says."""
     device = next(model.parameters()).device
     frames, noise = transforms.normalise(crops.to(device) / 255), noise_for(boxes, model).to(device)
     with autocast(device, model.cfg.amp):
