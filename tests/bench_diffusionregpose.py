@@ -9,9 +9,7 @@ one DDIM step, t = 999, on a picture of noise with the weights of the golden tes
 the table has the median time of each and the median ratio of the pairs, and how far a process that runs one of them
 alone grows above its loaded weights.
 """
-import argparse
 import os
-import statistics
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -24,8 +22,8 @@ import torch
 from torch import Tensor
 
 import diffusionregpose as drp
-from tests.bench_detrpose import sampled_level_by_level, seconds
-from tests.helpers import normal
+from kernels.bench import published_deform_attn
+from tests.helpers import against, bench_flags, in_turns, normal
 from tests.test_diffusionregpose import official_model
 
 HEIGHT, WIDTH = 480, 640
@@ -41,7 +39,7 @@ def deform_attn_as_released(value: Tensor, shapes: list, reference: Tensor, offs
         locations = reference + offsets / torch.tensor(shapes).flip(1)[level]
     else:
         locations = reference[..., :2] + offsets / points[0] * reference[..., 2:] * 0.5
-    return sampled_level_by_level(value, shapes, locations, logits.softmax(-1), points)
+    return published_deform_attn(value, shapes, locations, logits.softmax(-1), points)
 
 
 @contextmanager
@@ -91,34 +89,27 @@ def alone(function, *args):
         return process.submit(function, *args).result()
 
 
-def compare_times(folder: Path, pairs: int) -> tuple[float, float, float]:
-    """Median milliseconds of the released form and of ours, and their ratio; the outputs agree first."""
+def compare_times(folder: Path, pairs: int) -> str:
+    """Milliseconds of the released form and of ours, and their ratio; the outputs agree first."""
     released, ours = Form(True, folder), Form(False, folder)
     expected, result = released(), ours()
     for name in ("logits", "boxes", "keypoints"):
         torch.testing.assert_close(result[name], expected[name], rtol=0, atol=1e-4)
-    times = [(seconds(released), seconds(ours)) for _ in range(pairs)]
-    slow, fast = (statistics.median(column) * 1e3 for column in zip(*times))
-    return slow, fast, statistics.median(a / b for a, b in times)
+    return against(in_turns(pairs, released, ours))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = bench_flags(__doc__)
     print(f"torch {torch.__version__}, {args.threads} threads, r50, {WIDTH}x{HEIGHT}, batch 1, t = 999\n"
-          f"         as released        ours    ratio")
+          f"            as released         ours    ratio")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         alone(save_weights, folder)
         # memory first: a process counts the size of its parent as its own, and this one is still small
         if sys.platform != "win32":
             slow, fast = (alone(peak_memory, released, folder, args.threads) for released in (True, False))
-            print(f"memory{slow:>11.0f} MB{fast:>9.0f} MB{slow / fast:>9.2f}", flush=True)
-        slow, fast, ratio = compare_times(folder, args.pairs)
-        print(f"time  {slow:>11.0f} ms{fast:>9.0f} ms{ratio:>9.2f}")
+            print(f"memory{slow:>14.0f} MB{fast:>10.0f} MB{slow / fast:>9.2f}", flush=True)
+        print(f"time  {compare_times(folder, args.pairs)}")
 
 
 if __name__ == "__main__":
