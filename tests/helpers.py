@@ -187,9 +187,9 @@ def encode(path: Path, sound: bool = False, times: list[float] = TIMES) -> Path:
             samples.sample_rate = 8000
             file.mux(tone.encode(samples))
             file.mux(tone.encode(None))
-        for i, time in enumerate(times):
+        for i, shown in enumerate(times):
             one = av.VideoFrame.from_image(frame(i % 6))
-            one.pts, one.time_base = round(1000 * time), Fraction(1, 1000)
+            one.pts, one.time_base = round(1000 * shown), Fraction(1, 1000)
             file.mux(stream.encode(one))
         file.mux(stream.encode(None))
     return path
