@@ -35,7 +35,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import shutil
 import sys
 import time
@@ -62,10 +61,11 @@ PASSERS = 0.7                                 # per person and frame of a clip: 
 
 COCO = list(skeletons.COCO.keypoints)
 COCO_EDGES = [[a + 1, b + 1] for a, b in skeletons.COCO.edges]                  # 1-based, as in the files
-JOINTS = [*COCO, "neck", "head_top"]          # what a figure has; the sets below pick from it
-CROWDPOSE = [*COCO[5:], "head_top", "neck"]   # the file calls head_top "head"
-POSETRACK = ["nose", "neck", "head_top", *COCO[3:]]   # the file calls neck "head_bottom"; its ears are never labelled
+CROWDPOSE = list(skeletons.CROWDPOSE.keypoints)
+POSETRACK = [*skeletons.POSETRACK.keypoints[:3], *COCO[3:]]                     # its files have ears, never labelled
+JOINTS = [*COCO, "neck", "head_top"]          # what a figure has; the sets pick from it
 INDEX = {name: i for i, name in enumerate(JOINTS)}
+INDEX |= {"head_bottom": INDEX["neck"], "head": INDEX["head_top"]}              # PoseTrack's and CrowdPose's words
 
 
 # ----------------------------------------------------------------------------------------------- poses
@@ -443,8 +443,7 @@ class Canvas:
         self.bodies = []                                             # of the people, in order of the layers
         for layer in scene.layers:
             if isinstance(layer, Thing):
-                self.polygon(thing_outline(layer, 1.), layer.colour, OBJECT)
-                self.light(thing_outline(layer, .6), layer.colour)
+                self.polygon(thing_outline(layer, 1.), thing_outline(layer, .6), layer.colour, OBJECT)
             elif isinstance(layer, Group):
                 self.group(layer)
             else:
@@ -461,24 +460,20 @@ class Canvas:
             small.paste(Image.merge("RGB", channels), (0, top))
         self.picture.paste(small.resize((self.side, self.side), Image.NEAREST))
 
-    def polygon(self, points: list, colour: tuple, ident: int):
-        points = [(2 * x + .5, 2 * y + .5) for x, y in points]
+    def polygon(self, points: list, light: list, colour: tuple, ident: int):
+        points, light = ([(2 * x + .5, 2 * y + .5) for x, y in part] for part in (points, light))
         self.pen.polygon(points, fill=colour, outline=tuple(value * 5 // 9 for value in colour))
         self.id_pen.polygon(points, fill=ident)
-
-    def light(self, points: list, colour: tuple):
-        lit = tuple(min(255, value * 9 // 8 + 14) for value in colour)
-        self.pen.polygon([(2 * x + .5, 2 * y + .5) for x, y in points], fill=lit)
+        if light:
+            self.pen.polygon(light, fill=tuple(min(255, value * 9 // 8 + 14) for value in colour))
 
     def person(self, person: Person, body: Body, base: int):
         for shape in shapes_of(person, body, self.scene.sun):
             ident = base + shape.part if base != GROUP else GROUP
             if shape.head:
                 self.head(*shape.head, ident)
-                continue
-            self.polygon(shape.points, shape.colour, ident)
-            if shape.light:
-                self.light(shape.light, shape.colour)
+            else:
+                self.polygon(shape.points, shape.light, shape.colour, ident)
 
     def head(self, body: Body, person: Person, ident: int):
         """A lit sphere with hair, eyes and mouth, pixel by pixel: n is the surface direction in the skull's axes."""
@@ -584,10 +579,8 @@ def annotate(canvas: Canvas) -> list[dict]:
 
 def box_of(mask: np.ndarray) -> list[int]:
     """x, y, w, h of the True pixels; zeros if there are none."""
-    columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
-    if not len(rows):
-        return [0, 0, 0, 0]
-    return [int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)]
+    left, top, right, bottom = Image.fromarray(mask).getbbox() or (0, 0, 0, 0)
+    return [left, top, right - left, bottom - top]
 
 
 # ---------------------------------------------------------------------------------------------- scenes
@@ -840,9 +833,9 @@ def heat(canvas: Canvas) -> Image.Image:
 STYLES = (pencil, flat, halftone, inverted, oil, woodcut, heat)
 
 
-def restyle(index: int, split: str = "val", seed: int = 0) -> list[Image.Image]:
-    """Picture `index` of a split in the first four of the styles: the same people in the same places."""
-    canvas, _ = split_scene(SIZE, seed, split, index)
+def restyle(index: int) -> list[Image.Image]:
+    """Picture `index` of val in the first four of the styles: the same people in the same places."""
+    canvas, _ = split_scene(SIZE, 0, "val", index)
     return [style(canvas).reduce(2) for style in STYLES[:4]]
 
 
@@ -859,11 +852,11 @@ def flat_list(joints: np.ndarray, names: list, most: int = 2) -> list:
     return [value for x, y, v in rows.tolist() for value in (round(x, 1), round(y, 1), min(int(v), most))]
 
 
-def coco_annotations(image_id: int, canvas: Canvas, found: list[dict]) -> list[dict]:
+def coco_annotations(image_id: int, canvas: Canvas, found: list[dict], names: list = COCO) -> list[dict]:
     """People, then the far group as one `iscrowd` region: its box, also as a run-length mask."""
     result = [dict(image_id=image_id, category_id=1, iscrowd=0, bbox=person["bbox"], area=person["area"],
-                   keypoints=flat_list(person["joints"], COCO),
-                   num_keypoints=int((person["joints"][:17, 2] > 0).sum())) for person in found]
+                   keypoints=(keypoints := flat_list(person["joints"], names)),
+                   num_keypoints=sum(v > 0 for v in keypoints[2::3])) for person in found]
     x, y, w, h = box_of(canvas.id_map() == GROUP)
     if w:
         mask = np.zeros((canvas.scene.size,) * 2, bool)
@@ -871,19 +864,19 @@ def coco_annotations(image_id: int, canvas: Canvas, found: list[dict]) -> list[d
         edges = np.flatnonzero(np.diff(mask.T.reshape(-1), prepend=False))
         runs = np.diff(edges, prepend=0, append=mask.size).tolist()  # outside, inside, ..., column by column
         result.append(dict(image_id=image_id, category_id=1, iscrowd=1, bbox=[x, y, w, h], area=w * h,
-                           keypoints=[0] * 51, num_keypoints=0,
+                           keypoints=[0] * (3 * len(names)), num_keypoints=0,
                            segmentation=dict(counts=runs, size=[canvas.scene.size] * 2)))
     return result
 
 
-def coco_file(rows: list[tuple[dict, list]], names: list = COCO) -> str:
-    """A COCO keypoint file of (image, its annotations) rows."""
+def coco_file(rows: list[tuple[dict, list]], names: list = COCO) -> dict:
+    """The content of a COCO keypoint file, from (image, its annotations) rows."""
     annotations = [annotation for _, people in rows for annotation in people]
     for number, annotation in enumerate(annotations, 1):
         annotation["id"] = number
     category = dict(supercategory="person", id=1, name="person", keypoints=names, skeleton=COCO_EDGES)
-    return json.dumps(dict(info=dict(description="Puppets", version=str(VERSION)), licenses=[],
-                           images=[image for image, _ in rows], annotations=annotations, categories=[category]))
+    return dict(info=dict(description="Puppets", version=str(VERSION)), licenses=[],
+                images=[image for image, _ in rows], annotations=annotations, categories=[category])
 
 
 def make_coco(folder: Path, size: int, seed: int, job: tuple[str, int], style=None) -> tuple[dict, list]:
@@ -904,7 +897,7 @@ def make_ood(folder: Path, size: int, seed: int, job: tuple[str, int]) -> tuple[
 
 def finish_coco(folder: Path, results: dict):
     for split, rows in results.items():
-        (folder / f"annotations/person_keypoints_{split}2017.json").write_text(coco_file(rows))
+        (folder / f"annotations/person_keypoints_{split}2017.json").write_text(json.dumps(coco_file(rows)))
 
 
 def crowd_index(people: list[dict]) -> float:
@@ -936,8 +929,8 @@ def make_crowd(folder: Path, size: int, seed: int, job: tuple[str, int]) -> tupl
 
 def finish_crowd(folder: Path, results: dict):
     coco, crowdpose = zip(*results["val"])
-    (folder / "annotations/person_keypoints_val2017.json").write_text(coco_file(coco))
-    content = json.loads(coco_file(crowdpose, [*CROWDPOSE[:12], "head", "neck"]))
+    (folder / "annotations/person_keypoints_val2017.json").write_text(json.dumps(coco_file(coco)))
+    content = coco_file(crowdpose, CROWDPOSE)
     del content["info"], content["licenses"]                         # the real file has neither
     (folder / "json/crowdpose_test.json").write_text(json.dumps(content))
 
@@ -963,8 +956,7 @@ def make_clip(folder: Path, size: int, seed: int, job: tuple[str, int]) -> int:
         for track, person in enumerate(annotate(canvas) if image["is_labeled"] else ()):
             if (person["joints"][:, 2] == 2).sum() >= 3:
                 annotations.append(posetrack_person(image["id"], track, person))
-    category = dict(supercategory="person", id=1, name="person", skeleton=COCO_EDGES,
-                    keypoints=["nose", "head_bottom", "head_top", *POSETRACK[3:]])
+    category = dict(supercategory="person", id=1, name="person", skeleton=COCO_EDGES, keypoints=POSETRACK)
     content = dict(images=images, annotations=annotations, categories=[category])
     (folder / f"annotations/{split}/{video}_puppets.json").write_text(json.dumps(content))
     return len(annotations)
@@ -1015,7 +1007,7 @@ def make(root: Path | str = ROOT, part: str = "coco", size: int = SIZE, seed: in
     if is_made(target, meta):
         return target
     root.mkdir(parents=True, exist_ok=True)
-    remove_stale(root)
+    remove_stale(root, part)
     folder = root / f".{part}-{uuid.uuid4().hex[:8]}.tmp"
     folders, make_one, finish = PARTS[part]
     try:
@@ -1050,11 +1042,9 @@ def is_made(target: Path, meta: dict) -> bool:
     return True
 
 
-def remove_stale(root: Path):
-    """Delete what killed runs left: temporary folders in which nothing has been written for an hour."""
-    for folder in root.glob(".*.tmp"):
-        if not re.fullmatch(rf"\.({'|'.join(PARTS)})-[0-9a-f]{{8}}\.tmp", folder.name):
-            continue                                                 # not of our making
+def remove_stale(root: Path, part: str):
+    """Delete what killed runs left: temporary folders of a part in which nothing has been written for an hour."""
+    for folder in root.glob(f".{part}-{8 * '[0-9a-f]'}.tmp"):
         try:
             newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")) if path.is_dir())
         except (OSError, ValueError):                                # it vanished meanwhile
