@@ -25,8 +25,7 @@ Units    Keypoints are pixel indices as in COCO (x = 0 is the middle of the firs
 Labels   v = 2 seen, 1 inside the image but hidden (own body, others, objects), 0 outside or left out at random.
          `bbox` and `area` come from the pixels of the person that are seen. People have no `segmentation`.
 
-    python -m data.puppets --part coco                     makes data/puppets/coco (train 4,000, val 500 images)
-    python -m data.puppets --part crowd --preview sheet.png  and a contact sheet with the annotation drawn on it
+    python -m data.puppets --part coco      makes data/puppets/coco (train 4,000, val 500 images)
 """
 from __future__ import annotations
 
@@ -48,7 +47,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from common import draw, skeletons
+from common import skeletons
 from common.errors import UserError
 
 VERSION = {"coco": 3, "crowd": 3, "video": 7, "ood": 3}      # raised when the same seed gives another picture or label
@@ -1071,33 +1070,6 @@ def run_jobs(make_one, counts: dict, workers: int | None, title) -> dict[str, li
     return {split: [result for job, result in zip(jobs, results) if job[0] == split] for split in counts}
 
 
-# --------------------------------------------------------------------------------------------- preview
-def preview(folder: Path, path: Path, columns: int = 4, rows: int = 3):
-    """Contact sheet of a made part with its labels; hidden joints are rings."""
-    tiles = []
-    for content, image in sheet_images(folder)[:columns * rows]:
-        with Image.open(next(folder.rglob("/".join(Path(image["file_name"]).parts[-2:])))) as picture:
-            picture.load()
-        people = [person for person in content["annotations"] if person["image_id"] == image["id"]]
-        skeleton = skeletons.skeleton_from_category(content["categories"][0])
-        keypoints = np.reshape([person["keypoints"] for person in people], (-1, skeleton.num_keypoints, 3))
-        if folder.name == "video":                                   # PoseTrack does not say what is hidden
-            keypoints = keypoints * [1, 1, 2]
-        boxes = np.reshape([person["bbox"] for person in people], (-1, 4)).astype(float)
-        boxes[:, 2:] += boxes[:, :2]
-        tiles.append(draw.draw_people(picture, keypoints, None, skeleton, boxes))
-    draw.contact_sheet(tiles, columns).save(path)
-
-
-def sheet_images(folder: Path) -> list[tuple[dict, dict]]:
-    """(content of the annotation file, image) of what a sheet shows; four labelled frames of each video."""
-    if folder.name == "video":
-        contents = [json.loads(file.read_text()) for file in sorted((folder / "annotations/val").glob("*.json"))]
-        return [(content, image) for content in contents for image in content["images"][1:-1:3]]
-    content = json.loads((folder / "annotations/person_keypoints_val2017.json").read_text())
-    return [(content, image) for image in content["images"]]
-
-
 def main():
     parser = argparse.ArgumentParser(prog="python -m data.puppets", description="Draws the embedded dataset.")
     parser.add_argument("--part", default="coco", help=f"one of {', '.join(PARTS)}")
@@ -1105,13 +1077,9 @@ def main():
     parser.add_argument("--size", type=int, default=SIZE, help="side of the images in pixels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, help="processes, default one per core")
-    parser.add_argument("--preview", type=Path, help="write a contact sheet with the annotation to this file")
     args = parser.parse_args()
     try:
-        folder = make(args.root, args.part, args.size, args.seed, args.workers)
-        print(folder)
-        if args.preview:
-            preview(folder, args.preview)
+        print(make(args.root, args.part, args.size, args.seed, args.workers))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
