@@ -226,12 +226,14 @@ def on_head(body: Body, directions: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- shapes
 TORSO, HIPS, HEAD, ARM_L, FORE_L, LEG_L, SHIN_L, ARM_R, FORE_R, LEG_R, SHIN_R = range(11)     # parts of the id map
 OBJECT, GROUP, FIRST = 1, 2, 16               # values of the id map; person p has 16 * (p + 1) + part
-SEEN_ON = {"neck": (TORSO, HEAD), "head_top": (HEAD,), "nose": (HEAD,)}       # parts that show a joint when on top
 SIDES = (("left", ARM_L, FORE_L, LEG_L, SHIN_L), ("right", ARM_R, FORE_R, LEG_R, SHIN_R))
+CARRIES = np.zeros((len(JOINTS), FIRST), bool)                                # joint, part: shows the joint when on top
 for _side, _arm, _fore, _leg, _shin in SIDES:
-    SEEN_ON |= {f"{_side}_eye": (HEAD,), f"{_side}_ear": (HEAD,), f"{_side}_shoulder": (_arm, TORSO),
-                f"{_side}_elbow": (_arm, _fore), f"{_side}_wrist": (_fore,), f"{_side}_hip": (_leg, HIPS, TORSO),
-                f"{_side}_knee": (_leg, _shin), f"{_side}_ankle": (_shin,)}
+    for _name, _parts in {"shoulder": [_arm, TORSO], "elbow": [_arm, _fore], "wrist": [_fore],
+                          "hip": [_leg, HIPS, TORSO], "knee": [_leg, _shin], "ankle": [_shin]}.items():
+        CARRIES[INDEX[f"{_side}_{_name}"], _parts] = True
+CARRIES[INDEX["neck"], [TORSO, HEAD]] = True
+CARRIES[[*range(5), INDEX["head_top"]], HEAD] = True                          # nose, eyes, ears
 
 
 @dataclass
@@ -539,9 +541,6 @@ def thing_outline(t: Thing, scale: float) -> list:
 
 # ------------------------------------------------------------------------------------------ annotation
 AROUND = np.array([(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)])                              # nine pixels
-CARRIES = np.zeros((len(JOINTS), FIRST), bool)                                                   # joint, part
-for _name, _parts in SEEN_ON.items():
-    CARRIES[INDEX[_name], list(_parts)] = True
 
 
 def turned_away(body: Body) -> np.ndarray:

@@ -12,8 +12,8 @@ alone grows above its loaded weights.
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
@@ -42,28 +42,20 @@ def deform_attn_as_released(value: Tensor, shapes: list, reference: Tensor, offs
     return published_deform_attn(value, shapes, locations, logits.softmax(-1), points)
 
 
-@contextmanager
-def as_released():
-    """What the model computes in here, it computes in the released form."""
-    with (mock.patch.object(drp, "deform_attn_offsets", deform_attn_as_released),
-          mock.patch.dict(os.environ, POSE_KERNELS="plain")):
-        yield
-
-
-class Form:
+def form(released: bool, folder: Path) -> Callable[[], dict]:
     """One of the two, ready to run; `save_weights` has filled the folder."""
+    model = torch.load(folder / f"{released}.pt", weights_only=False)
+    image, noise = normal("input", (1, 3, HEIGHT, WIDTH), SEED), normal("noise", (1, 100, 17, 2), SEED)
 
-    def __init__(self, released: bool, folder: Path):
-        self.released = released
-        self.model = torch.load(folder / f"{released}.pt", weights_only=False)
-        self.image = normal("input", (1, 3, HEIGHT, WIDTH), SEED)
-        self.noise = normal("noise", (1, 100, 17, 2), SEED)
+    def ours() -> dict:
+        return drp.sample(model, image, noise=noise)[-1]
 
-    def __call__(self) -> dict:
-        if not self.released:
-            return drp.sample(self.model, self.image, noise=self.noise)[-1]
-        with as_released():
-            return drp.sample(self.model, self.image, noise=self.noise)[-1]
+    def as_released() -> dict:
+        with (mock.patch.object(drp, "deform_attn_offsets", deform_attn_as_released),
+              mock.patch.dict(os.environ, POSE_KERNELS="plain")):
+            return ours()
+
+    return as_released if released else ours
 
 
 def save_weights(folder: Path) -> None:
@@ -76,8 +68,8 @@ def peak_memory(released: bool, folder: Path, threads: int) -> float:
     """Megabytes that one forward adds to the largest size that this process had before."""
     import resource                                             # Windows has none
     torch.set_num_threads(threads)
-    form, sizes = Form(released, folder), []
-    for run in (lambda: None, form):
+    run_form, sizes = form(released, folder), []
+    for run in (lambda: None, run_form):
         run()
         sizes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     return (sizes[1] - sizes[0]) / (1e6 if sys.platform == "darwin" else 1e6 / 1024)    # bytes; elsewhere KiB
@@ -91,7 +83,7 @@ def alone(function, *args):
 
 def compare_times(folder: Path, pairs: int) -> str:
     """Milliseconds of the released form and of ours, and their ratio; the outputs agree first."""
-    released, ours = Form(True, folder), Form(False, folder)
+    released, ours = form(True, folder), form(False, folder)
     expected, result = released(), ours()
     for name in ("logits", "boxes", "keypoints"):
         torch.testing.assert_close(result[name], expected[name], rtol=0, atol=1e-4)
