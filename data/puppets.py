@@ -25,8 +25,7 @@ Units    Keypoints are pixel indices as in COCO (x = 0 is the middle of the firs
 Labels   v = 2 seen, 1 inside the image but hidden (own body, others, objects), 0 outside or left out at random.
          `bbox` and `area` come from the pixels of the person that are seen. People have no `segmentation`.
 
-    python -m data.puppets --part coco                     makes data/puppets/coco (train 4,000, val 500 images)
-    python -m data.puppets --part crowd --preview sheet.png  and a contact sheet with the annotation drawn on it
+    python -m data.puppets --part coco      makes data/puppets/coco (train 4,000, val 500 images)
 """
 from __future__ import annotations
 
@@ -35,7 +34,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import shutil
 import sys
 import time
@@ -49,7 +47,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from common import draw, skeletons
+from common import skeletons
 from common.errors import UserError
 
 VERSION = {"coco": 3, "crowd": 3, "video": 7, "ood": 3}      # raised when the same seed gives another picture or label
@@ -62,10 +60,11 @@ PASSERS = 0.7                                 # per person and frame of a clip: 
 
 COCO = list(skeletons.COCO.keypoints)
 COCO_EDGES = [[a + 1, b + 1] for a, b in skeletons.COCO.edges]                  # 1-based, as in the files
-JOINTS = [*COCO, "neck", "head_top"]          # what a figure has; the sets below pick from it
-CROWDPOSE = [*COCO[5:], "head_top", "neck"]   # the file calls head_top "head"
-POSETRACK = ["nose", "neck", "head_top", *COCO[3:]]   # the file calls neck "head_bottom"; its ears are never labelled
+CROWDPOSE = list(skeletons.CROWDPOSE.keypoints)
+POSETRACK = [*skeletons.POSETRACK.keypoints[:3], *COCO[3:]]                     # its files have ears, never labelled
+JOINTS = [*COCO, "neck", "head_top"]          # what a figure has; the sets pick from it
 INDEX = {name: i for i, name in enumerate(JOINTS)}
+INDEX |= {"head_bottom": INDEX["neck"], "head": INDEX["head_top"]}              # PoseTrack's and CrowdPose's words
 
 
 # ----------------------------------------------------------------------------------------------- poses
@@ -227,12 +226,14 @@ def on_head(body: Body, directions: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- shapes
 TORSO, HIPS, HEAD, ARM_L, FORE_L, LEG_L, SHIN_L, ARM_R, FORE_R, LEG_R, SHIN_R = range(11)     # parts of the id map
 OBJECT, GROUP, FIRST = 1, 2, 16               # values of the id map; person p has 16 * (p + 1) + part
-SEEN_ON = {"neck": (TORSO, HEAD), "head_top": (HEAD,), "nose": (HEAD,)}       # parts that show a joint when on top
 SIDES = (("left", ARM_L, FORE_L, LEG_L, SHIN_L), ("right", ARM_R, FORE_R, LEG_R, SHIN_R))
+CARRIES = np.zeros((len(JOINTS), FIRST), bool)                                # joint, part: shows the joint when on top
 for _side, _arm, _fore, _leg, _shin in SIDES:
-    SEEN_ON |= {f"{_side}_eye": (HEAD,), f"{_side}_ear": (HEAD,), f"{_side}_shoulder": (_arm, TORSO),
-                f"{_side}_elbow": (_arm, _fore), f"{_side}_wrist": (_fore,), f"{_side}_hip": (_leg, HIPS, TORSO),
-                f"{_side}_knee": (_leg, _shin), f"{_side}_ankle": (_shin,)}
+    for _name, _parts in {"shoulder": [_arm, TORSO], "elbow": [_arm, _fore], "wrist": [_fore],
+                          "hip": [_leg, HIPS, TORSO], "knee": [_leg, _shin], "ankle": [_shin]}.items():
+        CARRIES[INDEX[f"{_side}_{_name}"], _parts] = True
+CARRIES[INDEX["neck"], [TORSO, HEAD]] = True
+CARRIES[[*range(5), INDEX["head_top"]], HEAD] = True                          # nose, eyes, ears
 
 
 @dataclass
@@ -443,8 +444,7 @@ class Canvas:
         self.bodies = []                                             # of the people, in order of the layers
         for layer in scene.layers:
             if isinstance(layer, Thing):
-                self.polygon(thing_outline(layer, 1.), layer.colour, OBJECT)
-                self.light(thing_outline(layer, .6), layer.colour)
+                self.polygon(thing_outline(layer, 1.), thing_outline(layer, .6), layer.colour, OBJECT)
             elif isinstance(layer, Group):
                 self.group(layer)
             else:
@@ -461,24 +461,20 @@ class Canvas:
             small.paste(Image.merge("RGB", channels), (0, top))
         self.picture.paste(small.resize((self.side, self.side), Image.NEAREST))
 
-    def polygon(self, points: list, colour: tuple, ident: int):
-        points = [(2 * x + .5, 2 * y + .5) for x, y in points]
+    def polygon(self, points: list, light: list, colour: tuple, ident: int):
+        points, light = ([(2 * x + .5, 2 * y + .5) for x, y in part] for part in (points, light))
         self.pen.polygon(points, fill=colour, outline=tuple(value * 5 // 9 for value in colour))
         self.id_pen.polygon(points, fill=ident)
-
-    def light(self, points: list, colour: tuple):
-        lit = tuple(min(255, value * 9 // 8 + 14) for value in colour)
-        self.pen.polygon([(2 * x + .5, 2 * y + .5) for x, y in points], fill=lit)
+        if light:
+            self.pen.polygon(light, fill=tuple(min(255, value * 9 // 8 + 14) for value in colour))
 
     def person(self, person: Person, body: Body, base: int):
         for shape in shapes_of(person, body, self.scene.sun):
             ident = base + shape.part if base != GROUP else GROUP
             if shape.head:
                 self.head(*shape.head, ident)
-                continue
-            self.polygon(shape.points, shape.colour, ident)
-            if shape.light:
-                self.light(shape.light, shape.colour)
+            else:
+                self.polygon(shape.points, shape.light, shape.colour, ident)
 
     def head(self, body: Body, person: Person, ident: int):
         """A lit sphere with hair, eyes and mouth, pixel by pixel: n is the surface direction in the skull's axes."""
@@ -545,9 +541,6 @@ def thing_outline(t: Thing, scale: float) -> list:
 
 # ------------------------------------------------------------------------------------------ annotation
 AROUND = np.array([(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)])                              # nine pixels
-CARRIES = np.zeros((len(JOINTS), FIRST), bool)                                                   # joint, part
-for _name, _parts in SEEN_ON.items():
-    CARRIES[INDEX[_name], list(_parts)] = True
 
 
 def turned_away(body: Body) -> np.ndarray:
@@ -584,10 +577,8 @@ def annotate(canvas: Canvas) -> list[dict]:
 
 def box_of(mask: np.ndarray) -> list[int]:
     """x, y, w, h of the True pixels; zeros if there are none."""
-    columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
-    if not len(rows):
-        return [0, 0, 0, 0]
-    return [int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)]
+    left, top, right, bottom = Image.fromarray(mask).getbbox() or (0, 0, 0, 0)
+    return [left, top, right - left, bottom - top]
 
 
 # ---------------------------------------------------------------------------------------------- scenes
@@ -840,9 +831,9 @@ def heat(canvas: Canvas) -> Image.Image:
 STYLES = (pencil, flat, halftone, inverted, oil, woodcut, heat)
 
 
-def restyle(index: int, split: str = "val", seed: int = 0) -> list[Image.Image]:
-    """Picture `index` of a split in the first four of the styles: the same people in the same places."""
-    canvas, _ = split_scene(SIZE, seed, split, index)
+def restyle(index: int) -> list[Image.Image]:
+    """Picture `index` of val in the first four of the styles: the same people in the same places."""
+    canvas, _ = split_scene(SIZE, 0, "val", index)
     return [style(canvas).reduce(2) for style in STYLES[:4]]
 
 
@@ -859,11 +850,11 @@ def flat_list(joints: np.ndarray, names: list, most: int = 2) -> list:
     return [value for x, y, v in rows.tolist() for value in (round(x, 1), round(y, 1), min(int(v), most))]
 
 
-def coco_annotations(image_id: int, canvas: Canvas, found: list[dict]) -> list[dict]:
+def coco_annotations(image_id: int, canvas: Canvas, found: list[dict], names: list = COCO) -> list[dict]:
     """People, then the far group as one `iscrowd` region: its box, also as a run-length mask."""
     result = [dict(image_id=image_id, category_id=1, iscrowd=0, bbox=person["bbox"], area=person["area"],
-                   keypoints=flat_list(person["joints"], COCO),
-                   num_keypoints=int((person["joints"][:17, 2] > 0).sum())) for person in found]
+                   keypoints=(keypoints := flat_list(person["joints"], names)),
+                   num_keypoints=sum(v > 0 for v in keypoints[2::3])) for person in found]
     x, y, w, h = box_of(canvas.id_map() == GROUP)
     if w:
         mask = np.zeros((canvas.scene.size,) * 2, bool)
@@ -871,19 +862,19 @@ def coco_annotations(image_id: int, canvas: Canvas, found: list[dict]) -> list[d
         edges = np.flatnonzero(np.diff(mask.T.reshape(-1), prepend=False))
         runs = np.diff(edges, prepend=0, append=mask.size).tolist()  # outside, inside, ..., column by column
         result.append(dict(image_id=image_id, category_id=1, iscrowd=1, bbox=[x, y, w, h], area=w * h,
-                           keypoints=[0] * 51, num_keypoints=0,
+                           keypoints=[0] * (3 * len(names)), num_keypoints=0,
                            segmentation=dict(counts=runs, size=[canvas.scene.size] * 2)))
     return result
 
 
-def coco_file(rows: list[tuple[dict, list]], names: list = COCO) -> str:
-    """A COCO keypoint file of (image, its annotations) rows."""
+def coco_file(rows: list[tuple[dict, list]], names: list = COCO) -> dict:
+    """The content of a COCO keypoint file, from (image, its annotations) rows."""
     annotations = [annotation for _, people in rows for annotation in people]
     for number, annotation in enumerate(annotations, 1):
         annotation["id"] = number
     category = dict(supercategory="person", id=1, name="person", keypoints=names, skeleton=COCO_EDGES)
-    return json.dumps(dict(info=dict(description="Puppets", version=str(VERSION)), licenses=[],
-                           images=[image for image, _ in rows], annotations=annotations, categories=[category]))
+    return dict(info=dict(description="Puppets", version=str(VERSION)), licenses=[],
+                images=[image for image, _ in rows], annotations=annotations, categories=[category])
 
 
 def make_coco(folder: Path, size: int, seed: int, job: tuple[str, int], style=None) -> tuple[dict, list]:
@@ -904,7 +895,7 @@ def make_ood(folder: Path, size: int, seed: int, job: tuple[str, int]) -> tuple[
 
 def finish_coco(folder: Path, results: dict):
     for split, rows in results.items():
-        (folder / f"annotations/person_keypoints_{split}2017.json").write_text(coco_file(rows))
+        (folder / f"annotations/person_keypoints_{split}2017.json").write_text(json.dumps(coco_file(rows)))
 
 
 def crowd_index(people: list[dict]) -> float:
@@ -936,8 +927,8 @@ def make_crowd(folder: Path, size: int, seed: int, job: tuple[str, int]) -> tupl
 
 def finish_crowd(folder: Path, results: dict):
     coco, crowdpose = zip(*results["val"])
-    (folder / "annotations/person_keypoints_val2017.json").write_text(coco_file(coco))
-    content = json.loads(coco_file(crowdpose, [*CROWDPOSE[:12], "head", "neck"]))
+    (folder / "annotations/person_keypoints_val2017.json").write_text(json.dumps(coco_file(coco)))
+    content = coco_file(crowdpose, CROWDPOSE)
     del content["info"], content["licenses"]                         # the real file has neither
     (folder / "json/crowdpose_test.json").write_text(json.dumps(content))
 
@@ -963,8 +954,7 @@ def make_clip(folder: Path, size: int, seed: int, job: tuple[str, int]) -> int:
         for track, person in enumerate(annotate(canvas) if image["is_labeled"] else ()):
             if (person["joints"][:, 2] == 2).sum() >= 3:
                 annotations.append(posetrack_person(image["id"], track, person))
-    category = dict(supercategory="person", id=1, name="person", skeleton=COCO_EDGES,
-                    keypoints=["nose", "head_bottom", "head_top", *POSETRACK[3:]])
+    category = dict(supercategory="person", id=1, name="person", skeleton=COCO_EDGES, keypoints=POSETRACK)
     content = dict(images=images, annotations=annotations, categories=[category])
     (folder / f"annotations/{split}/{video}_puppets.json").write_text(json.dumps(content))
     return len(annotations)
@@ -1015,7 +1005,7 @@ def make(root: Path | str = ROOT, part: str = "coco", size: int = SIZE, seed: in
     if is_made(target, meta):
         return target
     root.mkdir(parents=True, exist_ok=True)
-    remove_stale(root)
+    remove_stale(root, part)
     folder = root / f".{part}-{uuid.uuid4().hex[:8]}.tmp"
     folders, make_one, finish = PARTS[part]
     try:
@@ -1050,11 +1040,9 @@ def is_made(target: Path, meta: dict) -> bool:
     return True
 
 
-def remove_stale(root: Path):
-    """Delete what killed runs left: temporary folders in which nothing has been written for an hour."""
-    for folder in root.glob(".*.tmp"):
-        if not re.fullmatch(rf"\.({'|'.join(PARTS)})-[0-9a-f]{{8}}\.tmp", folder.name):
-            continue                                                 # not of our making
+def remove_stale(root: Path, part: str):
+    """Delete what killed runs left: temporary folders of a part in which nothing has been written for an hour."""
+    for folder in root.glob(f".{part}-{8 * '[0-9a-f]'}.tmp"):
         try:
             newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")) if path.is_dir())
         except (OSError, ValueError):                                # it vanished meanwhile
@@ -1081,33 +1069,6 @@ def run_jobs(make_one, counts: dict, workers: int | None, title) -> dict[str, li
     return {split: [result for job, result in zip(jobs, results) if job[0] == split] for split in counts}
 
 
-# --------------------------------------------------------------------------------------------- preview
-def preview(folder: Path, path: Path, columns: int = 4, rows: int = 3):
-    """Contact sheet of a made part with its labels; hidden joints are rings."""
-    tiles = []
-    for content, image in sheet_images(folder)[:columns * rows]:
-        with Image.open(next(folder.rglob("/".join(Path(image["file_name"]).parts[-2:])))) as picture:
-            picture.load()
-        people = [person for person in content["annotations"] if person["image_id"] == image["id"]]
-        skeleton = skeletons.skeleton_from_category(content["categories"][0])
-        keypoints = np.reshape([person["keypoints"] for person in people], (-1, skeleton.num_keypoints, 3))
-        if folder.name == "video":                                   # PoseTrack does not say what is hidden
-            keypoints = keypoints * [1, 1, 2]
-        boxes = np.reshape([person["bbox"] for person in people], (-1, 4)).astype(float)
-        boxes[:, 2:] += boxes[:, :2]
-        tiles.append(draw.draw_people(picture, keypoints, None, skeleton, boxes))
-    draw.contact_sheet(tiles, columns).save(path)
-
-
-def sheet_images(folder: Path) -> list[tuple[dict, dict]]:
-    """(content of the annotation file, image) of what a sheet shows; four labelled frames of each video."""
-    if folder.name == "video":
-        contents = [json.loads(file.read_text()) for file in sorted((folder / "annotations/val").glob("*.json"))]
-        return [(content, image) for content in contents for image in content["images"][1:-1:3]]
-    content = json.loads((folder / "annotations/person_keypoints_val2017.json").read_text())
-    return [(content, image) for image in content["images"]]
-
-
 def main():
     parser = argparse.ArgumentParser(prog="python -m data.puppets", description="Draws the embedded dataset.")
     parser.add_argument("--part", default="coco", help=f"one of {', '.join(PARTS)}")
@@ -1115,13 +1076,9 @@ def main():
     parser.add_argument("--size", type=int, default=SIZE, help="side of the images in pixels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, help="processes, default one per core")
-    parser.add_argument("--preview", type=Path, help="write a contact sheet with the annotation to this file")
     args = parser.parse_args()
     try:
-        folder = make(args.root, args.part, args.size, args.seed, args.workers)
-        print(folder)
-        if args.preview:
-            preview(folder, args.preview)
+        print(make(args.root, args.part, args.size, args.seed, args.workers))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -4,20 +4,17 @@
     python -m kernels.bench --check                only the largest error of each case
     python -m kernels.bench --compile              registers, spills, instructions for sm_90; needs no GPU
     python -m kernels.bench --threads 1            CPU threads (ratios that we quote are for one)
-    python -m kernels.bench --only deform_attn     one kernel
-    python -m kernels.bench --json rows.jsonl      the rows of the table as JSON lines, too
 
 On a CPU a row compares our form with the published PyTorch formulation of the same thing, run in turns; a
 ratio above 1 means that ours is faster. On a GPU it compares the Triton kernel with the formula, the naive
 kernel and every peer that can be imported, and says which share of the floor is reached: the least time that
 moving each tensor once, the arithmetic, the exponentials, or the reads from the L1 caches would take.
 
-A kernel has a section with two functions, for what to time and what to compile, named in SECTIONS.
+A kernel has a section with two functions, for what to time and what to compile.
 """
 import argparse
 import datetime
 import importlib
-import json
 import re
 import subprocess
 import tempfile
@@ -135,23 +132,16 @@ class OfficialDeformAttn(torch.autograd.Function):
         return None, grads[0], None, None, grads[1], grads[2]
 
 
-def official_deform_attn(module, value: Tensor, shapes: list, locations: Tensor, weights: Tensor,
-                         points: list) -> Tensor:
-    """float32 only, equal points on all levels."""
+def peer_deform_attn(module, value: Tensor, shapes: list, locations: Tensor, weights: Tensor,
+                     points: list) -> Tensor:
+    """The CUDA extension, or the package msda-triton: float32 only, equal points on all levels."""
     sides = torch.tensor(shapes, device=value.device)
-    starts = sides.prod(1).cumsum(0) - sides.prod(1)
     locations, weights = (x.float().unflatten(3, (len(points), points[0])) for x in (locations, weights))
-    return OfficialDeformAttn.apply(module, value.float(), sides, starts, locations, weights)
-
-
-def msda_triton_deform_attn(module, value: Tensor, shapes: list, locations: Tensor, weights: Tensor,
-                            points: list) -> Tensor:
-    """The package msda-triton: float32 only, equal points on all levels."""
-    locations, weights = (x.float().unflatten(3, (len(points), points[0])) for x in (locations, weights))
-    sides = torch.tensor(shapes, device=value.device)
-    out = module.multiscale_deformable_attention(value.float(), sides, locations, weights,
-                                                 padding_mode="zeros", align_corners=False)
-    return out.flatten(2)
+    if hasattr(module, "ms_deform_attn_forward"):
+        starts = sides.prod(1).cumsum(0) - sides.prod(1)
+        return OfficialDeformAttn.apply(module, value.float(), sides, starts, locations, weights)
+    return module.multiscale_deformable_attention(value.float(), sides, locations, weights, padding_mode="zeros",
+                                                  align_corners=False).flatten(2)
 
 
 def deform_attn_cases() -> list[Case]:
@@ -170,8 +160,8 @@ def deform_attn_cases() -> list[Case]:
     if torch.cuda.is_available():
         sizes["DETRPose-L decoder, B 16"] = (16, 1080, 8, 32, detr, [4] * 3)
         sizes["DiffusionRegPose encoder, B 16"] = (16, None, 8, 32, clip, [4] * 4)
-    peers = found({"official CUDA": ("MultiScaleDeformableAttention", official_deform_attn),
-                   "msda_triton": ("msda_triton", msda_triton_deform_attn)})
+    peers = found({"official CUDA": ("MultiScaleDeformableAttention", peer_deform_attn),
+                   "msda_triton": ("msda_triton", peer_deform_attn)})
     return [Case("deform_attn", name, partial(deform_attn_arguments, *size), msda.deform_attn,
                  msda.deform_attn_plain, published_deform_attn, msda.deform_attn_naive,
                  partial(deform_attn_work, *size), peers) for name, size in sizes.items()]
@@ -292,9 +282,6 @@ def selective_scan_builds() -> list[Build]:
     return builds
 
 
-SECTIONS = {"deform_attn": (deform_attn_cases, deform_attn_builds),
-            "selective_scan": (selective_scan_cases, selective_scan_builds)}
-
 # ----------------------------------------------------------------------------- correctness
 
 
@@ -404,9 +391,8 @@ def floor(work: dict[str, float], chip: dict[str, float]) -> tuple[float, str]:
     return times[name], name
 
 
-def gpu_rows(case: Case, chip: dict[str, float]) -> list[dict]:
+def print_gpu_rows(case: Case, chip: dict[str, float]):
     """The Triton form against the formula, the naive kernel and the peers, by type and direction."""
-    rows = []
     for dtype in GPU_TYPES:
         arguments = case.make(torch.device("cuda"), dtype)
         for direction in ("inference", "training"):
@@ -418,14 +404,9 @@ def gpu_rows(case: Case, chip: dict[str, float]) -> list[dict]:
             ms, peak = times.pop("ours")
             least, binds = sum(floor(part, chip)[0] for part in parts), floor(parts[-1], chip)[1]
             moved = sum(part["memory"] for part in parts)
-            ratios = {name: t / ms for name, (t, _) in times.items()}
-            rows.append(dict(kernel=case.kernel, size=case.size, dtype=str(dtype), direction=direction, ms=ms,
-                             peak_mb=peak, gb_per_s=moved / ms / 1e6, floor_ms=least, share=least / ms,
-                             binds=binds, ratios=ratios))
             print(f"{case.kernel:15} {case.size:32} {str(dtype):14} {direction:9} {ms:8.3f} ms "
                   f"{moved / ms / 1e6:7.0f} GB/s {100 * least / ms:4.0f}% of the {binds} floor {peak:6.0f} MB;  "
-                  + "  ".join(f"{name} {ratio:.2f}x" for name, ratio in ratios.items()), flush=True)
-    return rows
+                  + "  ".join(f"{name} {t / ms:.2f}x" for name, (t, _) in times.items()), flush=True)
 
 
 # ----------------------------------------------------------------------------- compiled code
@@ -474,18 +455,6 @@ def loops(code: str) -> list[list[str]]:
     return found
 
 
-def compile_rows(builds: list[Build]) -> list[dict]:
-    """A row for each build, for sm_90."""
-    rows = []
-    for build in builds:
-        row = compile_build(build)
-        rows.append(row)
-        print(f"{row['kernel']:15} {row['build']:32} sm_{row['sm']} {row['registers']:4} registers "
-              f"{row['spilled']:4} bytes spilled {row['shared']:6} shared {row['per_sample']:6.1f} warp "
-              "instructions per sample (counted, not timed)", flush=True)
-    return rows
-
-
 # ----------------------------------------------------------------------------- the rest
 
 
@@ -505,8 +474,6 @@ def main():
     parser.add_argument("--check", action="store_true", help="only the largest error of each case")
     parser.add_argument("--compile", action="store_true", help="registers, spills, instructions for sm_90; no GPU")
     parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--only", choices=list(SECTIONS), help="one kernel")
-    parser.add_argument("--json", help="file for the rows, one JSON object per line")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -514,21 +481,26 @@ def main():
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     version = triton.__version__ if HAS_TRITON else "absent"
     print(f"{name}; torch {torch.__version__}, Triton {version}; {datetime.date.today()}")
-    sections = [SECTIONS[args.only]] if args.only else list(SECTIONS.values())
     if args.compile:
         if not HAS_TRITON:
             parser.error("--compile needs Triton: pip install triton")
-        rows = [row for _, builds in sections for row in compile_rows(builds())]
+        for row in map(compile_build, deform_attn_builds() + selective_scan_builds()):
+            print(f"{row['kernel']:15} {row['build']:32} sm_{row['sm']} {row['registers']:4} registers "
+                  f"{row['spilled']:4} bytes spilled {row['shared']:6} shared {row['per_sample']:6.1f} warp "
+                  "instructions per sample (counted, not timed)", flush=True)
+        return
+
+    cases = deform_attn_cases() + selective_scan_cases()
+    check(cases, device)
+    if args.check:
+        return
+    if device.type == "cuda":
+        chip = measure_chip()
+        for case in cases:
+            print_gpu_rows(case, chip)
     else:
-        cases = [case for make_cases, _ in sections for case in make_cases()]
-        rows = check(cases, device)
-        if not args.check and device.type == "cpu":
-            rows += [row for case in cases for row in cpu_rows(case)]
-        elif not args.check:
-            chip = measure_chip()
-            rows += [row for case in cases for row in gpu_rows(case, chip)]
-    if args.json:
-        Path(args.json).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for case in cases:
+            cpu_rows(case)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,11 @@ one DDIM step, t = 999, on a picture of noise with the weights of the golden tes
 the table has the median time of each and the median ratio of the pairs, and how far a process that runs one of them
 alone grows above its loaded weights.
 """
-import argparse
 import os
-import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
@@ -24,8 +22,8 @@ import torch
 from torch import Tensor
 
 import diffusionregpose as drp
-from tests.bench_detrpose import sampled_level_by_level, seconds
-from tests.helpers import normal
+from kernels.bench import published_deform_attn
+from tests.helpers import against, bench_flags, in_turns, normal
 from tests.test_diffusionregpose import official_model
 
 HEIGHT, WIDTH = 480, 640
@@ -41,31 +39,23 @@ def deform_attn_as_released(value: Tensor, shapes: list, reference: Tensor, offs
         locations = reference + offsets / torch.tensor(shapes).flip(1)[level]
     else:
         locations = reference[..., :2] + offsets / points[0] * reference[..., 2:] * 0.5
-    return sampled_level_by_level(value, shapes, locations, logits.softmax(-1), points)
+    return published_deform_attn(value, shapes, locations, logits.softmax(-1), points)
 
 
-@contextmanager
-def as_released():
-    """What the model computes in here, it computes in the released form."""
-    with (mock.patch.object(drp, "deform_attn_offsets", deform_attn_as_released),
-          mock.patch.dict(os.environ, POSE_KERNELS="plain")):
-        yield
-
-
-class Form:
+def form(released: bool, folder: Path) -> Callable[[], dict]:
     """One of the two, ready to run; `save_weights` has filled the folder."""
+    model = torch.load(folder / f"{released}.pt", weights_only=False)
+    image, noise = normal("input", (1, 3, HEIGHT, WIDTH), SEED), normal("noise", (1, 100, 17, 2), SEED)
 
-    def __init__(self, released: bool, folder: Path):
-        self.released = released
-        self.model = torch.load(folder / f"{released}.pt", weights_only=False)
-        self.image = normal("input", (1, 3, HEIGHT, WIDTH), SEED)
-        self.noise = normal("noise", (1, 100, 17, 2), SEED)
+    def ours() -> dict:
+        return drp.sample(model, image, noise=noise)[-1]
 
-    def __call__(self) -> dict:
-        if not self.released:
-            return drp.sample(self.model, self.image, noise=self.noise)[-1]
-        with as_released():
-            return drp.sample(self.model, self.image, noise=self.noise)[-1]
+    def as_released() -> dict:
+        with (mock.patch.object(drp, "deform_attn_offsets", deform_attn_as_released),
+              mock.patch.dict(os.environ, POSE_KERNELS="plain")):
+            return ours()
+
+    return as_released if released else ours
 
 
 def save_weights(folder: Path) -> None:
@@ -78,8 +68,8 @@ def peak_memory(released: bool, folder: Path, threads: int) -> float:
     """Megabytes that one forward adds to the largest size that this process had before."""
     import resource                                             # Windows has none
     torch.set_num_threads(threads)
-    form, sizes = Form(released, folder), []
-    for run in (lambda: None, form):
+    run_form, sizes = form(released, folder), []
+    for run in (lambda: None, run_form):
         run()
         sizes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     return (sizes[1] - sizes[0]) / (1e6 if sys.platform == "darwin" else 1e6 / 1024)    # bytes; elsewhere KiB
@@ -91,34 +81,27 @@ def alone(function, *args):
         return process.submit(function, *args).result()
 
 
-def compare_times(folder: Path, pairs: int) -> tuple[float, float, float]:
-    """Median milliseconds of the released form and of ours, and their ratio; the outputs agree first."""
-    released, ours = Form(True, folder), Form(False, folder)
+def compare_times(folder: Path, pairs: int) -> str:
+    """Milliseconds of the released form and of ours, and their ratio; the outputs agree first."""
+    released, ours = form(True, folder), form(False, folder)
     expected, result = released(), ours()
     for name in ("logits", "boxes", "keypoints"):
         torch.testing.assert_close(result[name], expected[name], rtol=0, atol=1e-4)
-    times = [(seconds(released), seconds(ours)) for _ in range(pairs)]
-    slow, fast = (statistics.median(column) * 1e3 for column in zip(*times))
-    return slow, fast, statistics.median(a / b for a, b in times)
+    return against(in_turns(pairs, released, ours))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = bench_flags(__doc__)
     print(f"torch {torch.__version__}, {args.threads} threads, r50, {WIDTH}x{HEIGHT}, batch 1, t = 999\n"
-          f"         as released        ours    ratio")
+          f"            as released         ours    ratio")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         alone(save_weights, folder)
         # memory first: a process counts the size of its parent as its own, and this one is still small
         if sys.platform != "win32":
             slow, fast = (alone(peak_memory, released, folder, args.threads) for released in (True, False))
-            print(f"memory{slow:>11.0f} MB{fast:>9.0f} MB{slow / fast:>9.2f}", flush=True)
-        slow, fast, ratio = compare_times(folder, args.pairs)
-        print(f"time  {slow:>11.0f} ms{fast:>9.0f} ms{ratio:>9.2f}")
+            print(f"memory{slow:>14.0f} MB{fast:>10.0f} MB{slow / fast:>9.2f}", flush=True)
+        print(f"time  {compare_times(folder, args.pairs)}")
 
 
 if __name__ == "__main__":

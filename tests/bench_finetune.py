@@ -20,16 +20,16 @@ from pathlib import Path
 
 import torch
 
-from common.splits import open_dataset
 from common.ranks import init_ranks
+from common.skeletons import SKELETONS
+from common.splits import open_dataset
 from data import puppets
 from eval import load_model
 
 EIGHT = ["head_top", "neck", "left_wrist", "right_wrist", "left_hip", "right_hip", "left_ankle", "right_ankle"]
 LIMBS = [[1, 2], [2, 3], [2, 4], [2, 5], [2, 6], [5, 7], [6, 8]]
-FIFTEEN = dict(nose="nose", neck="head_bottom", head_top="head_top", **{name: name for name in puppets.COCO[5:]})
 EPOCHS = dict(detrpose=26, diffusionregpose=22, querypose=32, diffusionpose=18, sdpose=18)     # less than 3 minutes
-FLAGS = dict.fromkeys(EPOCHS, ["--warmup", "20", "--seed", "1"])
+FLAGS = ["--warmup", "20", "--seed", "1"]
 RUNS = dict(start=["--init", "START"], fresh=["--init", "START", "--fresh_head"], nothing=["--init", ""])
 COUNTS = dict(train=200, val=500)
 
@@ -37,20 +37,13 @@ COUNTS = dict(train=200, val=500)
 def scene(names: list[str], job: tuple[str, int]) -> tuple[dict, list]:
     """A picture of the puppets, and its people with these keypoints."""
     split, index = job
-    canvas, found = puppets.split_scene(puppets.SIZE, 0, split, index)
     number = index + 1 + 100_000 * (split == "val")
-    people = puppets.coco_annotations(number, canvas, found)
-    for person in people:
-        person["keypoints"], person["num_keypoints"] = [0] * (3 * len(names)), 0
-    for person, drawn in zip(people, found):
-        person["keypoints"] = puppets.flat_list(drawn["joints"], names)
-        person["num_keypoints"] = sum(v > 0 for v in person["keypoints"][2::3])
-    return dict(id=number, file_name=f"{number:012d}.jpg", width=puppets.SIZE, height=puppets.SIZE), people
+    image = dict(id=number, file_name=f"{number:012d}.jpg", width=puppets.SIZE, height=puppets.SIZE)
+    return image, puppets.coco_annotations(number, *puppets.split_scene(puppets.SIZE, 0, split, index), names)
 
 
-def draw(folder: Path, names: list[str], called: list[str]) -> Path:
-    """The first puppets of each split in a folder of their own, with the keypoints that the figures have by these
-    names, under those that they are called here."""
+def draw(folder: Path, names: list[str]) -> Path:
+    """The first puppets of each split in a folder of their own, with these keypoints."""
     if (folder / "annotations").is_dir():
         return folder
     source = puppets.make(puppets.ROOT, "coco")
@@ -61,8 +54,8 @@ def draw(folder: Path, names: list[str], called: list[str]) -> Path:
             shutil.copy(source / f"{split}2017" / image["file_name"], folder / "images")
     (folder / "annotations").mkdir()
     for split, images in rows.items():
-        content = json.loads(puppets.coco_file(images))
-        content["categories"][0].update(name="mine", keypoints=called, skeleton=LIMBS if names == EIGHT else [])
+        content = puppets.coco_file(images, names)
+        content["categories"][0].update(name="mine", skeleton=LIMBS if names == EIGHT else [])
         (folder / f"annotations/{split}.json").write_text(json.dumps(content))
     return folder
 
@@ -89,8 +82,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=0, help="of each of the three trainings; 0: see EPOCHS")
     parser.add_argument("--out", type=Path, default=Path(f"runs/finetune-{time.strftime('%Y%m%d-%H%M%S')}"))
     args = parser.parse_args()
-    mine = draw(args.starts / "eight", EIGHT, EIGHT)
-    known = {17: draw(args.starts / "seventeen", puppets.COCO, puppets.COCO)}
+    mine = draw(args.starts / "eight", EIGHT)
+    known = {17: draw(args.starts / "seventeen", puppets.COCO)}
     table = [f"{COUNTS['train']} pictures, {len(EIGHT)} keypoints, torch {torch.__version__}, {os.cpu_count()} cores", "",
              "| method | epochs | minutes | AP of the start | from it | with a fresh head | from nothing |",
              "|---|---|---|---|---|---|---|"]
@@ -100,10 +93,10 @@ def main() -> None:
             train(method, start, ["--epochs", str(args.start_epochs)] if args.start_epochs else [])
         count = load_model(str(start), "", "")[1].skeleton.num_keypoints
         if count not in known:
-            known[count] = draw(args.starts / "fifteen", [*FIFTEEN], [*FIFTEEN.values()])
+            known[count] = draw(args.starts / "fifteen", list(SKELETONS["posetrack"].keypoints))
         minutes, found = {}, {}
         for name, flags in RUNS.items():
-            flags = [str(start) if flag == "START" else flag for flag in flags] + FLAGS[method]
+            flags = [str(start) if flag == "START" else flag for flag in flags] + FLAGS
             flags += ["--data", str(mine), "--epochs", str(epochs), "--eval_every", str(epochs)]
             minutes[name] = train(method, args.out / f"{method}-{name}", flags)
             found[name] = evaluate(args.out / f"{method}-{name}", mine)

@@ -10,21 +10,13 @@
 The forms run in turn. They must agree on the queries that have a pose in both, and best on the 20. The table has the
 median times, and the median ratios to plain of the runs.
 """
-import argparse
-import statistics
-import time
-
+import numpy as np
 import torch
 
 import querypose
+from tests.helpers import bench_flags, in_turns
 
 WIDTH, HEIGHT = 640, 480
-
-
-def seconds(run) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 @torch.no_grad()
@@ -48,25 +40,15 @@ def compare(preset: str, pairs: int) -> str:
     best = [(querypose.pose_scores(one)[0] * inside).topk(20).values for one in (plain, others[1])]
     torch.testing.assert_close(*best)
 
-    times = [[seconds(form) for form in forms.values()] for _ in range(pairs)]
-    columns = [f"{statistics.median(column):>8.2f} s" for column in zip(*times)]
-    ratios = [f"{statistics.median(row[0] / row[i] for row in times):>8.2f}" for i in (1, 2)]
+    times = in_turns(pairs, *forms.values())
+    columns = [f"{seconds:>8.2f} s" for seconds in np.median(times, 0)]
+    ratios = [f"{ratio:>8.2f}" for ratio in np.median(times[:, :1] / times[:, 1:], 0)]
     return f"{preset:>10}{''.join(columns)}{''.join(ratios)}{int(posed.sum()):>7}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", nargs="+", default=["r50-light"])
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
+if __name__ == "__main__":
+    args = bench_flags(__doc__, pairs=3, preset=["r50-light"])
     print(f"torch {torch.__version__}, {args.threads} threads, {WIDTH}x{HEIGHT}, batch 1\n"
           f"    preset     plain    chosen      best  chosen    best  posed")
     for preset in args.preset:
         print(compare(preset, args.pairs), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -7,8 +7,6 @@ the heatmap head reads of it, the text repeated for every crop, and a pass of it
 run in turn; the table has the median processor time of each and the median ratio of the pairs. For the presets of full
 width it is one crop of `side` pixels' height: at 1024 a pair takes many minutes on a CPU.
 """
-import argparse
-import statistics
 import time
 from unittest import mock
 
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 
 import sdpose
-from tests.helpers import watch
+from tests.helpers import against, bench_flags, in_turns, watch
 
 
 def stored_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -37,13 +35,6 @@ def obvious(model: sdpose.SDPose, crops: Tensor) -> Tensor:
         return (one_pass(crops) + one_pass(crops.flip(3))[:, list(model.skeleton.flip)].flip(3)) / 2
 
 
-def seconds(run) -> float:
-    """Processor time of all threads."""
-    start = time.process_time()
-    run()
-    return time.process_time() - start
-
-
 @torch.no_grad()
 def compare(preset: str, side: int, pairs: int) -> str:
     """One row: preset, crop, milliseconds of both forms, ratio; the heatmaps of both agree first."""
@@ -56,26 +47,13 @@ def compare(preset: str, side: int, pairs: int) -> str:
         return sdpose.average_heatmaps(model, crops)
 
     torch.testing.assert_close(ours(), obvious(model, crops), rtol=1e-3, atol=1e-4)
-    times = [(seconds(lambda: obvious(model, crops)), seconds(ours)) for _ in range(pairs)]
-    slow, fast = (statistics.median(column) * 1e3 for column in zip(*times))
-    ratio = statistics.median(a / b for a, b in times)
-    return f"{preset:<10}{f'{cfg.width}x{cfg.height}':>9}{slow:>14.0f} ms{fast:>10.0f} ms{ratio:>9.2f}"
+    times = in_turns(pairs, lambda: obvious(model, crops), ours, clock=time.process_time)
+    return f"{preset:<10}{f'{cfg.width}x{cfg.height}':>9}{against(times)}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", nargs="+", default=["tiny", "wholebody"])
-    parser.add_argument("--side", type=int, default=128)
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
+if __name__ == "__main__":
+    args = bench_flags(__doc__, preset=["tiny", "wholebody"], side=128)
     print(f"torch {torch.__version__}, {args.threads} threads, with the flip test\n"
           f"preset         crop  obvious form       ours    ratio")
     for preset in args.preset:
         print(compare(preset, args.side, args.pairs), flush=True)
-
-
-if __name__ == "__main__":
-    main()

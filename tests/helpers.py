@@ -1,9 +1,12 @@
-"""What several tests need: the golden files, the reference's weights and inputs, comparisons, small runs."""
+"""What several tests and benchmarks need: the golden files, the reference's weights and inputs, comparisons, small runs."""
+import argparse
 import importlib
 import json
 import math
 import os
+import time
 import zlib
+from collections.abc import Callable
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from fractions import Fraction
@@ -130,6 +133,38 @@ TINY = ("--size 64 --levels 1 --dim 32 --layers 1 --decoder_ffn 32 --encoder_ffn
         "--processes 1 --workers 0 --eval_every 1").split()      # DETRPose: a step takes a few hundredths of a second
 
 
+# ---------------------------------------------------------------- benchmarks
+
+def bench_flags(what: str, **defaults) -> argparse.Namespace:
+    """The flags of a benchmark, `what` its docstring: --pairs, --threads and these. Sets the threads and the seed."""
+    parser = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (dict(pairs=7, threads=torch.get_num_threads()) | defaults).items():
+        several = isinstance(default, list)
+        kind = type(default[0] if several else default)
+        parser.add_argument(f"--{name}", type=kind, default=default, nargs="+" if several else None, help=f"default: {default}")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    return args
+
+
+def in_turns(pairs: int, *forms: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> np.ndarray:
+    """Seconds of each form, run in turn so that a busy machine slows all: (pairs, forms)."""
+    times = np.empty((pairs, len(forms)))
+    for row in times:
+        for i, form in enumerate(forms):
+            start = clock()
+            form()
+            row[i] = clock() - start
+    return times
+
+
+def against(times: np.ndarray) -> str:
+    """Of the seconds of two forms the medians and the median ratio of the pairs, as the end of a row."""
+    slow, fast = np.median(times, 0) * 1e3
+    return f"{slow:>14.0f} ms{fast:>10.0f} ms{np.median(times[:, 0] / times[:, 1]):>9.2f}"
+
+
 # ---------------------------------------------------------------- a small video
 
 TIMES = [0.0, 0.04, 0.08, 0.2, 0.24, 0.5]                # a variable rate; the last frame is shown for 0.1 s
@@ -155,9 +190,9 @@ def encode(path: Path, sound: bool = False, times: list[float] = TIMES) -> Path:
             samples.sample_rate = 8000
             file.mux(tone.encode(samples))
             file.mux(tone.encode(None))
-        for i, time in enumerate(times):
+        for i, shown in enumerate(times):
             one = av.VideoFrame.from_image(frame(i % 6))
-            one.pts, one.time_base = round(1000 * time), Fraction(1, 1000)
+            one.pts, one.time_base = round(1000 * shown), Fraction(1, 1000)
             file.mux(stream.encode(one))
         file.mux(stream.encode(None))
     return path

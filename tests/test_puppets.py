@@ -289,9 +289,3 @@ def test_a_folder_made_with_other_numbers_is_refused(made, tmp_path):
         make(tmp_path, "coco")
     with pytest.raises(UserError, match="choose from coco, crowd, video, ood"):
         make(tmp_path, "horses")
-
-
-@pytest.mark.parametrize("part", SMALL)
-def test_the_contact_sheet_is_drawn_for_every_part(made, tmp_path, part):
-    puppets.preview(made / part, tmp_path / "sheet.png", columns=2, rows=1)
-    assert Image.open(tmp_path / "sheet.png").size == (2 * 486 + 6, 492)

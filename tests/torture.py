@@ -19,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -97,25 +99,6 @@ def end(process: subprocess.Popen, seconds: float) -> str:
     return errors
 
 
-def one_try(method: str, data: Path, out: Path, processes: int, seconds: float, number: int) -> str:
-    """A run that is struck one to three times and resumed to its end; how it was struck."""
-    told = []
-    for _ in range(random.randint(1, 3)):
-        process = train(method, data, out, processes)
-        time.sleep(random.uniform(0.3, 1.0) * seconds)
-        if process.poll() is not None:
-            end(process, 1)
-            break
-        told.append(strike(process, number))
-        errors = end(process, 150)
-        if errors == "it never ended":
-            raise AssertionError(f"hangs after a strike on {told[-1]}")
-    errors = end(process := train(method, data, out, processes), 300)
-    if process.returncode != 0:
-        raise AssertionError(f"does not resume: {errors.strip().splitlines()[-1:]}")
-    return "+".join(told) or "none"
-
-
 def same(first: Path, second: Path) -> str:
     """What differs between two finished runs; nothing if all bits are the same."""
     import json
@@ -139,6 +122,73 @@ def same(first: Path, second: Path) -> str:
 
 
 # ---------------------------------------------------------------- the programs
+#
+# Each takes `start`, which begins or resumes the training in a folder, the folder `whole` of the run that was left alone
+# and its seconds, and tries `out`: (what was done, what is wrong; nothing if all bits are the same).
+
+def by_signal(number: int, start: Callable, whole: Path, out: Path, seconds: float) -> tuple[str, str]:
+    """A run that is struck one to three times and resumed to its end."""
+    told = []
+    for _ in range(random.randint(1, 3)):
+        process = start(out)
+        time.sleep(random.uniform(0.3, 1.0) * seconds)
+        if process.poll() is not None:
+            end(process, 1)
+            break
+        told.append(strike(process, number))
+        if end(process, 150) == "it never ended":
+            return f"struck {'+'.join(told)}", "hangs after the last strike"
+    errors = end(process := start(out), 300)
+    wrong = f"does not resume: {errors.strip().splitlines()[-1:]}" if process.returncode else same(whole, out)
+    return f"struck {'+'.join(told) or 'none'}", wrong
+
+
+def finish(process: subprocess.Popen, start: Callable, whole: Path, out: Path) -> str:
+    """Wait for a training, resumed once if it ended with an error; what is wrong."""
+    errors = end(process, 300)
+    if process.returncode:
+        errors = end(process := start(out), 300)
+    return errors[-200:] if process.returncode else same(whole, out)
+
+
+def full_disk(start: Callable, whole: Path, out: Path, seconds: float) -> tuple[str, str]:
+    """The run folder lies on a tmpfs of a few megabytes, which is filled for a while."""
+    need = sum(path.stat().st_size for path in whole.iterdir()) * 2 // 2 ** 20 + 2
+    out.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={need}m", "tmpfs", out], check=True)
+    try:
+        process = start(out / "run")
+        time.sleep(random.uniform(0.3, 0.6) * seconds)
+        with open(out / "stone", "wb") as stone:
+            try:
+                while True:
+                    stone.write(bytes(2 ** 16))
+                    stone.flush()
+            except OSError:
+                pass
+        time.sleep(random.uniform(0.1, 0.3) * seconds)
+        (out / "stone").unlink()
+        wrong = finish(process, start, whole, out / "run")      # full at the very end: an error, and resumed
+        return "full disk", wrong or ("" if (out / "run" / "best.pt").exists() else "no best.pt")
+    finally:
+        subprocess.run(["umount", out], check=True)
+
+
+def lost_folder(start: Callable, whole: Path, out: Path, seconds: float) -> tuple[str, str]:
+    """The run folder is moved away in mid-run, and a file stands in its place for a while."""
+    process = start(out)
+    time.sleep(random.uniform(0.5, 0.7) * seconds)
+    if out.exists():
+        out.rename(out.with_name(f"{out.name}-away"))
+        out.touch()
+        time.sleep(0.1 * seconds)
+        out.unlink()
+    return "folder taken away", finish(process, start, whole, out)
+
+
+PROGRAMS = dict(kill=partial(by_signal, signal.SIGKILL), term=partial(by_signal, signal.SIGTERM), disk=full_disk,
+                folder=lost_folder)
+
 
 def make_data(folder: Path, method: str) -> Path:
     from data import puppets
@@ -147,97 +197,28 @@ def make_data(folder: Path, method: str) -> Path:
     return puppets.make(folder, "coco", size=64, progress=False, counts={"train": 24, "val": 8})
 
 
-def torture(method: str, times: int, number: int, seed: int) -> tuple[int, int]:
-    """(tried, survived)."""
-    survived = 0
+def torture(how: str, method: str, times: int, seed: int) -> int:
+    """How many of so many tries survived. Every other one that is sent signals has two processes."""
+    survived, seconds = 0, {}
     with tempfile.TemporaryDirectory() as place:
-        place, whole, seconds = Path(place), {}, {}
+        place = Path(place)
         data = make_data(place, method)
         for attempt in range(times):
             random.seed(f"{seed} {method} {attempt}")
-            processes = 1 + attempt % 2
-            if processes not in whole:
-                whole[processes], start = place / f"whole{processes}", time.monotonic()
-                errors = end(process := train(method, data, whole[processes], processes), 600)
+            processes = 1 + attempt % 2 if how in ("kill", "term") else 1
+            whole, out = place / f"whole{processes}", place / f"try{attempt}"
+            start = partial(train, method, data, processes=processes)
+            if processes not in seconds:
+                begin = time.monotonic()
+                errors = end(process := start(whole), 600)
                 if process.returncode:
                     raise SystemExit(f"{method} does not train: {errors[-500:]}")
-                seconds[processes] = time.monotonic() - start
-            out = place / f"try{attempt}"
-            try:
-                how = one_try(method, data, out, processes, seconds[processes], number)
-                wrong = same(whole[processes], out)
-            except AssertionError as error:
-                how, wrong = "", str(error)
+                seconds[processes] = time.monotonic() - begin
+            told, wrong = PROGRAMS[how](start, whole, out, seconds[processes])
             survived += not wrong
-            print(f"{method} {attempt + 1}/{times}, {processes} processes, struck {how}: {wrong or 'the same bits'}", flush=True)
+            print(f"{method} {attempt + 1}/{times}, {processes} processes, {told}: {wrong or 'the same bits'}", flush=True)
             shutil.rmtree(out, ignore_errors=True)
-    return times, survived
-
-
-def full_disk(method: str, times: int, seed: int) -> tuple[int, int]:
-    """The run folder lies on a tmpfs of a few megabytes, which is filled for a while."""
-    survived = 0
-    with tempfile.TemporaryDirectory() as place:
-        place = Path(place)
-        data, small = make_data(place, method), place / "small"
-        whole, start = place / "whole", time.monotonic()
-        end(train(method, data, whole, 1), 600)
-        seconds = time.monotonic() - start
-        need = sum(path.stat().st_size for path in whole.iterdir()) * 2 // 2 ** 20 + 2
-        small.mkdir()
-        for attempt in range(times):
-            random.seed(f"{seed} {method} {attempt}")
-            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={need}m", "tmpfs", small], check=True)
-            try:
-                process = train(method, data, small / "run", 1)
-                time.sleep(random.uniform(0.3, 0.6) * seconds)
-                with open(small / "stone", "wb") as stone:
-                    try:
-                        while True:
-                            stone.write(bytes(2 ** 16))
-                            stone.flush()
-                    except OSError:
-                        pass
-                time.sleep(random.uniform(0.1, 0.3) * seconds)
-                (small / "stone").unlink()
-                errors = end(process, 300)
-                if process.returncode:                          # it was full at the very end: an error, and resumed
-                    errors = end(process := train(method, data, small / "run", 1), 300)
-                wrong = errors[-200:] if process.returncode else same(whole, small / "run")
-                if not (small / "run" / "best.pt").exists():
-                    wrong = wrong or "no best.pt"
-            finally:
-                subprocess.run(["umount", small], check=True)
-            survived += not wrong
-            print(f"{method} {attempt + 1}/{times}, full disk: {wrong or 'the same bits'}", flush=True)
-    return times, survived
-
-
-def lost_folder(method: str, times: int, seed: int) -> tuple[int, int]:
-    """The run folder is moved away in mid-run, and a file stands in its place for a while."""
-    survived = 0
-    with tempfile.TemporaryDirectory() as place:
-        place = Path(place)
-        data, whole, start = make_data(place, method), place / "whole", time.monotonic()
-        end(train(method, data, whole, 1), 600)
-        seconds = time.monotonic() - start
-        for attempt in range(times):
-            random.seed(f"{seed} {method} {attempt}")
-            out = place / f"try{attempt}"
-            process = train(method, data, out, 1)
-            time.sleep(random.uniform(0.5, 0.7) * seconds)
-            if out.exists():
-                out.rename(place / f"away{attempt}")
-                out.touch()
-                time.sleep(0.1 * seconds)
-                out.unlink()
-            errors = end(process, 300)
-            if process.returncode:
-                errors = end(process := train(method, data, out, 1), 300)
-            wrong = errors[-200:] if process.returncode else same(whole, out)
-            survived += not wrong
-            print(f"{method} {attempt + 1}/{times}, folder taken away: {wrong or 'the same bits'}", flush=True)
-    return times, survived
+    return survived
 
 
 def main() -> None:
@@ -247,19 +228,16 @@ def main() -> None:
         importlib.import_module(method).main()
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("how", choices=["kill", "term", "disk", "folder"])
+    parser.add_argument("how", choices=list(PROGRAMS))
     parser.add_argument("--method", default="all", help=f"{', '.join(FLAGS)} or all")
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     bad = 0
     for method in FLAGS if args.method == "all" else [args.method]:
-        if args.how in ("kill", "term"):
-            tried, survived = torture(method, args.times, signal.SIGKILL if args.how == "kill" else signal.SIGTERM, args.seed)
-        else:
-            tried, survived = (full_disk if args.how == "disk" else lost_folder)(method, args.times, args.seed)
-        print(f"{args.how} {method}: {survived} of {tried} survived", flush=True)
-        bad += tried - survived
+        survived = torture(args.how, method, args.times, args.seed)
+        print(f"{args.how} {method}: {survived} of {args.times} survived", flush=True)
+        bad += args.times - survived
     sys.exit(bad > 0)
 
 
