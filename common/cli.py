@@ -136,10 +136,7 @@ def run_method(config_class: type[ConfigT], presets: dict[str, ConfigT], about: 
     run_main(main)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Flags
-# ---------------------------------------------------------------------------------------------------------
-
+# ---------------------------------------------------------------- flags
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are a `UserError` and which knows what a mistyped flag was meant to be."""
@@ -238,7 +235,7 @@ def config_of(defaults: ConfigT, saved: dict) -> ConfigT:
     for name, value in saved["config"].items():
         if type(value) is not type(known[name]) and (type(value), type(known[name])) != (int, float):
             raise UserError(f"the checkpoint is damaged: its {name} is {value!r}")
-    return resolve(defaults, **saved["config"])
+    return replace(defaults, **saved["config"])
 
 
 def resolve(config: ConfigT, **overrides: Any) -> ConfigT:
@@ -277,10 +274,7 @@ def parse_numbers(text: str) -> list[float] | None:
         raise UserError(f"expected numbers with commas between them, got {text!r}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Processes
-# ---------------------------------------------------------------------------------------------------------
-
+# ---------------------------------------------------------------- processes
 
 def find_last(where: str) -> Path:
     """A run folder or a file → the file to resume from."""
