@@ -15,14 +15,15 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from common.datasets import PoseDataset, id_key, load_json, numbers
+from common.datasets import PoseDataset, id_key, load_json, numbers, size_of
 from common.errors import UserError
-from common.records import BOX_TO_AREA, BadImage, Prediction, Sample, load_image, open_picture
+from common.records import BOX_TO_AREA, BadImage, Prediction, Sample, load_image
 from common.skeletons import POSETRACK, Skeleton, words
 
 HEAD_SHARE, MATCH_DISTANCE = 0.6, 0.5       # head size over its box's diagonal; a match is half of that away
@@ -179,23 +180,15 @@ class PoseTrackDataset(PoseDataset):
         self.frame_of = {id_key(frame.image_id): frame for frames in self.videos for frame in frames}
         images, annotations = [], []
         for frames in self.videos:
-            size = next((frame.size for frame in frames if frame.size), None) or self._size_of_video(frames)
+            # the original files do not have it; all frames of a video have that of the first one which can be read
+            known = chain((frame.size for frame in frames), (size_of(f"{self.root}/{frame.name}") for frame in frames))
+            size = next(filter(None, known), (1, 1))
             for frame in frames:
                 w, h = frame.size or size
                 images.append(dict(id=frame.image_id, file_name=frame.name, width=w, height=h))
                 annotations += [self._annotation(frame, n, person) for n, person in enumerate(frame.people)]
         categories = [dict(id=1, name="person", keypoints=list(POSETRACK.keypoints))]
         return [dict(images=images, annotations=annotations, categories=categories)]
-
-    def _size_of_video(self, frames: list[Frame]) -> tuple[int, int]:
-        """The original files do not have it; all frames of a video have that of the first one which can be read."""
-        for frame in frames:
-            try:
-                with open_picture(self.root / frame.name) as picture:
-                    return picture.size
-            except Exception:               # `load` will say what is wrong with it
-                continue
-        return 1, 1
 
     @staticmethod
     def _annotation(frame: Frame, n: int, person: Person) -> dict:
@@ -266,9 +259,8 @@ class PoseTrackDataset(PoseDataset):
 
     def training(self) -> PoseDataset:
         """The labelled frames in which somebody has a labelled joint."""
-        labelled = np.concatenate([[0], np.cumsum(self.in_labelled)])[self.offsets]
         view = super().training()
-        view.rows = view.rows[np.diff(labelled)[view.rows] > 0]
+        view.rows = view.rows[self.count(self.in_labelled)[view.rows] > 0]
         if not len(view):
             raise UserError(f"nothing to train on in {self.files[0].parent}: no labelled frame has a labelled joint")
         return view
