@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from common.errors import UserError
 from common.records import BOX_TO_AREA, BadImage, Sample, load_image, open_picture, white_of
@@ -136,6 +137,7 @@ class PoseDataset:
              category: the name of the category with the keypoints, where a file has several; root: the data set's
              folder, by default the first of `folders`; nothing outside it is read
     """
+    sizes_from = "the annotation file says"
 
     def __init__(self, name: str, split: str, files: Sequence[Path], folders: Sequence[Path],
                  skeleton: str | dict | Skeleton | None = None, sigmas: Sequence[float] | None = None,
@@ -435,16 +437,20 @@ class PoseDataset:
         """
         sample = self[i]
         try:
-            picture = load_image(sample.image, sample.size, self.white)
+            picture = self.picture(sample.image, sample.size)
         except BadImage as error:
             return None, str(error)
         message = "" if picture.size == sample.size else (
-            f"{sample.image} has {picture.size[0]}x{picture.size[1]} pixels, the annotation file says "
+            f"{sample.image} has {picture.size[0]}x{picture.size[1]} pixels, {self.sizes_from} "
             f"{sample.size[0]}x{sample.size[1]}: the picture is right")
         if "orientation" in picture.info:
             message = (f"{sample.image} was turned as its EXIF orientation {picture.info['orientation']} says; its size "
                        "cannot tell whether the annotation saw it so")
         return replace(sample, image=picture, size=picture.size), message
+
+    def picture(self, path: Path, size: tuple[int, int]) -> Image.Image:
+        """A decoded picture; size: as stated. Raises BadImage."""
+        return load_image(path, size, self.white)
 
     def load_readable(self, i: int) -> tuple[Sample, list[str]]:
         """Image i, or the next one that can be read, with the messages of `load` on the way there."""

@@ -23,7 +23,7 @@ from PIL import Image
 
 from common.datasets import PoseDataset, id_key, load_json, numbers, size_of
 from common.errors import UserError
-from common.records import BOX_TO_AREA, BadImage, Prediction, Sample, load_image
+from common.records import BOX_TO_AREA, BadImage, Prediction, Sample
 from common.skeletons import POSETRACK, Skeleton, words
 
 HEAD_SHARE, MATCH_DISTANCE = 0.6, 0.5       # head size over its box's diagonal; a match is half of that away
@@ -92,7 +92,7 @@ def _frame_2017(entry: dict) -> Frame:
             joints[j] = _scalar(point["x"]), _scalar(point["y"]), 1 if hidden else 2
             scores[j] = _scalar(point.get("score"), NO_SCORE)
         x1, y1, x2, y2 = (_scalar(rect.get(name)) for name in ("x1", "y1", "x2", "y2"))
-        people.append(Person(joints, scores, HEAD_SHARE * float(np.hypot(x2 - x1, y2 - y1)), _box_around(joints),
+        people.append(Person(joints, scores, HEAD_SHARE * float(np.hypot(x2 - x1, y2 - y1)), None,
                              int(_scalar(rect.get("track_id"), -1)), any("point" in group for group in points)))
     name = entry["image"][0]["name"] if isinstance(entry["image"], list) else entry["image"]["name"]
     name = name[0] if isinstance(name, list) else name
@@ -155,6 +155,7 @@ class PoseTrackDataset(PoseDataset):
 
     Frames without labels stay, for the metric; `training()` leaves them out.
     """
+    sizes_from = "other frames of the video"
 
     def __init__(self, split: str, files: Sequence[Path], root: Path,
                  skeleton: str | dict | Skeleton | None = None, sigmas: Sequence[float] | None = None):
@@ -226,32 +227,26 @@ class PoseTrackDataset(PoseDataset):
     def load(self, i: int) -> tuple[Sample | None, str]:
         """As `PoseDataset.load`, with the neighbouring frames. The key frame takes the place of a neighbour that
         cannot be read, or has another size; the message says so."""
-        sample = self[i]
-        try:
-            key = self.picture(sample.image, sample.size)
-        except BadImage as error:
-            return None, str(error)
-        messages, frames = [], []
-        if key.size != sample.size:
-            messages.append(f"{sample.image} has {key.size[0]}x{key.size[1]} pixels, other frames of the video "
-                            f"{sample.size[0]}x{sample.size[1]}: the picture is right")
+        sample, message = super().load(i)
+        if sample is None:
+            return None, message
+        messages, frames = [message] * bool(message), []
         for path in sample.frames:
             try:
                 frame = self.picture(path, sample.size)
-                if frame.size != key.size:
+                if frame.size != sample.size:
                     raise BadImage(path, f"it has {frame.size[0]}x{frame.size[1]} pixels, the frame beside it "
-                                   f"{key.size[0]}x{key.size[1]}")
+                                   f"{sample.size[0]}x{sample.size[1]}")
             except BadImage as error:
                 messages.append(f"{error}; as a neighbour, the frame beside it takes its place")
-                frame = key
+                frame = sample.image
             frames.append(frame)
-        return replace(sample, image=key, size=key.size, frames=tuple(frames)), "; ".join(messages)
+        return replace(sample, frames=tuple(frames)), "; ".join(messages)
 
     def picture(self, path: Path, size: tuple[int, int]) -> Image.Image:
-        """A decoded frame. The first ones stay in memory, because each is needed three times per person; those of
-        the puppets all fit."""
+        """The first ones stay in memory, because each is needed three times per person; those of the puppets all fit."""
         if path not in self.kept:
-            picture = load_image(path, size, self.white)
+            picture = super().picture(path, size)
             if (len(self.kept) + 1) * picture.width * picture.height > KEPT_PIXELS:
                 return picture
             self.kept[path] = picture
@@ -318,13 +313,11 @@ def match_people(truth: list[Person], found: list[Person]) -> tuple[np.ndarray, 
 
     A prediction keeps the person of whose joints it matches most, a person the best such prediction; by pose alone.
     """
-    close = np.zeros((len(found), len(truth), 15), bool)
-    for g, person in enumerate(truth):
-        for d, guess in enumerate(found):
-            distance = np.linalg.norm(guess.joints[:, :2] - person.joints[:, :2], axis=1)
-            both = (guess.joints[:, 2] > 0) & (person.joints[:, 2] > 0)
-            close[d, g] = both & (person.head > 0) & (distance <= MATCH_DISTANCE * person.head)
-    annotated = np.array([(person.joints[:, 2] > 0).sum() for person in truth])
+    theirs, ours = (np.array([person.joints for person in people]).reshape(-1, 15, 3) for people in (truth, found))
+    head = np.array([person.head for person in truth])[:, None]
+    distance = np.linalg.norm(ours[:, None, :, :2] - theirs[..., :2], axis=-1)      # (D, G, 15)
+    close = (ours[:, None, :, 2] > 0) & (theirs[..., 2] > 0) & (head > 0) & (distance <= MATCH_DISTANCE * head)
+    annotated = (theirs[..., 2] > 0).sum(1)
     correct = close.sum(-1) / np.maximum(annotated, 1)                              # (D, G)
     owner = {}
     if correct.size:
