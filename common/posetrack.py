@@ -67,9 +67,9 @@ def frames_of(content: dict, path: Path | str) -> tuple[str, list[Frame]]:
             return "17", [_frame_2017(entry) for entry in content["annolist"]]
         if isinstance(content, dict) and isinstance(content.get("images"), list):
             return _frames_2018(content, path)
+    except UserError:
+        raise
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path} is not in PoseTrack's format: {type(error).__name__}: {error}") from None
     raise UserError(f"{path} is not in PoseTrack's format: it has neither 'annolist' (2017) nor 'images' (2018, 21)")
 

@@ -73,8 +73,6 @@ class Clip:
         try:
             for number, (picture, time) in enumerate(self.frames):
                 yield Frame(picture, number, time)
-        except GeneratorExit:
-            raise
         except Exception as error:                          # decoders raise all kinds of errors on damaged files
             self.broken = " ".join(str(error).split()) or type(error).__name__
         if number < 0:

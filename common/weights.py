@@ -18,6 +18,7 @@ import pickle
 import re
 import shutil
 import sys
+import tempfile
 import time
 import uuid
 import zipfile
@@ -126,14 +127,12 @@ def cache_folder() -> Path:
 
 
 def writable(folder: Path) -> bool:
-    probe = folder / f".{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()                          # permission bits alone tell lies on Windows and on network drives
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):        # permission bits alone tell lies on Windows and on network drives
+            return True
     except OSError:
         return False
-    return True
 
 
 def fetch(name: str, cache: Path | None = None, timeout: float = 30.0, finds_poses: bool = False) -> Path:
