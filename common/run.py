@@ -205,22 +205,21 @@ class RunFolder:
         place, end = self.path.resolve(), time.monotonic() + patience
         if fcntl is None or place in LOCKS:
             return
-        while True:
-            try:
-                LOCKS[place] = open(place / ".lock", "a")
-                return fcntl.lockf(LOCKS[place], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                held = LOCKS.pop(place, None)
-                if held is not None:
-                    held.close()
-                if error.errno in (errno.ENOLCK, errno.ENOTSUP):                # a file system without locks
+        try:
+            file = open(place / ".lock", "a")
+            while True:
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    LOCKS[place] = file
                     return
-                if error.errno not in (errno.EACCES, errno.EAGAIN) or held is None:
-                    raise UserError(f"cannot write into {self.path}: {error}; choose another with --out") from None
-                if time.monotonic() > end:
-                    raise UserError(f"another run writes into {self.path} now: choose another --out, or wait for it"
-                                    ) from None
-            time.sleep(0.2)
+                except (BlockingIOError, PermissionError):
+                    if time.monotonic() > end:
+                        raise UserError(f"another run writes into {self.path} now: choose another --out, or wait for it"
+                                        ) from None
+                time.sleep(0.2)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):                # a file system without locks
+                raise UserError(f"cannot write into {self.path}: {error}; choose another with --out") from None
 
     def _refuse_what_is_there(self) -> None:
         """Nothing that is there is written over, but what a run of ours left that ended before its first save."""
