@@ -385,7 +385,8 @@ class PoseDataset:
             self._note(f"people without area: {BOX_TO_AREA} of the box taken", ids_of(people, ~given))
         self.iscrowd = crowd > 0
         self._note("people without iscrowd: taken as single people", ids_of(people, np.isnan(crowd)))
-        self._note("people with ignore: 1, which COCO's evaluation does not read: they count", ids_of(people, ignore > 0))
+        self._note("people with ignore: 1, which COCO's evaluation does not read: they count",
+                   ids_of(people, ignore > 0))
         share = self.areas / (self.boxes[:, 2] * self.boxes[:, 3])
         odd = ~self.iscrowd & ((share < 0.02) | (share > 1.2))
         self._note("people whose area does not suit their box: OKS and AP follow the area", ids_of(people, odd))
@@ -507,7 +508,8 @@ class PoseDataset:
                       sum(text.startswith("cannot read image") for text in self.bad),
                   "images were turned as their EXIF orientation says: labels made without it are elsewhere":
                       sum("EXIF" in text for text in self.bad),
-                  f"images have more than {MOST} people; the metric looks at the best {MOST} predictions of each": crowded}
+                  f"images have more than {MOST} people; the metric looks at the best {MOST} predictions of each":
+                      crowded}
         lines = [f"{count} {text}" for text, count in counts.items() if count]
         return lines + [f"{count} {reason}" for reason, (count, _) in self.notes.items() if "AP follow" in reason]
 

@@ -244,7 +244,7 @@ class PoseTrackDataset(PoseDataset):
         return replace(sample, frames=tuple(frames)), "; ".join(messages)
 
     def picture(self, path: Path, size: tuple[int, int]) -> Image.Image:
-        """The first ones stay in memory, because each is needed three times per person; those of the puppets all fit."""
+        """The first ones stay in memory: each is needed three times per person; those of the puppets all fit."""
         if path not in self.kept:
             picture = super().picture(path, size)
             if (len(self.kept) + 1) * picture.width * picture.height > KEPT_PIXELS:

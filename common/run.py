@@ -437,8 +437,8 @@ class Run:
         if not all(finite) and not (scaler.is_enabled() and scaler.get_scale() >= 1):
             names = [name for name, good in zip(self.terms, finite) if not good] or ["the gradient"]
             last = self.folder.path / "last.pt"
-            raise UserError(f"{', '.join(names[:5])} not finite at step {self.step}, images {self.seen}: try --amp no or a "
-                            "lower --lr" + f"; {last} is from before" * last.exists())
+            raise UserError(f"{', '.join(names[:5])} not finite at step {self.step}, images {self.seen}: try --amp no or "
+                            "a lower --lr" + f"; {last} is from before" * last.exists())
         self.at.update(step=self.step + 1, done=self.at["done"] + 1)
         self.seen, now = [], time.monotonic()
         self.taken.append(now - self.tick)

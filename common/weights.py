@@ -75,7 +75,8 @@ SDPOSE_FILES = ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytor
 
 RELEASES: dict[str, Release] = {}
 for size, val, test in ("n", 57.2, 56.0), ("s", 67.0, 67.4), ("m", 69.4, 72.0), ("l", 72.5, 73.3), ("x", 73.3, 75.1):
-    for suffix, published in ("", dict(coco_val=val)), ("_crowdpose", dict(crowdpose_test=test)):  # App. A; Table 3, n: README
+    # App. A; CrowdPose: Table 3, n: README
+    for suffix, published in ("", dict(coco_val=val)), ("_crowdpose", dict(crowdpose_test=test)):
         RELEASES[f"detrpose-{size}{suffix.replace('_', '-')}"] = one(
             "Apache-2.0", DETRPOSE, f"detrpose_hgnetv2_{size}{suffix}.pth", "detrpose", **published)
 for name, published in ("r50", dict(coco_val=72.5)), ("r50-crowdpose", dict(crowdpose_test=72.7)):      # Tables 1, 2
@@ -129,7 +130,7 @@ def cache_folder() -> Path:
 def writable(folder: Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):        # permission bits alone tell lies on Windows and on network drives
+        with tempfile.TemporaryFile(dir=folder):        # permission bits tell lies on Windows and on network drives
             return True
     except OSError:
         return False
@@ -174,8 +175,8 @@ def fetch(name: str, cache: Path | None = None, timeout: float = 30.0, finds_pos
 def announce_total(name: str, addresses: list[str], folder: Path, timeout: float) -> None:
     """Say how large a release's files are together, before the first is fetched; UserError if they do not fit."""
     sizes, free = [], shutil.disk_usage(folder).free
-    for address in addresses:
-        with contextlib.suppress(Unusable, ValueError), connect(address, timeout, method="HEAD") as response:   # fetching tells why
+    for address in addresses:                  # where one fails, fetching tells why
+        with contextlib.suppress(Unusable, ValueError), connect(address, timeout, method="HEAD") as response:
             sizes.append(int(response.headers.get("Content-Length") or 0))
     known = len(sizes) == len(addresses) and all(sizes)
     print(f"{name}: {len(addresses)} files to fetch into {folder.resolve()}, " +
@@ -239,7 +240,8 @@ def connect(url: str, timeout: float, have: int = 0, version: str = "", method: 
     if have and version:
         headers |= {"Range": f"bytes={have}-", "If-Range": version}
     try:
-        response = build_opener().open(Request(url, headers=headers, method=method), timeout=timeout)  # heeds https_proxy
+        request = Request(url, headers=headers, method=method)
+        response = build_opener().open(request, timeout=timeout)            # heeds https_proxy
     except HTTPError as error:
         kind = Interrupted if error.code >= 500 or error.code in (408, 429) else Unusable
         raise kind(f"the server answers {error.code} {error.reason}") from None
@@ -553,7 +555,7 @@ def read_start(source: str, method: str) -> Start:
     """A run of ours (folder or file), a released file or name; of a release's folder the path alone. Raises UserError."""
     path = checkpoint_in(Path(source))
     path = path if path.exists() else fetch(source)
-    run = None if path.is_dir() else read_own(path)
+    run = read_own(path)
     if run is None:
         return Start(path, {} if path.is_dir() else load_tensors(path), {})
     if run["method"] != method:
