@@ -1036,7 +1036,7 @@ def train(cfg: Config, args) -> None:
     for epoch in run.epochs():
         net.train()
         if cfg.ksvf and 0 < epoch == cfg.ksvf_from:
-            run.folder.say("from now on scores learn OKS (eq. 5): loss_vfl jumps, because it is another loss")
+            say("from now on scores learn OKS (eq. 5): loss_vfl jumps, because it is another loss")
         # micro-batches; a resumed run goes on in mid-epoch, unreadable files are reported
         for images, people in run.batches(TrainImages(train_set, cfg, epoch)):
             factor = lr_scale(run.step, run.steps, epoch, run.cfg)

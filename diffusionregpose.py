@@ -1014,7 +1014,7 @@ def train(cfg: Config, args) -> None:
             run.record(*evaluate(evaluated, held_out, cfg, ranks))
             if run.last and cfg.data == "puppets":                 # the paper's claim is about crowds (Table 2)
                 table, _ = evaluate(evaluated, open_crowd(data.skeleton, ranks), cfg, ranks)
-                run.folder.say(f"puppets in crowds (easy, medium, hard)\n{metrics.format_table(table)}")
+                say(f"puppets in crowds (easy, medium, hard)\n{metrics.format_table(table)}")
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------

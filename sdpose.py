@@ -84,7 +84,7 @@ from common.export import Exported
 from common.oks import oks_nms, rescore
 from common.predict import people_by_image, predict_people, train_loader
 from common.ranks import (Ranks, autocast, distribute, gather_lists, init_ranks, mean_over_ranks,
-                          rank_zero_first, seed_all, wait_for_all)
+                          rank_zero_first, say, seed_all, wait_for_all)
 from common.records import Prediction, Sample
 from common.run import Run, RunFolder, goes_on
 from common.skeletons import Skeleton, get_skeleton, words
@@ -1251,7 +1251,7 @@ def encode_once(model: SDPose, crops_of: Callable[[int], TrainCrops], cfg: Confi
     views = [crops_of(view) for view in range(cfg.cache_views)]
     count, kept, cells = len(views[0]), len(views[0][0][0]), (cfg.height // 8, cfg.width // 8)
     size = len(views) * count * kept * 2 * LATENT * math.prod(cells) * 4 / 1e9
-    folder.say(f"encoding {len(views)} x {count} people once, {size:.1f} GB of memory")
+    say(f"encoding {len(views)} x {count} people once, {size:.1f} GB of memory")
     mine = list(range(ranks.rank, count, ranks.world))
     mine = [mine[first:first + cfg.eval_batch] for first in range(0, len(mine), cfg.eval_batch)]
     cached = []
@@ -1506,7 +1506,7 @@ def compare_styles(model: SDPose, table: dict, run: Run) -> None:
     with rank_zero_first(run.ranks):                     # it draws them
         unseen = open_dataset("puppets", "ood", run.held_out.skeleton)
     tables = {"val": table, "ood": evaluate(model, unseen, model.cfg, run.ranks)[0]}
-    run.folder.say(f"puppets, and the same in styles never seen\n{metrics.format_table(tables)}")
+    say(f"puppets, and the same in styles never seen\n{metrics.format_table(tables)}")
     run.folder.log(step=run.step, epoch=run.at["epoch"], **{f"{k}_ood": v for k, v in tables["ood"].items()})
     if run.ranks.rank == 0 and run.held_out.skeleton.name == "coco":   # others have no pictures of two styles
         with goes_on(run.folder.path / "styles.png"):

@@ -89,12 +89,9 @@ def run_main(main: Callable[[], None]) -> None:
             for process in multiprocessing.active_children():
                 process.kill()
             os._exit(2)                                         # the loader would complain again on its way out
-        if "Too many open files" in text:
-            leave("too many open files: allow more (ulimit -n), or use fewer --workers")
-        if re.search("can't allocate memory|not enough memory", text):
-            leave(MEMORY)
-        if re.search("Timed out waiting|timed out", text):
-            leave(f"a process did not answer for --patience seconds: it hangs, or died elsewhere; {RESUME}")
+        for pattern, message in MEANINGS.items():
+            if re.search(pattern, text):
+                leave(message)
         if not (dist.is_initialized() and re.search("Connection (closed|reset) by peer", text)):
             raise
         sys.exit(1)                                             # another process has ended, and said why
@@ -111,6 +108,10 @@ def run_main(main: Callable[[], None]) -> None:
 SMALLER = "choose a smaller --batch, for training also a larger --accum"
 MEMORY = f"the memory is full: {SMALLER}"
 RESUME = "a training goes on with --resume"
+MEANINGS = {                                                    # of a RuntimeError, by what it says
+    "Too many open files": "too many open files: allow more (ulimit -n), or use fewer --workers",
+    "can't allocate memory|not enough memory": MEMORY,
+    "[Tt]imed out": f"a process did not answer for --patience seconds: it hangs, or died elsewhere; {RESUME}"}
 
 
 def leave(message: str) -> None:
@@ -136,10 +137,7 @@ def run_method(config_class: type[ConfigT], presets: dict[str, ConfigT], about: 
     run_main(main)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Flags
-# ---------------------------------------------------------------------------------------------------------
-
+# ---------------------------------------------------------------- flags
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are a `UserError` and which knows what a mistyped flag was meant to be."""
@@ -168,8 +166,7 @@ def with_underscores(word: str) -> str:
     if not word.startswith("--"):
         return word
     name, equals, value = word[2:].partition("=")
-    negation = "no-" if name.startswith(("no-", "no_")) else ""
-    return "--" + negation + name[len(negation):].replace("-", "_") + equals + value
+    return "--" + re.sub("^no_", "no-", name.replace("-", "_")) + equals + value
 
 
 def field_help(config_class: type) -> dict[str, str]:
@@ -238,7 +235,7 @@ def config_of(defaults: ConfigT, saved: dict) -> ConfigT:
     for name, value in saved["config"].items():
         if type(value) is not type(known[name]) and (type(value), type(known[name])) != (int, float):
             raise UserError(f"the checkpoint is damaged: its {name} is {value!r}")
-    return resolve(defaults, **saved["config"])
+    return replace(defaults, **saved["config"])
 
 
 def resolve(config: ConfigT, **overrides: Any) -> ConfigT:
@@ -277,10 +274,7 @@ def parse_numbers(text: str) -> list[float] | None:
         raise UserError(f"expected numbers with commas between them, got {text!r}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Processes
-# ---------------------------------------------------------------------------------------------------------
-
+# ---------------------------------------------------------------- processes
 
 def find_last(where: str) -> Path:
     """A run folder or a file → the file to resume from."""

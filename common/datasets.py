@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from common.errors import UserError
 from common.records import BOX_TO_AREA, BadImage, Sample, load_image, open_picture, white_of
@@ -66,6 +67,12 @@ def numbers(values, count: int | None = None) -> np.ndarray | None:
     return row if count in (None, len(row)) else None
 
 
+def column(rows: Sequence[dict], name: str, width: int = 1) -> np.ndarray:
+    """(N, width) of a field of each row; NaN where it is not `width` numbers."""
+    found = [numbers(row.get(name), width) for row in rows]
+    return np.array([np.full(width, np.nan) if x is None else x for x in found]).reshape(-1, width)
+
+
 def id_key(value) -> str:
     """An id as text, so that 17, 17.0, "17" and "17.0" are one."""
     if isinstance(value, float) and value.is_integer():
@@ -105,6 +112,15 @@ def keypoints_of(annotation: dict, fields: Sequence[str]) -> np.ndarray | None:
     return np.concatenate(rows).reshape(-1, 3)
 
 
+def size_of(path: Path | str) -> tuple[int, int] | None:
+    """(w, h) of a picture that can be read."""
+    try:
+        with open_picture(path) as picture:
+            return picture.size
+    except Exception:                       # `load` will say what is wrong with it
+        return None
+
+
 def ids_of(annotations: Sequence[dict], mask: np.ndarray) -> list:
     """The ids of the annotations where the mask is True, for the notes."""
     return [annotations[n].get("id", "without id") for n in np.flatnonzero(mask)]
@@ -121,6 +137,7 @@ class PoseDataset:
              category: the name of the category with the keypoints, where a file has several; root: the data set's
              folder, by default the first of `folders`; nothing outside it is read
     """
+    sizes_from = "the annotation file says"
 
     def __init__(self, name: str, split: str, files: Sequence[Path], folders: Sequence[Path],
                  skeleton: str | dict | Skeleton | None = None, sigmas: Sequence[float] | None = None,
@@ -173,8 +190,7 @@ class PoseDataset:
         times = Counter(names)
         self._note("images that share their file with another id", [name for name in names if times[name] > 1])
         self.sizes = np.array([self._size_of(image, n) for n, image in enumerate(images)], np.int64)
-        crowding = [numbers(image.get("crowdIndex"), 1) for image in images]
-        self.crowd_index = np.array([np.nan if x is None else x[0] for x in crowding])
+        self.crowd_index = column(images, "crowdIndex")[:, 0]
         return {key: n for n, key in enumerate(by_id)}
 
     def _find_images(self, names: list[str], folders: Sequence[Path]) -> None:
@@ -222,14 +238,7 @@ class PoseDataset:
         if size is not None and ((1 <= size) & (size < 2 ** 31)).all():
             return int(size[0]), int(size[1])
         self._note("images without width and height: taken from the picture", [id_key(image["id"])[:40]])
-        return self._real_size(n) or (1, 1)
-
-    def _real_size(self, n: int) -> tuple[int, int] | None:
-        try:
-            with open_picture(self.paths[n]) as picture:
-                return picture.size
-        except Exception:                   # `load` will say what is wrong with it
-            return None
+        return size_of(self.paths[n]) or (1, 1)
 
     def _keypoint_people(self, people: list, categories, wanted: Skeleton | None,
                          category: str) -> tuple[list[dict], dict | None]:
@@ -317,13 +326,12 @@ class PoseDataset:
 
     def _mend_sizes(self, people: list[dict], image: np.ndarray) -> None:
         """Width and height change places where people reach out of the image so that the picture itself has them so."""
-        given = [numbers(p.get("bbox"), 4) for p in people]
-        ends = np.array([[0, 0] if box is None else box[:2] + box[2:] for box in given]).reshape(-1, 2)
-        sizes = self.sizes[image]
+        boxes, sizes = column(people, "bbox", 4), self.sizes[image]
+        ends = boxes[:, :2] + boxes[:, 2:]                      # NaN compares False
         with np.errstate(invalid="ignore"):
             doubtful = (ends > sizes * 1.02 + 1).any(1) & (ends <= sizes[:, ::-1] * 1.02 + 1).all(1)
         for n in np.unique(image[doubtful]):
-            if self._real_size(n) == tuple(self.sizes[n][::-1].tolist()) != tuple(self.sizes[n].tolist()):
+            if size_of(self.paths[n]) == tuple(self.sizes[n][::-1].tolist()) != tuple(self.sizes[n].tolist()):
                 self.sizes[n] = self.sizes[n][::-1]
                 self._note("images whose width and height are exchanged in the file: the picture is right", [self.id_of(n)])
 
@@ -347,8 +355,7 @@ class PoseDataset:
         and at least 2 px; without such keypoints the annotation is useless. Boxes that only reach beyond the image
         stay: CrowdPose's areas are made of them.
         """
-        given = [numbers(p.get("bbox"), 4) for p in people]
-        boxes = np.array([np.full(4, np.nan) if box is None else box for box in given]).reshape(-1, 4)
+        boxes = column(people, "bbox", 4)
         with np.errstate(invalid="ignore"):
             low, high = boxes[:, :2].clip(0), np.minimum(boxes[:, :2] + boxes[:, 2:], sizes)
         usable = np.isfinite(boxes).all(1) & (high > low).all(1)
@@ -369,21 +376,17 @@ class PoseDataset:
 
     def _read_fields(self, people: list[dict]):
         """areas, iscrowd and num_keypoints, with a value where the file has none."""
-        def column(name: str) -> np.ndarray:
-            rows = [numbers(p.get(name), 1) for p in people]
-            return np.array([np.nan if row is None else row[0] for row in rows])
-
-        crowdpose = self.name == "crowdpose"
-        area, crowd, stated = column("area"), column("iscrowd"), column("num_keypoints")
+        crowdpose, fields = self.name == "crowdpose", ("area", "iscrowd", "num_keypoints", "ignore")
+        area, crowd, stated, ignore = (column(people, name)[:, 0] for name in fields)
         self.areas = BOX_TO_AREA * self.boxes[:, 2] * self.boxes[:, 3]
         given = (area > 0) & (area < 1e12) & (not crowdpose)        # its evaluation always uses the box
         self.areas[given] = area[given]
         if not crowdpose:
             self._note(f"people without area: {BOX_TO_AREA} of the box taken", ids_of(people, ~given))
-        self.iscrowd = np.nan_to_num(crowd) > 0
+        self.iscrowd = crowd > 0
         self._note("people without iscrowd: taken as single people", ids_of(people, np.isnan(crowd)))
-        ignored = np.nan_to_num(column("ignore")) > 0
-        self._note("people with ignore: 1, which COCO's evaluation does not read: they count", ids_of(people, ignored))
+        self._note("people with ignore: 1, which COCO's evaluation does not read: they count",
+                   ids_of(people, ignore > 0))
         share = self.areas / (self.boxes[:, 2] * self.boxes[:, 3])
         odd = ~self.iscrowd & ((share < 0.02) | (share > 1.2))
         self._note("people whose area does not suit their box: OKS and AP follow the area", ids_of(people, odd))
@@ -402,6 +405,10 @@ class PoseDataset:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def count(self, people: np.ndarray) -> np.ndarray:
+        """Of how many people of each image of the file (N,) a mask (P,) is True."""
+        return np.diff(np.concatenate([[0], np.cumsum(people)])[self.offsets])
 
     def id_of(self, n: int) -> int | str:
         """The id of the n-th image of the file."""
@@ -431,16 +438,20 @@ class PoseDataset:
         """
         sample = self[i]
         try:
-            picture = load_image(sample.image, sample.size, self.white)
+            picture = self.picture(sample.image, sample.size)
         except BadImage as error:
             return None, str(error)
         message = "" if picture.size == sample.size else (
-            f"{sample.image} has {picture.size[0]}x{picture.size[1]} pixels, the annotation file says "
+            f"{sample.image} has {picture.size[0]}x{picture.size[1]} pixels, {self.sizes_from} "
             f"{sample.size[0]}x{sample.size[1]}: the picture is right")
         if "orientation" in picture.info:
             message = (f"{sample.image} was turned as its EXIF orientation {picture.info['orientation']} says; its size "
                        "cannot tell whether the annotation saw it so")
         return replace(sample, image=picture, size=picture.size), message
+
+    def picture(self, path: Path, size: tuple[int, int]) -> Image.Image:
+        """A decoded picture; size: as stated. Raises BadImage."""
+        return load_image(path, size, self.white)
 
     def load_readable(self, i: int) -> tuple[Sample, list[str]]:
         """Image i, or the next one that can be read, with the messages of `load` on the way there."""
@@ -461,9 +472,8 @@ class PoseDataset:
     def training(self) -> PoseDataset:
         """The same data without the images in which nobody has a labelled keypoint."""
         learn = (self.keypoints[..., 2] > 0).any(1) & ~self.iscrowd
-        people = np.concatenate([[0], np.cumsum(learn)])[self.offsets]      # learnable people before each image
         view = copy.copy(self)
-        view.rows = self.rows[np.diff(people)[self.rows] > 0]
+        view.rows = self.rows[self.count(learn)[self.rows] > 0]
         if not len(view):
             raise UserError(f"nothing to train on in {self.files[0]}: nobody has a labelled keypoint")
         return view
@@ -492,25 +502,21 @@ class PoseDataset:
 
     def caveats(self) -> list[str]:
         """What a reader of a table of this data set must know, a line each."""
-        lines, missing = [], int((~self.present).sum())
-        if missing:
-            lines.append(f"{missing} of {len(self.ids)} images are not there: this table is of the others")
-        unread = sum(text.startswith("cannot read image") for text in self.bad)
-        if unread:
-            lines.append(f"{unread} images could not be read: their people count as missed")
-        turned = sum("EXIF" in text for text in self.bad)
-        if turned:
-            lines.append(f"{turned} images were turned as their EXIF orientation says: labels made without it are elsewhere")
-        crowded = int((np.diff(np.concatenate([[0], np.cumsum(~self.iscrowd)])[self.offsets])[self.rows] > MOST).sum())
-        if crowded and self.metric != "posetrack":
-            lines.append(f"{crowded} images have more than {MOST} people; the metric looks at the best {MOST} predictions of each")
+        crowded = (self.count(~self.iscrowd)[self.rows] > MOST).sum() if self.metric != "posetrack" else 0
+        counts = {f"of {len(self.ids)} images are not there: this table is of the others": (~self.present).sum(),
+                  "images could not be read: their people count as missed":
+                      sum(text.startswith("cannot read image") for text in self.bad),
+                  "images were turned as their EXIF orientation says: labels made without it are elsewhere":
+                      sum("EXIF" in text for text in self.bad),
+                  f"images have more than {MOST} people; the metric looks at the best {MOST} predictions of each":
+                      crowded}
+        lines = [f"{count} {text}" for text, count in counts.items() if count]
         return lines + [f"{count} {reason}" for reason, (count, _) in self.notes.items() if "AP follow" in reason]
 
     def report(self) -> str:
         """What the annotation file holds, then one line per kind of thing that was skipped or mended."""
         v, single = self.keypoints[..., 2] > 0, ~self.iscrowd
-        peopled = np.diff(np.concatenate([[0], np.cumsum(single)])[self.offsets]) > 0
-        lines = [f"{self.name} {self.split}: {len(self.ids)} images, {peopled.sum()} with people; "
+        lines = [f"{self.name} {self.split}: {len(self.ids)} images, {(self.count(single) > 0).sum()} with people; "
                  f"{single.sum()} people, {(v.any(1) & single).sum()} with keypoints; {v[single].sum()} labelled "
                  f"keypoints; {self.iscrowd.sum()} crowd regions; skeleton {self.skeleton.name}"]
         for reason, (count, first) in self.notes.items():

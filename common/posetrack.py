@@ -15,14 +15,15 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from common.datasets import PoseDataset, id_key, load_json, numbers
+from common.datasets import PoseDataset, id_key, load_json, numbers, size_of
 from common.errors import UserError
-from common.records import BOX_TO_AREA, BadImage, Prediction, Sample, load_image, open_picture
+from common.records import BOX_TO_AREA, BadImage, Prediction, Sample
 from common.skeletons import POSETRACK, Skeleton, words
 
 HEAD_SHARE, MATCH_DISTANCE = 0.6, 0.5       # head size over its box's diagonal; a match is half of that away
@@ -66,9 +67,9 @@ def frames_of(content: dict, path: Path | str) -> tuple[str, list[Frame]]:
             return "17", [_frame_2017(entry) for entry in content["annolist"]]
         if isinstance(content, dict) and isinstance(content.get("images"), list):
             return _frames_2018(content, path)
+    except UserError:
+        raise
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path} is not in PoseTrack's format: {type(error).__name__}: {error}") from None
     raise UserError(f"{path} is not in PoseTrack's format: it has neither 'annolist' (2017) nor 'images' (2018, 21)")
 
@@ -91,7 +92,7 @@ def _frame_2017(entry: dict) -> Frame:
             joints[j] = _scalar(point["x"]), _scalar(point["y"]), 1 if hidden else 2
             scores[j] = _scalar(point.get("score"), NO_SCORE)
         x1, y1, x2, y2 = (_scalar(rect.get(name)) for name in ("x1", "y1", "x2", "y2"))
-        people.append(Person(joints, scores, HEAD_SHARE * float(np.hypot(x2 - x1, y2 - y1)), _box_around(joints),
+        people.append(Person(joints, scores, HEAD_SHARE * float(np.hypot(x2 - x1, y2 - y1)), None,
                              int(_scalar(rect.get("track_id"), -1)), any("point" in group for group in points)))
     name = entry["image"][0]["name"] if isinstance(entry["image"], list) else entry["image"]["name"]
     name = name[0] if isinstance(name, list) else name
@@ -154,6 +155,7 @@ class PoseTrackDataset(PoseDataset):
 
     Frames without labels stay, for the metric; `training()` leaves them out.
     """
+    sizes_from = "other frames of the video"
 
     def __init__(self, split: str, files: Sequence[Path], root: Path,
                  skeleton: str | dict | Skeleton | None = None, sigmas: Sequence[float] | None = None):
@@ -179,23 +181,15 @@ class PoseTrackDataset(PoseDataset):
         self.frame_of = {id_key(frame.image_id): frame for frames in self.videos for frame in frames}
         images, annotations = [], []
         for frames in self.videos:
-            size = next((frame.size for frame in frames if frame.size), None) or self._size_of_video(frames)
+            # the original files do not have it; all frames of a video have that of the first one which can be read
+            known = chain((frame.size for frame in frames), (size_of(f"{self.root}/{frame.name}") for frame in frames))
+            size = next(filter(None, known), (1, 1))
             for frame in frames:
                 w, h = frame.size or size
                 images.append(dict(id=frame.image_id, file_name=frame.name, width=w, height=h))
                 annotations += [self._annotation(frame, n, person) for n, person in enumerate(frame.people)]
         categories = [dict(id=1, name="person", keypoints=list(POSETRACK.keypoints))]
         return [dict(images=images, annotations=annotations, categories=categories)]
-
-    def _size_of_video(self, frames: list[Frame]) -> tuple[int, int]:
-        """The original files do not have it; all frames of a video have that of the first one which can be read."""
-        for frame in frames:
-            try:
-                with open_picture(self.root / frame.name) as picture:
-                    return picture.size
-            except Exception:               # `load` will say what is wrong with it
-                continue
-        return 1, 1
 
     @staticmethod
     def _annotation(frame: Frame, n: int, person: Person) -> dict:
@@ -233,32 +227,26 @@ class PoseTrackDataset(PoseDataset):
     def load(self, i: int) -> tuple[Sample | None, str]:
         """As `PoseDataset.load`, with the neighbouring frames. The key frame takes the place of a neighbour that
         cannot be read, or has another size; the message says so."""
-        sample = self[i]
-        try:
-            key = self.picture(sample.image, sample.size)
-        except BadImage as error:
-            return None, str(error)
-        messages, frames = [], []
-        if key.size != sample.size:
-            messages.append(f"{sample.image} has {key.size[0]}x{key.size[1]} pixels, other frames of the video "
-                            f"{sample.size[0]}x{sample.size[1]}: the picture is right")
+        sample, message = super().load(i)
+        if sample is None:
+            return None, message
+        messages, frames = [message] * bool(message), []
         for path in sample.frames:
             try:
                 frame = self.picture(path, sample.size)
-                if frame.size != key.size:
+                if frame.size != sample.size:
                     raise BadImage(path, f"it has {frame.size[0]}x{frame.size[1]} pixels, the frame beside it "
-                                   f"{key.size[0]}x{key.size[1]}")
+                                   f"{sample.size[0]}x{sample.size[1]}")
             except BadImage as error:
                 messages.append(f"{error}; as a neighbour, the frame beside it takes its place")
-                frame = key
+                frame = sample.image
             frames.append(frame)
-        return replace(sample, image=key, size=key.size, frames=tuple(frames)), "; ".join(messages)
+        return replace(sample, frames=tuple(frames)), "; ".join(messages)
 
     def picture(self, path: Path, size: tuple[int, int]) -> Image.Image:
-        """A decoded frame. The first ones stay in memory, because each is needed three times per person; those of
-        the puppets all fit."""
+        """The first ones stay in memory: each is needed three times per person; those of the puppets all fit."""
         if path not in self.kept:
-            picture = load_image(path, size, self.white)
+            picture = super().picture(path, size)
             if (len(self.kept) + 1) * picture.width * picture.height > KEPT_PIXELS:
                 return picture
             self.kept[path] = picture
@@ -266,9 +254,8 @@ class PoseTrackDataset(PoseDataset):
 
     def training(self) -> PoseDataset:
         """The labelled frames in which somebody has a labelled joint."""
-        labelled = np.concatenate([[0], np.cumsum(self.in_labelled)])[self.offsets]
         view = super().training()
-        view.rows = view.rows[np.diff(labelled)[view.rows] > 0]
+        view.rows = view.rows[self.count(self.in_labelled)[view.rows] > 0]
         if not len(view):
             raise UserError(f"nothing to train on in {self.files[0].parent}: no labelled frame has a labelled joint")
         return view
@@ -326,13 +313,11 @@ def match_people(truth: list[Person], found: list[Person]) -> tuple[np.ndarray, 
 
     A prediction keeps the person of whose joints it matches most, a person the best such prediction; by pose alone.
     """
-    close = np.zeros((len(found), len(truth), 15), bool)
-    for g, person in enumerate(truth):
-        for d, guess in enumerate(found):
-            distance = np.linalg.norm(guess.joints[:, :2] - person.joints[:, :2], axis=1)
-            both = (guess.joints[:, 2] > 0) & (person.joints[:, 2] > 0)
-            close[d, g] = both & (person.head > 0) & (distance <= MATCH_DISTANCE * person.head)
-    annotated = np.array([(person.joints[:, 2] > 0).sum() for person in truth])
+    theirs, ours = (np.array([person.joints for person in people]).reshape(-1, 15, 3) for people in (truth, found))
+    head = np.array([person.head for person in truth])[:, None]
+    distance = np.linalg.norm(ours[:, None, :, :2] - theirs[..., :2], axis=-1)      # (D, G, 15)
+    close = (ours[:, None, :, 2] > 0) & (theirs[..., 2] > 0) & (head > 0) & (distance <= MATCH_DISTANCE * head)
+    annotated = (theirs[..., 2] > 0).sum(1)
     correct = close.sum(-1) / np.maximum(annotated, 1)                              # (D, G)
     owner = {}
     if correct.size:

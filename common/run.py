@@ -56,11 +56,6 @@ WARMUP_SHARE = 4           # the warm-up takes at most one in so many of the run
 LOCKS: dict[Path, IO] = {}  # run folders that this process writes, with their locks
 
 
-def states(parts: dict) -> dict:
-    """{name: part.state_dict()} of everything that a checkpoint keeps."""
-    return {name: part.state_dict() for name, part in parts.items()}
-
-
 def restore(parts: dict, saved: dict) -> None:
     """Put the states of a checkpoint back. Raises UserError when it was made by another model.
 
@@ -127,11 +122,13 @@ class Ema(nn.Module):
             mine[name].copy_(new[name])
 
 
-def make_folder(path: Path) -> Path:
-    """The folder, made if need be. Raises UserError."""
+def make_folder(path: Path, may_be_there: bool = True) -> Path:
+    """The folder, made if need be. Raises UserError; FileExistsError for one that is there and may not be."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=may_be_there)
     except OSError as error:
+        if isinstance(error, FileExistsError) and not may_be_there:
+            raise
         raise UserError(f"cannot make the folder {path}: {error}; choose another with --out") from None
     return path
 
@@ -139,15 +136,8 @@ def make_folder(path: Path) -> Path:
 def new_folder(name: str) -> Path:
     """runs/<name>, or with a number behind the name where that is taken: two runs of one second have two. UserError."""
     for number in itertools.count(1):
-        path = Path("runs") / (name if number == 1 else f"{name}-{number}")
-        make_folder(path.parent)
-        try:
-            path.mkdir()
-            return path
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"cannot make the folder {path}: {error}; choose another with --out") from None
+        with contextlib.suppress(FileExistsError):
+            return make_folder(Path("runs") / (name if number == 1 else f"{name}-{number}"), may_be_there=False)
 
 
 def duration(seconds: float) -> str:
@@ -215,22 +205,21 @@ class RunFolder:
         place, end = self.path.resolve(), time.monotonic() + patience
         if fcntl is None or place in LOCKS:
             return
-        while True:
-            try:
-                LOCKS[place] = open(place / ".lock", "a")
-                return fcntl.lockf(LOCKS[place], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                held = LOCKS.pop(place, None)
-                if held is not None:
-                    held.close()
-                if error.errno in (errno.ENOLCK, errno.ENOTSUP):                # a file system without locks
+        try:
+            file = open(place / ".lock", "a")
+            while True:
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    LOCKS[place] = file
                     return
-                if error.errno not in (errno.EACCES, errno.EAGAIN) or held is None:
-                    raise UserError(f"cannot write into {self.path}: {error}; choose another with --out") from None
-                if time.monotonic() > end:
-                    raise UserError(f"another run writes into {self.path} now: choose another --out, or wait for it"
-                                    ) from None
-            time.sleep(0.2)
+                except (BlockingIOError, PermissionError):
+                    if time.monotonic() > end:
+                        raise UserError(f"another run writes into {self.path} now: choose another --out, or wait for it"
+                                        ) from None
+                time.sleep(0.2)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):                # a file system without locks
+                raise UserError(f"cannot write into {self.path}: {error}; choose another with --out") from None
 
     def _refuse_what_is_there(self) -> None:
         """Nothing that is there is written over, but what a run of ours left that ended before its first save."""
@@ -260,10 +249,6 @@ class RunFolder:
                 self._write("log.jsonl", "".join(json.dumps(one) + "\n" for one in rows), mode)
                 self.log_is_whole = True
 
-    def say(self, text: str) -> None:
-        if self.writes:
-            say(text)
-
     def bad_files(self, messages: Iterable[str]) -> None:
         """Name each unreadable file once, on the screen and in log.jsonl."""
         for message in dict.fromkeys(messages):
@@ -271,12 +256,6 @@ class RunFolder:
                 self.bad.add(message)
                 tqdm.write(f"bad file ({len(self.bad)} so far): {message}")
                 self.log(step=self.rows[-1]["step"] if self.rows else 0, bad=message)
-
-    def not_finite(self, what: str, step: int, images: list) -> UserError:
-        """The error that ends a run whose numbers are not finite."""
-        last = self.path / "last.pt"
-        return UserError(f"{what} not finite at step {step}, images {images}: try --amp no or a lower --lr"
-                         + f"; {last} is from before" * last.exists())
 
     def save_is_due(self, seconds: float = 600) -> bool:
         """True when the last save is long ago, so that a crash costs minutes; only ever on the writing process."""
@@ -290,11 +269,6 @@ class RunFolder:
             with goes_on(self.path / "predictions.png"):
                 draw.draw_predictions(data, predictions, count=12).save(self.path / "predictions.png")
 
-    def draw_batch(self, *batch: Any) -> None:
-        """train_batch.png, see `draw.draw_batch`."""
-        with goes_on(self.path / "train_batch.png"):
-            draw.draw_batch(*batch).save(self.path / "train_batch.png")
-
     def save(self, name: str, **content: Any) -> None:
         """Raises UserError; the file from before is then intact."""
         if self.writes:
@@ -304,11 +278,10 @@ class RunFolder:
 
     def try_save(self, name: str, **content: Any) -> bool:
         """As `save`, in the middle of a run: a full disk is said, and the run goes on. Whether it was saved."""
-        done = False
         with goes_on(self.path / name):
             self.save(name, **content)
-            done = True
-        return done
+            return True
+        return False
 
 
 class Run:
@@ -338,7 +311,7 @@ class Run:
         self.steps, self.taken = 0, deque(maxlen=LOG_EVERY)         # of the whole run; seconds of the last steps
         self.evaluations, self.told = [], False                     # their seconds; whether the minutes were said
         args.saved = None                                           # its memory is ours again
-        self.folder.say(f"{data.report()}\n{held_out.report()}\nwriting to {self.folder.path}{about}")
+        say(f"{data.report()}\n{held_out.report()}\nwriting to {self.folder.path}{about}")
 
     @property
     def step(self) -> int:
@@ -361,7 +334,7 @@ class Run:
         self.asked, epochs = Stopper(), self.cfg.epochs
         if self.at["epoch"] >= epochs:
             done = self.at["epoch"]
-            self.folder.say(f"all {done} epochs are done; --epochs {done + max(1, done // 2)} would go on")
+            say(f"all {done} epochs are done; --epochs {done + max(1, done // 2)} would go on")
         for epoch in range(self.at["epoch"], epochs):
             yield epoch
             self.folder.bad_files(gather_lists([*self.folder.bad, *self.held_out.bad]))
@@ -402,13 +375,13 @@ class Run:
         cfg, device, learned = self.cfg, self.ranks.device, count_parameters(self.parts["model"])
         place = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
         place += f", {self.ranks.world} processes" * (self.ranks.world > 1)
-        self.folder.say(f"training on {place}: {learned / 1e6:,.2f} M parameters that learn, {count:,} images or people an "
+        say(f"training on {place}: {learned / 1e6:,.2f} M parameters that learn, {count:,} images or people an "
                         f"epoch, in {self.an_epoch:,} steps of {cfg.batch}; {self.steps - self.step:,} of {self.steps:,} "
                         "steps to go")
         longest = max(1, self.steps // WARMUP_SHARE)
         if cfg.warmup > longest:
             self.cfg = replace(cfg, warmup=longest)
-            self.folder.say(f"the warm-up of {cfg.warmup:,} steps is cut to {longest:,}, one in {WARMUP_SHARE} of the run's; "
+            say(f"the warm-up of {cfg.warmup:,} steps is cut to {longest:,}, one in {WARMUP_SHARE} of the run's; "
                             "more --epochs or a smaller --batch would make it longer")
 
     @property
@@ -425,8 +398,9 @@ class Run:
             labels = [torch.cat([one.keypoints * by[i], one.visible[..., None]], -1) if isinstance(one, People) else one[None]
                       for i, one in enumerate(people)]
             pixels = transforms.denormalise(images) if normalised else images
-            self.folder.draw_batch(pixels.detach().float().cpu().numpy(), [one.cpu().numpy() for one in labels],
-                                   self.held_out.skeleton)
+            with goes_on(path := self.folder.path / "train_batch.png"):
+                draw.draw_batch(pixels.detach().float().cpu().numpy(), [one.cpu().numpy() for one in labels],
+                                self.held_out.skeleton).save(path)
 
     def left(self) -> float:
         """Seconds to the end of the run, of its steps at the pace of the last ones and its evaluations, if one was timed."""
@@ -439,7 +413,7 @@ class Run:
         """How long it took, how good it is, where to look and what to do next."""
         path, picture = self.folder.path, shlex.quote(str(self.held_out[0].image))
         best = f", best {self.score_name} {self.at['best']:.3f}" * math.isfinite(self.at["best"])
-        self.folder.say(f"finished in {duration(time.monotonic() - self.began)}{best}: look at {path / 'predictions.png'} and "
+        say(f"finished in {duration(time.monotonic() - self.began)}{best}: look at {path / 'predictions.png'} and "
                         f"{path / 'curves.png'}\nnext: python eval.py {shlex.quote(str(path))} --images {picture} --process")
 
     def more_micro_batches(self, losses: dict[str, Tensor]) -> bool:
@@ -462,14 +436,16 @@ class Run:
         scaler = self.parts["scaler"]
         if not all(finite) and not (scaler.is_enabled() and scaler.get_scale() >= 1):
             names = [name for name, good in zip(self.terms, finite) if not good] or ["the gradient"]
-            raise self.folder.not_finite(", ".join(names[:5]), self.step, self.seen)
+            last = self.folder.path / "last.pt"
+            raise UserError(f"{', '.join(names[:5])} not finite at step {self.step}, images {self.seen}: try --amp no or "
+                            "a lower --lr" + f"; {last} is from before" * last.exists())
         self.at.update(step=self.step + 1, done=self.at["done"] + 1)
         self.seen, now = [], time.monotonic()
         self.taken.append(now - self.tick)
         self.tick = now
         if len(self.taken) == min(10, self.steps) and not self.told:
             self.told = True
-            self.folder.say(f"about {duration(self.left())} to go at {sum(self.taken) / len(self.taken):.2f} s a step, and the "
+            say(f"about {duration(self.left())} to go at {sum(self.taken) / len(self.taken):.2f} s a step, and the "
                             "evaluations")
         self.bar.set_description(f"epoch {self.at['epoch'] + 1}/{self.cfg.epochs}, {duration(self.left())} to go", False)
         if self.step % LOG_EVERY == 0 or self.at["done"] == self.an_epoch < LOG_EVERY:
@@ -480,7 +456,7 @@ class Run:
             self.bar.set_postfix({name.removeprefix("loss_"): f"{value:.3g}" for name, value in terms.items()})
         if self.asked(self.ranks):
             self.save_last(must=True)
-            self.folder.say(f"stopped and saved; go on with --resume {self.folder.path}")
+            say(f"stopped and saved; go on with --resume {self.folder.path}")
             return True
         if self.folder.save_is_due():
             self.save_last()
@@ -507,7 +483,7 @@ class Run:
         score = table[self.score_name]
         self.folder.log(step=self.step, epoch=self.at["epoch"], **table)
         said = [metrics.format_table(table), *self.held_out.caveats()]
-        self.folder.say(f"epoch {self.at['epoch'] + 1}{about}\n" + "\n".join(said))
+        say(f"epoch {self.at['epoch'] + 1}{about}\n" + "\n".join(said))
         if score > self.at["best"]:
             before, self.at["best"] = self.at["best"], score
             best = self.parts["ema"].module if "ema" in self.parts else self.parts["model"]
@@ -520,4 +496,5 @@ class Run:
     def save_last(self, must: bool = False) -> None:
         """last.pt, to resume from. With `must` it raises UserError when the disk is full, else that is a warning."""
         save = self.folder.save if must else self.folder.try_save
-        save("last.pt", **self.at, skeleton=self.skeleton, **states(self.parts))
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        save("last.pt", **self.at, skeleton=self.skeleton, **states)

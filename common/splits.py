@@ -114,17 +114,15 @@ def open_dataset(data: str, split: str, skeleton: str | dict | Skeleton | None =
             raise UserError(f"{folder} is empty: data/README.md says what goes where")
     found, videos = find_layout(folder, file_split, wanted), posetrack.find_posetrack(folder, file_split)
     if videos and (found is None or wanted == "posetrack"):
-        clips = posetrack.PoseTrackDataset(split, videos, folder, skeleton, sigmas)
-        clips.name = "puppets" if data == "puppets" else clips.name
-        return clips
-    if found is None:
+        dataset = posetrack.PoseTrackDataset(split, videos, folder, skeleton, sigmas)
+    elif found:
+        name, files, folders = found
+        dataset = PoseDataset(name, split, files, folders, skeleton, sigmas, category, folder)
+    else:
         looked = [file for _, files, _ in layouts(file_split) for file in files] + [f"annotations/{file_split}/*.json"]
-        there = [*folder.glob("*.json"), *folder.glob("*/*.json")]
-        there = sorted(str(path.relative_to(folder)) for path in there)
+        there = sorted(str(path.relative_to(folder)) for path in [*folder.glob("*.json"), *folder.glob("*/*.json")])
         raise UserError(f"{folder} has no annotation file for split '{split}': looked for {', '.join(looked)}; "
                         f"JSON files there: {', '.join(there[:5]) or 'none'}")
-    name, files, folders = found
-    dataset = PoseDataset(name, split, files, folders, skeleton, sigmas, category, folder)
     dataset.name = "puppets" if data == "puppets" else dataset.name
     return dataset
 

@@ -17,12 +17,12 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import chain, count, islice, pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 from PIL import Image, ImageOps
@@ -52,16 +52,20 @@ class Frame(NamedTuple):
     time: float                         # seconds since the first frame
 
 
+@dataclass(eq=False)
 class Clip:
     """A moving picture. Its frames can be taken once."""
-
-    def __init__(self, path: Path, frames: Iterator[tuple[Image.Image, float]], total: int, fps: float = 0.0,
-                 seconds: float = 0.0, sound: bool = False, loop: int | None = None, video: bool = True, grid: float = 0.0):
-        self.path, self.frames, self.broken, self.video = path, frames, "", video
-        self.total, self.fps, self.seconds = total, fps, seconds        # as the file says or nearly so; 0: not known
-        self.sound, self.loop = sound, loop                             # loop of a GIF: 0 for ever, None once
-        self.grid = grid                                                # frames a second where they are closest
-        self.last = 0.0                                                 # seconds of the last frame, once it was read
+    path: Path
+    frames: Iterator[tuple[Image.Image, float]] = iter(())
+    total: int = 0                      # frames, their rate and length as the file says or nearly so; 0: not known
+    fps: float = 0.0
+    seconds: float = 0.0
+    sound: bool = False
+    grid: float = 0.0                   # frames a second where they are closest
+    loop: int | None = None             # of a GIF: 0 for ever, None once
+    video: bool = True
+    last: float = 0.0                   # seconds of the last frame, once it was read
+    broken: str = ""                    # why it ends early, once that is known
 
     def __iter__(self) -> Iterator[Frame]:
         """The frames up to the end or a break. Raises BadImage when there is not even one."""
@@ -69,8 +73,6 @@ class Clip:
         try:
             for number, (picture, time) in enumerate(self.frames):
                 yield Frame(picture, number, time)
-        except GeneratorExit:
-            raise
         except Exception as error:                          # decoders raise all kinds of errors on damaged files
             self.broken = " ".join(str(error).split()) or type(error).__name__
         if number < 0:
@@ -84,10 +86,11 @@ def open_clip(path: Path) -> Clip | None:
     if path.suffix.lower() not in VIDEOS:
         try:
             with open_picture(path) as image:
-                moves, loop = getattr(image, "n_frames", 1) > 1, image.info.get("loop")
-                clip = Clip(path, iter(()), image.n_frames, loop=loop, video=False)
+                if getattr(image, "n_frames", 1) == 1:
+                    return None
+                clip = Clip(path, total=image.n_frames, loop=image.info.get("loop"), video=False)
                 clip.frames = _animation(clip)
-                return clip if moves else None
+                return clip
         except Image.UnidentifiedImageError:
             if not _is_video(path):
                 return None                                 # load_image will say what is wrong
@@ -231,7 +234,7 @@ def _open_av(path: Path) -> Clip:
     try:
         container = av.open(f"file:{path}", container_options=options)
     except Exception as error:
-        raise BadImage(path, _reason(error)) from None
+        raise BadImage(path, getattr(error, "strerror", None) or str(error) or type(error).__name__) from None
     if not container.streams.video:
         container.close()
         raise BadImage(path, "it holds no video")
@@ -285,7 +288,7 @@ def _open_ffmpeg(path: Path) -> Clip:
                 words = said.read().decode(errors="replace").strip().splitlines()
                 raise ValueError(words[-1] if words else f"it ends after {number} of {len(times)} frames")
     seconds = float(found.get("format", {}).get("duration", 0))
-    return Clip(path, frames(), len(times), fps, seconds, "audio" in kinds, grid=grid)
+    return Clip(path, frames(), len(times), fps, seconds, "audio" in kinds, grid)
 
 
 def _read_ppm(pipe) -> Image.Image | None:
@@ -296,10 +299,6 @@ def _read_ppm(pipe) -> Image.Image | None:
     pipe.readline()
     data = pipe.read(3 * size[0] * size[1])
     return Image.frombytes("RGB", size, data) if len(data) == 3 * size[0] * size[1] else None
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 # ---------------------------------------------------------------- writing
@@ -320,77 +319,63 @@ def save_pictures(pictures: list[Image.Image], target: Path) -> None:
     if len(pictures) == 1:
         with whole(target.with_name(target.name + ".png")) as part:
             return pictures[0].save(part, "PNG")
-    with Writer(target.with_name(target.name + ".gif"), Clip(target, iter(()), 0, loop=0, video=False)) as out:
+    with Writer(target.with_name(target.name + ".gif"), Clip(target, loop=0)) as out:
         for i, picture in enumerate(pictures):
             out.add(picture, STILL * i)
 
 
-class Drawing:
+class Drawing(ExitStack):
     """The folder of drawn pictures: a still is a PNG, a clip a GIF or an mp4, and `together` all are in all.gif;
     and results.json, row by row. What is not whole when an error ends the work is taken away.
     """
 
     def __init__(self, out: Path, together: bool):
-        self.out, self.clip, self.writer, self.count = out, None, None, 0
-        self.together = Writer(out / "all.gif", Clip(out, iter(()), 0, loop=0, video=False)) if together else None
-        self.part, self.no_rows = out / ".results.json.part", True
-        self.rows = open(self.part, "w", encoding="utf-8")
-
-    def __enter__(self) -> Drawing:
-        return self
+        super().__init__()
+        self.out, self.clip, self.writer, self.count, self.comma = out, None, None, 0, ""
+        part = self.enter_context(whole(out / "results.json"))
+        self.rows = self.enter_context(open(part, "w", encoding="utf-8"))
+        self.rows.write("[")
+        self.callback(self.rows.write, "]")
+        self.together = self.enter_context(Writer(out / "all.gif", Clip(out, loop=0))) if together else None
+        self.of_clip = self.enter_context(ExitStack())
 
     def add(self, shot: Shot, picture: Image.Image, rows: list[dict]) -> None:
         """A picture and its rows, which are told the frame's number and time."""
         when = dict(frame=shot.frame.number, time=round(shot.frame.time, 6)) if shot.clip else {}
         for row in rows:
-            self.rows.write(("[" if self.no_rows else ",\n") + json.dumps(row | when))
-            self.no_rows = False
+            self.rows.write(self.comma + json.dumps(row | when))
+            self.comma = ",\n"
         if self.together:
             self.together.add(picture, STILL * self.count)
             self.count += 1
         if shot.clip is None:
             return save_pictures([picture], self.out / shot.source.target)
         if shot.clip is not self.clip:
-            self._end_clip(None, None, None)
+            self.of_clip.close()
             self.clip = shot.clip
-            self.writer = Writer(self.out / f"{shot.source.target}{'.mp4' if shot.clip.video else '.gif'}", shot.clip)
+            self.of_clip.callback(_say_what_is_lost, shot.clip)
+            ending = ".mp4" if shot.clip.video else ".gif"
+            self.writer = self.of_clip.enter_context(Writer(self.out / f"{shot.source.target}{ending}", shot.clip))
         self.writer.add(picture, shot.frame.time)
 
-    def _end_clip(self, *error) -> None:
-        if self.writer:
-            self.writer.__exit__(*error)
-            notes = ["its sound is left out"] * self.clip.sound + [f"broken: {self.clip.broken}"] * bool(self.clip.broken)
-            if notes:
-                tqdm.write(f"{self.clip.path}: {'; '.join(notes)}")
-        self.writer = None
 
-    def __exit__(self, *error) -> None:
-        try:
-            self.rows.write("[]" if self.no_rows else "]")
-            self.rows.close()
-            self._end_clip(*error)
-            if self.together:
-                self.together.__exit__(*error)
-            if error[0] is None:
-                self.part.replace(self.out / "results.json")
-        finally:
-            self.part.unlink(missing_ok=True)
+def _say_what_is_lost(clip: Clip) -> None:
+    notes = ["its sound is left out"] * clip.sound + [f"broken: {clip.broken}"] * bool(clip.broken)
+    if notes:
+        tqdm.write(f"{clip.path}: {'; '.join(notes)}")
 
 
-class Writer:
+class Writer(ExitStack):
     """Writes frames into `path`, .mp4 or .gif, at the times at which they stand in `clip`, of the first one's size.
 
     Each is written when the next one, or the end, says how long it is shown. Leaving by an error leaves no file.
     """
 
     def __init__(self, path: Path, clip: Clip):
-        self.path, self.clip, self.part = path, clip, path.with_name(f".{path.name}.part")
+        super().__init__()
+        self.path, self.clip, self.sink = path, clip, None
         self.waiting: tuple[Image.Image, float] | None = None
         self.size, self.shown = (0, 0), 1 / clip.fps if clip.fps else STILL
-        self.sink: _Gif | _Av | _Ffmpeg | None = None
-
-    def __enter__(self) -> Writer:
-        return self
 
     def add(self, picture: Image.Image, time: float) -> None:
         """time: seconds; not before that of the last one."""
@@ -399,23 +384,17 @@ class Writer:
             scale = min(1.0, WIDEST / max(picture.size)) if kind is _Gif else 1.0
             even = 1 if kind is _Gif else 2                                         # H.264 halves its colours
             self.size = tuple(max(even, round(scale * side) // even * even) for side in picture.size)
-            self.sink = kind(self.part, self.size, self.clip)
+            self.sink = kind(self.enter_context(whole(self.path)), self.size, self.clip)
+            self.push(self._end)
         if self.waiting:
             self.shown = max(0.0, time - self.waiting[1])
             self.sink.write(*self.waiting, self.shown)
         self.waiting = picture if picture.size == self.size else ImageOps.pad(picture, self.size), time
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.sink is None:
-            return
-        try:
-            if kind is None:
-                self.sink.write(*self.waiting, self.clip.last or self.shown)
-            self.sink.close()
-            if kind is None:
-                self.part.replace(self.path)
-        finally:
-            self.part.unlink(missing_ok=True)
+    def _end(self, kind: type | None, *error) -> None:
+        if kind is None:
+            self.sink.write(*self.waiting, self.clip.last or self.shown)
+        self.sink.close()
 
 
 class _Gif:

@@ -18,6 +18,7 @@ import pickle
 import re
 import shutil
 import sys
+import tempfile
 import time
 import uuid
 import zipfile
@@ -45,14 +46,12 @@ from common.skeletons import Skeleton, get_skeleton, rows_in
 @dataclass(frozen=True)
 class Release:
     """Weights that the authors of a paper published."""
-    method: str                # the method file that reads them; "" = weights to start from, for --init
-    preset: str
-    skeleton: str
     licence: str
     files: dict[str, str]      # place below the cache folder -> address
+    method: str = ""           # the method file that reads them; "" = weights to start from, for --init
+    published: dict[str, float] = field(default_factory=dict)      # the authors' AP, percent, by split of a dataset
     by_hand: bool = False      # a person has to click there (Google Drive)
     made_of: tuple[str, str] = ("", "")    # (a file that is read once, the small one made of it and kept in its place)
-    published: dict[str, float] = field(default_factory=dict)      # the authors' AP, percent, by split of a dataset
 
     def missing(self, folder: Path) -> list[str]:
         """Which files are still to be had; one is not wanted any more once there is what was made of it."""
@@ -61,54 +60,51 @@ class Release:
                 and not (file == source and (folder / made).is_file())]
 
 
-def one(method: str, preset: str, skeleton: str, licence: str, folder: str, file: str, **published: float) -> Release:
-    return Release(method, preset, skeleton, licence, {file: folder + file}, published=published)
+def one(licence: str, folder: str, file: str, method: str = "", **published: float) -> Release:
+    return Release(licence, {file: folder + file}, method, published)
 
 
 DETRPOSE = "https://github.com/SebastianJanampa/DETRPose/releases/download/model_weights/"
 DFINE = "https://github.com/Peterande/storage/releases/download/dfinev1.0/"
 HUGGING_FACE = "https://huggingface.co/{}/resolve/main/"
 DRIVE = "https://drive.google.com/"
-DIFFUSIONREGPOSE = DRIVE + "drive/folders/1vSr1MAdp33g_L8HeWyzbHRXR-hRdrzLm"
 QUERYPOSE = (DRIVE + "file/d/1NWdntVoKFz7KjcDjTGwmAHyEEcS2PWC5 or " +
              DRIVE + "file/d/1SFECnDV97D_W9Ij4WjcX3BfbiNbGue67 (one is W32, one W48: the tensors tell)")
-EDPOSE_TERMS = "none stated; its parent ED-Pose is for non-commercial research"
-SDPOSE_TERMS = "code MIT; the weights derive from Stable Diffusion 2 (CreativeML Open RAIL++-M)"
 SDPOSE_FILES = ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
                 "text_encoder/model.safetensors", "decoder/decoder.safetensors")
 
 RELEASES: dict[str, Release] = {}
 for size, val, test in ("n", 57.2, 56.0), ("s", 67.0, 67.4), ("m", 69.4, 72.0), ("l", 72.5, 73.3), ("x", 73.3, 75.1):
-    RELEASES[f"detrpose-{size}"] = one(                             # App. A
-        "detrpose", size, "coco", "Apache-2.0", DETRPOSE, f"detrpose_hgnetv2_{size}.pth", coco_val=val)
-    RELEASES[f"detrpose-{size}-crowdpose"] = one(                   # Table 3; n: README
-        "detrpose", size, "crowdpose", "Apache-2.0", DETRPOSE, f"detrpose_hgnetv2_{size}_crowdpose.pth",
-        crowdpose_test=test)
-for suffix, skeleton, published in ("", "coco", dict(coco_val=72.5)), ("-crowdpose", "crowdpose", dict(crowdpose_test=72.7)):
-    RELEASES[f"diffusionregpose-r50{suffix}"] = Release(
-        "diffusionregpose", "r50", skeleton, EDPOSE_TERMS,
-        {f"diffusionregpose-r50{suffix}.pth": DIFFUSIONREGPOSE}, by_hand=True, published=published)     # Tables 1, 2
+    # App. A; CrowdPose: Table 3, n: README
+    for suffix, published in ("", dict(coco_val=val)), ("_crowdpose", dict(crowdpose_test=test)):
+        RELEASES[f"detrpose-{size}{suffix.replace('_', '-')}"] = one(
+            "Apache-2.0", DETRPOSE, f"detrpose_hgnetv2_{size}{suffix}.pth", "detrpose", **published)
+for name, published in ("r50", dict(coco_val=72.5)), ("r50-crowdpose", dict(crowdpose_test=72.7)):      # Tables 1, 2
+    RELEASES[f"diffusionregpose-{name}"] = Release(
+        "none stated; its parent ED-Pose is for non-commercial research",
+        {f"diffusionregpose-{name}.pth": DRIVE + "drive/folders/1vSr1MAdp33g_L8HeWyzbHRXR-hRdrzLm"},
+        "diffusionregpose", published, by_hand=True)
 for net, val in ("hrnet_w32", 69.8), ("hrnet_w48", 71.0):           # the release's README
     RELEASES[f"querypose-{net}"] = Release(
-        "querypose", net, "coco", "MIT", {f"querypose-{net}.pth": QUERYPOSE}, by_hand=True, published=dict(coco_val=val))
-for part, skeleton, published in (("Body", "coco", dict(coco_val=81.3, humanart_val=71.2, ood_ood=63.5)),
-                                  ("Wholebody", "wholebody", dict(wholebody_val=71.5))):    # Tables 1, 2, 8
+        "MIT", {f"querypose-{net}.pth": QUERYPOSE}, "querypose", dict(coco_val=val), by_hand=True)
+for part, published in (("Body", dict(coco_val=81.3, humanart_val=71.2, ood_ood=63.5)),
+                        ("Wholebody", dict(wholebody_val=71.5))):   # Tables 1, 2, 8
     name, folder = f"sdpose-{part.lower()}", HUGGING_FACE.format(f"teemosliang/SDPose-{part}")
-    files = {f"{name}/{file}": folder + file for file in SDPOSE_FILES}
-    RELEASES[name] = Release("sdpose", part.lower(), skeleton, SDPOSE_TERMS, files, published=published,
-                             made_of=(f"{name}/text_encoder/model.safetensors", f"{name}/empty_text.pt"))
+    RELEASES[name] = Release(
+        "code MIT; the weights derive from Stable Diffusion 2 (CreativeML Open RAIL++-M)",
+        {f"{name}/{file}": folder + file for file in SDPOSE_FILES}, "sdpose", published,
+        made_of=(f"{name}/text_encoder/model.safetensors", f"{name}/empty_text.pt"))
 
 # Weights to start from. DETRPose's backbones are B0 (n, s), B2 (m), B4 (l), B5 (x).
 for net in "B0", "B2", "B4", "B5":
-    RELEASES[f"hgnetv2-{net.lower()}"] = one("", "", "", "Apache-2.0", DFINE, f"PPHGNetV2_{net}_stage1.pth")
+    RELEASES[f"hgnetv2-{net.lower()}"] = one("Apache-2.0", DFINE, f"PPHGNetV2_{net}_stage1.pth")
 for task, sizes in ("coco", "nsmlx"), ("obj365", "smlx"), ("obj2coco", "smlx"):
     for size in sizes:
-        RELEASES[f"dfine-{size}-{task}"] = one("", "", "", "Apache-2.0", DFINE, f"dfine_{size}_{task}.pth")
-RELEASES["resnet50"] = one(
-    "", "", "", "BSD-3-Clause", "https://download.pytorch.org/models/", "resnet50-0676ba61.pth")
+        RELEASES[f"dfine-{size}-{task}"] = one("Apache-2.0", DFINE, f"dfine_{size}_{task}.pth")
+RELEASES["resnet50"] = one("BSD-3-Clause", "https://download.pytorch.org/models/", "resnet50-0676ba61.pth")
 for name in "vitpose-base", "vitpose-base-simple":
-    file = HUGGING_FACE.format(f"usyd-community/{name}") + "model.safetensors"
-    RELEASES[name] = Release("", "", "", "Apache-2.0", {f"{name}/model.safetensors": file})
+    address = HUGGING_FACE.format(f"usyd-community/{name}") + "model.safetensors"
+    RELEASES[name] = Release("Apache-2.0", {f"{name}/model.safetensors": address})
 
 
 class Unusable(Exception):
@@ -132,14 +128,12 @@ def cache_folder() -> Path:
 
 
 def writable(folder: Path) -> bool:
-    probe = folder / f".{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()                          # permission bits alone tell lies on Windows and on network drives
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):        # permission bits tell lies on Windows and on network drives
+            return True
     except OSError:
         return False
-    return True
 
 
 def fetch(name: str, cache: Path | None = None, timeout: float = 30.0, finds_poses: bool = False) -> Path:
@@ -180,22 +174,16 @@ def fetch(name: str, cache: Path | None = None, timeout: float = 30.0, finds_pos
 
 def announce_total(name: str, addresses: list[str], folder: Path, timeout: float) -> None:
     """Say how large a release's files are together, before the first is fetched; UserError if they do not fit."""
-    sizes, free = [announced_size(address, timeout) for address in addresses], shutil.disk_usage(folder).free
+    sizes, free = [], shutil.disk_usage(folder).free
+    for address in addresses:                  # where one fails, fetching tells why
+        with contextlib.suppress(Unusable, ValueError), connect(address, timeout, method="HEAD") as response:
+            sizes.append(int(response.headers.get("Content-Length") or 0))
+    known = len(sizes) == len(addresses) and all(sizes)
     print(f"{name}: {len(addresses)} files to fetch into {folder.resolve()}, " +
-          (f"{sum(sizes) / 1e6:.1f} MB together" if all(sizes) else "their sizes are not announced"))
+          (f"{sum(sizes) / 1e6:.1f} MB together" if known else "their sizes are not announced"))
     if sum(sizes) > free:
         raise UserError(f"{name} needs {sum(sizes) / 1e6:.1f} MB, only {free / 1e6:.1f} MB fit into "
                         f"{folder.resolve()}: make room, or choose another folder with POSE_CACHE")
-
-
-def announced_size(url: str, timeout: float) -> int:
-    """Bytes of what `url` serves; 0 if the server does not say, or does not answer: fetching tells why."""
-    try:
-        request = Request(url, headers={"User-Agent": "pose-weights"}, method="HEAD")
-        with build_opener().open(request, timeout=timeout) as response:
-            return int(response.headers.get("Content-Length") or 0)
-    except (OSError, HTTPException, ValueError):
-        return 0
 
 
 # ---------------------------------------------------------------------- downloading
@@ -232,7 +220,7 @@ def receive(url: str, file, timeout: float) -> None:
     version = ""
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            with connect(url, file.tell(), version, timeout) as response:
+            with connect(url, timeout, file.tell(), version) as response:
                 version = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
                 if response.status != 206:     # all of it, not the rest: cannot resume, or the file has changed
                     file.seek(0)
@@ -246,13 +234,14 @@ def receive(url: str, file, timeout: float) -> None:
             time.sleep(PAUSE * attempt)
 
 
-def connect(url: str, have: int, version: str, timeout: float):
+def connect(url: str, timeout: float, have: int = 0, version: str = "", method: str = "GET"):
     """Ask for `url` from byte `have` on, provided that it is still the version of which we have those bytes."""
     headers = {"User-Agent": "pose-weights"}
     if have and version:
         headers |= {"Range": f"bytes={have}-", "If-Range": version}
     try:
-        response = build_opener().open(Request(url, headers=headers), timeout=timeout)    # heeds https_proxy
+        request = Request(url, headers=headers, method=method)
+        response = build_opener().open(request, timeout=timeout)            # heeds https_proxy
     except HTTPError as error:
         kind = Interrupted if error.code >= 500 or error.code in (408, 429) else Unusable
         raise kind(f"the server answers {error.code} {error.reason}") from None
@@ -298,12 +287,9 @@ def check_hash(path: Path, name: str) -> None:
     digits = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
     if not digits:
         return
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if not digest.hexdigest().startswith(digits[1]):
-        raise Unusable(f"its SHA-256 starts with {digest.hexdigest()[:8]}, not with the {digits[1]} of its name")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not digest.startswith(digits[1]):
+        raise Unusable(f"its SHA-256 starts with {digest[:8]}, not with the {digits[1]} of its name")
 
 
 # ---------------------------------------------------------------------- reading
@@ -346,11 +332,7 @@ def stand_in(name: str, base: type = object) -> type:
     """
     def new(cls, *args):
         return object.__new__(cls) if base is object else base()
-
-    def forget(self, *args):
-        pass
-
-    return type(name, (), {"__new__": new, "__init__": forget, "__setstate__": forget, "__module__": "stand_in"})
+    return type(name, (), {"__new__": new, "__setstate__": lambda self, state: None, "__module__": "stand_in"})
 
 
 def read_torch(path: Path, zipped: bool):
@@ -573,7 +555,7 @@ def read_start(source: str, method: str) -> Start:
     """A run of ours (folder or file), a released file or name; of a release's folder the path alone. Raises UserError."""
     path = checkpoint_in(Path(source))
     path = path if path.exists() else fetch(source)
-    run = None if path.is_dir() else read_own(path)
+    run = read_own(path)
     if run is None:
         return Start(path, {} if path.is_dir() else load_tensors(path), {})
     if run["method"] != method:

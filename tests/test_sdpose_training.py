@@ -530,7 +530,7 @@ def test_a_loss_that_overflows_in_half_precision_costs_a_step_and_not_the_run(pu
 def test_a_cache_gives_what_encoding_on_the_fly_gives(data):
     model, people = sd.build("tiny", **TINIER).eval(), sd.people_to_learn(data, 4, 0)
     crops_of = partial(sd.TrainCrops, data, people, model.cfg)
-    folder = type("Folder", (), dict(say=lambda self, text: None, bad_files=lambda self, messages: None))()
+    folder = type("Folder", (), dict(bad_files=lambda self, messages: None))()
     cfg = replace(model.cfg, workers=0, eval_batch=3, vae_along=False, cache_views=2)
     encoded = sd.encode_once(model, crops_of, cfg, ALONE, folder)
     view, cached = crops_of(0), encoded(0)

@@ -211,7 +211,7 @@ def test_a_name_that_holds_a_hash_is_compared_with_it(server, tmp_path, monkeypa
         fetch("resnet50")
     assert files_below(tmp_path) == []
     right = f"net-{hashlib.sha256(server.body).hexdigest()[:8]}.pth"
-    monkeypatch.setitem(RELEASES, "net", weights.one("", "", "", "MIT", "", right))
+    monkeypatch.setitem(RELEASES, "net", weights.one("MIT", "", right))
     assert fetch("net").read_bytes() == server.body
 
 
