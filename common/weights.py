@@ -510,7 +510,8 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], ignored: dict[str, s
         "not in the weights": [f"{key} {tuple(ours[key].shape)}" for key in ours if key not in theirs],
         "of another shape": [f"{key} {tuple(theirs[key].shape)} for {tuple(ours[key].shape)}"
                              for key in theirs if key in ours and theirs[key].shape != ours[key].shape],
-        "not finite": [key for key, value in model.named_parameters() if key in theirs and not theirs[key].isfinite().all()]}
+        "not finite": [key for key, _ in model.named_parameters()
+                       if key in theirs and not theirs[key].is_meta and not theirs[key].isfinite().all()]}
     if any(offenders.values()):
         raise UserError("the weights do not fit the model: " + "; ".join(
             f"{len(keys)} {kind}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"

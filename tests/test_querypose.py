@@ -639,8 +639,8 @@ def test_start_weights_of_hrnet_and_swin(net, foreign, lacking, monkeypatch):
              for name, shape in manifest_of(f"manifest_{net}_light.json")["keys"].items() if name.startswith(prefix)}
     state = {name: value for name, value in state.items() if not re.match(lacking, name)}
     loaded = {}
-    monkeypatch.setattr(weights, "load_tensors", lambda path: state | {foreign: torch.empty(1, device="meta")})
-    monkeypatch.setattr(qp.Path, "exists", lambda path: True)
+    tensors = state | {foreign: torch.empty(1, device="meta")}
+    monkeypatch.setattr(weights, "read_start", lambda source, method: weights.Start(Path(source), tensors, {}))
     monkeypatch.setattr(weights, "load_strict",
                         lambda model, tensors, ignored: loaded.update(tensors=tensors, ignored=ignored))
     qp.load_init(model, "some.pth")

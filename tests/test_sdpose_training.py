@@ -717,7 +717,7 @@ def test_a_wholebody_head_with_a_body_preset_ends_eval_in_one_line(release, call
     wide = dict(conv_in=torch.zeros(320, 4, 3, 3)), {"final_layer.weight": torch.zeros(133, 640, 1, 1)}
     save_file({"conv_in.weight": wide[0]["conv_in"]}, sd.release_file(release, "unet"))
     save_file(wide[1], sd.release_file(release, "decoder"))
-    one_line(call(release, "--preset", "body", "--data", "puppets"), "--preset wholebody")
+    one_line(call(release, "--preset", "body", "--data", "puppets"), "preset wholebody, not body")
 
 
 @pytest.mark.parametrize("rows, says", [

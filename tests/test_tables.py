@@ -76,7 +76,8 @@ def test_departures_are_rows_of_as_many_columns_as_their_heading_names(method):
     block = text[text.index("\n# Departures"):text.index("\n# ---- Appendix")]
     heading, rows = re.split(r"\n#\n", block, maxsplit=1)
     columns = len(re.search(r"what: ([^.(]*)", " ".join(heading.split()))[1].split("|"))
-    rows = re.split(r"\n# (?=\S)", "\n" + rows.strip("\n"))[1:]
+    rows = re.sub(r"\n#(?: \d\..*)?(?=\n)", "", "\n" + rows.strip("\n"))               # headings of parts
+    rows = re.split(r"\n# (?=\S)", rows)[1:]
     assert len(rows) > 15 and columns == (3 if method == "diffusionpose" else 4)
     for row in rows:
         assert len(re.findall(r" \|(?=\s)", re.sub(r"\n# +", " ", row))) >= columns - 1 and ": " in row, row
