@@ -3,6 +3,8 @@ import os
 import random
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")       # tests run side by side, a process a core; read when torch is imported
+
 import numpy as np
 import pytest
 import torch

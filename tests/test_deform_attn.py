@@ -290,7 +290,7 @@ def passed(report: str) -> int:
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_the_kernels_pass_in_tritons_interpreter(which):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "POSE_KERNELS": "triton"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "test_kernel_", "-m", which]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "test_kernel_", "-m", which, "-n0"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stdout[-4000:]
     assert passed(run.stdout) >= {"not slow": 12, "slow": 6}[which], run.stdout[-4000:]

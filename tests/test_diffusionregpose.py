@@ -1336,7 +1336,7 @@ def whole_run(puppets_folder, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("how, step", [("SIGTERM", 4), ("kill", 2)])
+@pytest.mark.parametrize("how, step", [pytest.param("SIGTERM", 4, marks=pytest.mark.slow), ("kill", 2)])
 def test_a_run_that_is_cut_and_resumed_ends_with_the_same_bits(how, step, puppets_folder, whole_run, tmp_path):
     criterion, calls = drp.criterion, []
 

@@ -586,6 +586,7 @@ def test_stable_diffusion_starts_all_but_the_task_embedding_and_the_head(tmp_pat
         sd.read_release(folder)
 
 
+@pytest.mark.slow
 def test_without_the_prior_the_vae_and_the_text_are_loaded_and_the_unet_stays_random(tmp_path, tiny_state, capsys):
     folder, model = write_release(tmp_path / "release", tiny_state), small()
     before = {name: value.clone() for name, value in model.state_dict().items()}

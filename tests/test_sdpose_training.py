@@ -740,11 +740,12 @@ def test_the_process_shows_the_rgb_branch_where_it_was_trained(data, rgb_weight,
 
 def test_metrics_of_unseen_styles_are_logged_and_the_other_processes_wait_for_the_pictures(monkeypatch, tmp_path):
     done, rows = [], []
-    folder = SimpleNamespace(path=tmp_path, say=lambda text: done.append("said"), log=lambda **row: rows.append(row))
+    folder = SimpleNamespace(path=tmp_path, log=lambda **row: rows.append(row))
     run = SimpleNamespace(ranks=ALONE, folder=folder, step=7, at=dict(epoch=2), held_out=SimpleNamespace(skeleton=COCO))
     monkeypatch.setattr(sd, "open_dataset", lambda data, split, skeleton: split)
     monkeypatch.setattr(sd, "evaluate", lambda *args: (dict(AP=0.25, AR=0.5), []))
     monkeypatch.setattr(sd, "show_styles", lambda *args: done.append("drawn") or Image.new("RGB", (2, 2)))
+    monkeypatch.setattr(sd, "say", lambda text: done.append("said"))
     monkeypatch.setattr(sd, "wait_for_all", lambda: done.append("waited"))
     sd.compare_styles(sd.build("tiny", **TINIER), dict(AP=0.5, AR=0.75), run)
     assert rows == [dict(step=7, epoch=2, AP_ood=0.25, AR_ood=0.5)]

@@ -422,7 +422,7 @@ def test_kernels_give_the_same_bits_twice(device):
 def test_kernels_in_tritons_interpreter(which):
     environment = os.environ | dict(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")        # read when Triton is imported
     command = [sys.executable, "-m", "pytest", "-q", "-k", "test_kernels_", __file__, "-p", "no:cacheprovider",
-               "-m", which]
+               "-m", which, "-n0"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     passed = int(re.search(r"(\d+) passed", run.stdout)[1])
