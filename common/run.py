@@ -376,13 +376,13 @@ class Run:
         place = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
         place += f", {self.ranks.world} processes" * (self.ranks.world > 1)
         say(f"training on {place}: {learned / 1e6:,.2f} M parameters that learn, {count:,} images or people an "
-                        f"epoch, in {self.an_epoch:,} steps of {cfg.batch}; {self.steps - self.step:,} of {self.steps:,} "
-                        "steps to go")
+            f"epoch, in {self.an_epoch:,} steps of {cfg.batch}; {self.steps - self.step:,} of {self.steps:,} "
+            "steps to go")
         longest = max(1, self.steps // WARMUP_SHARE)
         if cfg.warmup > longest:
             self.cfg = replace(cfg, warmup=longest)
             say(f"the warm-up of {cfg.warmup:,} steps is cut to {longest:,}, one in {WARMUP_SHARE} of the run's; "
-                            "more --epochs or a smaller --batch would make it longer")
+                "more --epochs or a smaller --batch would make it longer")
 
     @property
     def first_batch(self) -> bool:
@@ -414,7 +414,7 @@ class Run:
         path, picture = self.folder.path, shlex.quote(str(self.held_out[0].image))
         best = f", best {self.score_name} {self.at['best']:.3f}" * math.isfinite(self.at["best"])
         say(f"finished in {duration(time.monotonic() - self.began)}{best}: look at {path / 'predictions.png'} and "
-                        f"{path / 'curves.png'}\nnext: python eval.py {shlex.quote(str(path))} --images {picture} --process")
+            f"{path / 'curves.png'}\nnext: python eval.py {shlex.quote(str(path))} --images {picture} --process")
 
     def more_micro_batches(self, losses: dict[str, Tensor]) -> bool:
         """Whether gradients are still to be added up before the optimiser's step; losses: weighted terms by name."""
@@ -446,7 +446,7 @@ class Run:
         if len(self.taken) == min(10, self.steps) and not self.told:
             self.told = True
             say(f"about {duration(self.left())} to go at {sum(self.taken) / len(self.taken):.2f} s a step, and the "
-                            "evaluations")
+                "evaluations")
         self.bar.set_description(f"epoch {self.at['epoch'] + 1}/{self.cfg.epochs}, {duration(self.left())} to go", False)
         if self.step % LOG_EVERY == 0 or self.at["done"] == self.an_epoch < LOG_EVERY:
             terms = dict(loss=sum(self.terms.values()).item())
