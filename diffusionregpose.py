@@ -34,7 +34,6 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -60,7 +59,7 @@ from common.oks import similarity_of
 from common.predict import predict_all
 from common.ranks import Ranks, autocast, distribute, init_ranks, mean_over_ranks, rank_zero_first, say, seed_all
 from common.records import Prediction, Sample, gather_people
-from common.run import Ema, Run, goes_on
+from common.run import Ema, Run
 from common.skeletons import Skeleton, get_skeleton, words
 from common.splits import open_crowd, open_splits
 from common.tables import Row, Table
@@ -968,9 +967,6 @@ def train(cfg: Config, args) -> None:
     parts = dict(model=model, optimizer=optimizer, scaler=scaler) | (dict(ema=average) if average else {})
     run = Run("diffusionregpose", cfg, args, ranks, data, held_out, parts)
     completion = learn_completion(data) if cfg.keypoint_completion and cfg.ksa_kca else None
-    if completion and run.folder.writes:
-        with goes_on(file := run.folder.path / "completion.png"):
-            draw_completion(data, completion, file)
     net, training = distribute(model, ranks), data.training()
     joints, evaluated = data.skeleton.num_keypoints, average.module if average else model
     shown = ["loss_ce", "loss_bbox", "loss_keypoints", "loss_oks"] + ["loss_heatmaps"] * bool(model.heatmaps)
@@ -1573,22 +1569,6 @@ def show_process(model: DiffusionRegPose, image: Image.Image, threshold: float) 
         draws.append(poses[distances.argmin(1)] * size)
     ellipses = draw.captioned(draw.draw_ellipses(image, np.stack(draws), skeleton), "two deviations of 16 draws")
     return dict(process=list(map(draw.captioned, frames, said)), uncertainty=[ellipses])
-
-
-def draw_completion(data: PoseDataset, complete: Callable, file: Path, count: int = 9) -> None:
-    """The first images in which complete(keypoints (P, K, 3), boxes xyxy (P, 4)) labels further keypoints:
-    as labelled left, completed right, where what is new is hollow. No file if there are none."""
-    pairs, i = [], 0
-    while i < len(data) and len(pairs) < count:
-        after, old = complete(data[i].keypoints, data[i].boxes), data[i].keypoints[..., 2] > 0
-        new = (after[..., 2] > 0) & ~old
-        if new.any() and (picture := data.load(i)[0]):
-            sides = [draw.draw_people(picture.image, np.dstack([after[..., :2], states]), None, data.skeleton)
-                     for states in (draw.SOLID * old, draw.SOLID * old + draw.HOLLOW * new)]
-            pairs.append(draw.contact_sheet(sides, 2, gap=2))
-        i += 1
-    if pairs:
-        draw.contact_sheet(pairs, columns=3, cell=720).save(file)
 
 
 def summary() -> str:

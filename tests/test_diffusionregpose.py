@@ -766,22 +766,6 @@ def test_the_reference_length_is_that_of_the_head_where_there_is_one():
     assert {name: drp.reference_joints(get_skeleton(name)) for name in expected} == expected
 
 
-def test_completed_people_stand_beside_their_annotation(puppets_folder, tmp_path):
-    data = open_dataset(str(puppets_folder), "train")
-    calls = []
-
-    def complete(keypoints, boxes):
-        assert boxes.shape == (len(keypoints), 4)
-        calls.append(len(keypoints))
-        return np.where(keypoints[..., 2:] > 0, keypoints, np.float32([20, 20, 1]))
-
-    drp.draw_completion(data, complete, tmp_path / "sheet.png", count=2)
-    width, height = Image.open(tmp_path / "sheet.png").size
-    assert width > 2 * height and len(calls) < len(data)
-    drp.draw_completion(data, lambda keypoints, boxes: keypoints, tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists(), "nothing new, nothing drawn"
-
-
 def test_a_training_set_without_a_whole_person_has_no_completion(puppets_folder):
     data = open_dataset(str(puppets_folder), "train")
     assert drp.learn_completion(data) is not None
@@ -1387,7 +1371,7 @@ def test_rows_on_puppets_differ_in_what_the_paper_compares_alone():
 
 
 def test_a_run_leaves_its_pictures_and_a_checkpoint_that_eval_understands(whole_run, tmp_path, monkeypatch, capsys):
-    assert {"completion.png", "predictions.png", "curves.png", "best.pt"} <= {path.name for path in whole_run.iterdir()}
+    assert {"predictions.png", "curves.png", "best.pt"} <= {path.name for path in whole_run.iterdir()}
     Image.new("RGB", (50, 40)).save(tmp_path / "photo.png")
     evaluation = importlib.import_module("eval")
     people = ["--threshold", "0", "--set", "nms=none"]              # the NMS takes away all that so young a model finds
@@ -1409,7 +1393,6 @@ def test_a_training_set_without_a_whole_person_says_so_and_trains_without_comple
     file.write_text(json.dumps(content))
     assert train(data, tmp_path / "run", "--epochs", "1", "--batch", "22")["step"] == 1
     assert capsys.readouterr().out.count("no keypoint completion") == 1
-    assert not (tmp_path / "run" / "completion.png").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_name_and_the_images(puppets_folder, tmp_path, monkeypatch):
