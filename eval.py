@@ -86,6 +86,8 @@ def from_run(saved: dict, method: str, preset: str, path: Path) -> tuple[ModuleT
     config = config_of(module.Config(), saved)
     model = module.build(saved["preset"], saved["skeleton"], **vars(config))
     weights.load_strict(model, weights.trained_tensors(saved), {})
+    if isinstance(saved.get("threshold"), float):
+        model.threshold = saved["threshold"]
     return module, model, config.data
 
 
@@ -143,6 +145,7 @@ def with_settings(module: ModuleType, model: nn.Module, settings: list[str]) -> 
 # ---------------------------------------------------------------------------------------------------------
 
 Picture = str | Path | np.ndarray | Image.Image
+SHOWN = 0.5                                         # score from which people are shown by weights that have no own
 WHOLE = "each picture as a whole is taken for one person: {}"
 
 
@@ -174,14 +177,15 @@ class People:
 class Pose:
     """A model as a function of pictures; `load` makes it."""
 
-    def __init__(self, module: ModuleType, model: nn.Module, threshold: float, detector: "Pose | None" = None):
+    def __init__(self, module: ModuleType, model: nn.Module, threshold: float | None, detector: "Pose | None" = None):
         self.module, self.model = module, module.fuse(model.eval())
-        self.skeleton, self.threshold, self.detector = model.skeleton, threshold, detector
+        own = getattr(model, "threshold", SHOWN)
+        self.skeleton, self.threshold, self.detector = model.skeleton, own if threshold is None else threshold, detector
         self.top_down, self.clips, self.said = is_top_down(module), getattr(module, "CLIPS", False), False
 
     def __call__(self, pictures: Picture | Sequence[Picture], boxes: Sequence | None = None,
                  threshold: float | None = None, batch: int = 8) -> list[People]:
-        """People of a score of at least `threshold`, a list entry for each picture.
+        """People of a score of at least `threshold` (None: see `load`), a list entry for each picture.
 
         pictures  paths, arrays (h, w, 3) or (h, w) of uint8 in RGB order, or PIL's; one, or a list of any length
         boxes     for top-down methods: an array (n, 4) x1, y1, x2, y2 for each picture; without boxes and without a
@@ -230,12 +234,13 @@ class Pose:
         return whole_image(picture.size)
 
 
-def load(source: str | Path, device: str = "auto", threshold: float = 0.5, detector: str = "", method: str = "",
+def load(source: str | Path, device: str = "auto", threshold: float | None = None, detector: str = "", method: str = "",
          preset: str = "", settings: Sequence[str] = ()) -> Pose:
     """A checkpoint, by all that the command takes, as a function of pictures.
 
     device     auto, cpu, cuda, cuda:1
-    threshold  smallest score of a person, of those who are found and of those whom the detector finds
+    threshold  smallest score of a person, of those who are found and of those whom the detector finds; None: a run's
+               own, at which its F1 of people on val is best, else 0.5
     detector   for top-down methods: a checkpoint that finds people
     settings   what only prediction reads, e.g. ["steps=4"]
 
@@ -248,7 +253,7 @@ def load(source: str | Path, device: str = "auto", threshold: float = 0.5, detec
     return Pose(module, model, threshold, load_detector(detector, device, threshold) if detector else None)
 
 
-def load_detector(source: str, device: str, threshold: float) -> Pose:
+def load_detector(source: str, device: str, threshold: float | None) -> Pose:
     """A multi-person method's checkpoint, which finds the people that a top-down method looks at. Raises UserError."""
     detector = load(source, device, threshold)
     if detector.top_down:
@@ -332,7 +337,7 @@ def evaluate_dataset(pose: Pose, model: nn.Module, args: argparse.Namespace, ran
                        "table.txt": "\n".join([f"{args.checkpoint} on {args.data}", data.report(), *lines, ""])}.items():
         with whole(out / name) as part:
             part.write_text(text, encoding="utf-8")
-    save_pictures([draw.draw_predictions(data, predictions, count=12)], out / "predictions")
+    save_pictures([draw.draw_predictions(data, predictions, 12, pose.threshold)], out / "predictions")
     print(f"{len(data)} images in {seconds:.1f} s, {len(data) / seconds:.1f} a second with loading and metrics, on "
           f"{ranks.world} x {ranks.device.type}; table.txt, results.json and predictions.png are in {out}")
 
@@ -396,14 +401,14 @@ def draw_pictures(pose: Pose, args: argparse.Namespace, trained_for: str) -> Non
             seen = [shot.around if pose.clips else shot.frame.picture for shot in group]
             boxes = [look(shot) for shot in group] if look else None
             for i, (shot, p) in enumerate(zip(group, pose.predict(seen, [shot.source.name for shot in group], boxes))):
-                sure = keep_confident(p, args.threshold)
+                sure = keep_confident(p, pose.threshold)
                 best, people, pictures = max([best, *p.scores]), people + len(sure.scores), pictures + (not shot.frame.number)
                 drawing.add(shot, People(shot.frame.picture, sure, pose.skeleton).draw(),
                             metrics.to_results([sure if shot.clip else p]))
                 if args.process and not shot.frame.number:
-                    more = pose.module.show_process(pose.model, seen[i], args.threshold, *([boxes[i]] if boxes else []))
+                    more = pose.module.show_process(pose.model, seen[i], pose.threshold, *([boxes[i]] if boxes else []))
                     if not more:
-                        tqdm.write(f"{shot.source.name}: nobody of score {args.threshold:g} or more, so --process has "
+                        tqdm.write(f"{shot.source.name}: nobody of score {pose.threshold:.2g} or more, so --process has "
                                    "nothing to show")
                     for what, shown in more.items():
                         save_pictures(shown, out / f"{shot.source.target}_{what}")
@@ -411,7 +416,8 @@ def draw_pictures(pose: Pose, args: argparse.Namespace, trained_for: str) -> Non
             raise UserError(f"none of the {bad} pictures could be read")
     if not people and best:
         print(f"the best score is {best:.2f}: --threshold {max(0.01, best / 2):.2f} would show something")
-    print(f"{people} people of score {args.threshold:g} or more in {pictures} pictures"
+    own = " (its best F1 on val)" * (args.threshold is None and hasattr(pose.model, "threshold"))
+    print(f"{people} people of score {pose.threshold:.2g} or more{own} in {pictures} pictures"
           f"{f', {bad} could not be read' if bad else ''}; drawn into {out}")
 
 
@@ -442,7 +448,8 @@ def build_parser() -> Parser:
     parser.add_argument("--images", nargs="+", default=[], help="pictures, GIFs, videos or folders to draw people on")
     parser.add_argument("--boxes", default="", help="top-down methods: where people are, as COCO results (JSON)")
     parser.add_argument("--detector", default="", help="top-down methods: a checkpoint that finds people")
-    parser.add_argument("--threshold", type=float, default=0.5, help="smallest score that is drawn (default 0.5)")
+    parser.add_argument("--threshold", type=float, help="smallest score that is drawn (default: at which a run's F1 of "
+                        f"people on val is best, else {SHOWN})")
     parser.add_argument("--gif", action="store_true", help="also join the drawn pictures into all.gif")
     parser.add_argument("--process", action="store_true", help="also draw how the method gets there, of a video in its first frame")
     parser.add_argument("--export", type=Path, metavar="FILE", help="write the model as .onnx or .pt2 (torch.export)")

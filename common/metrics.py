@@ -220,6 +220,28 @@ def evaluate(predictions: Sequence[Prediction], dataset: PoseDataset, boxes: boo
     return metrics
 
 
+def best_threshold(predictions: Sequence[Prediction], dataset: PoseDataset) -> float | None:
+    """The score from which on people are worth to be shown: that of the best F1 of people; None if nobody is found.
+
+    A prediction is right if it takes a labelled person: by score, each the free one with the highest OKS if that is
+    0.5 or more. Halfway to the next lower score.
+    """
+    people, sigmas = labelled_people(dataset.ground_truth()), np.asarray(dataset.skeleton.sigmas)
+    count, rows = sum(len(areas) for _, areas in people.values()), []
+    for p in predictions:
+        target, areas = people.get(id_key(p.image_id), ((), ()))
+        good = np.flatnonzero(np.isfinite(p.scores) & np.isfinite(p.keypoints).all((1, 2)))
+        order = good[np.argsort(-p.scores[good], kind="stable")]
+        pairs = match(oks_matrix(p.keypoints[order], target, areas, sigmas)) if len(areas) and len(order) else []
+        rows += zip(p.scores[order], np.isin(np.arange(len(order)), [d for d, _ in pairs]))
+    scores, right = map(np.array, zip(*sorted(rows, key=lambda row: -row[0]))) if rows else (np.zeros(0),) * 2
+    if not right.any():
+        return None
+    f1 = 2 * right.cumsum() / (np.arange(1, len(right) + 1) + count)
+    best = int(f1.argmax())
+    return float(scores[best:best + 2].mean())
+
+
 def keypoint_errors(predictions: Sequence[Prediction], dataset: PoseDataset) -> dict[str, dict[str, float]]:
     """Where the found people are off, keypoint by keypoint, visible (v = 2) and hidden (v = 1) labels apart.
 

@@ -261,13 +261,13 @@ class RunFolder:
         """True when the last save is long ago, so that a crash costs minutes; only ever on the writing process."""
         return self.writes and time.monotonic() - self.last_save > seconds
 
-    def draw(self, data: PoseDataset, predictions: list) -> None:
+    def draw(self, data: PoseDataset, predictions: list, threshold: float) -> None:
         """curves.png of the log, predictions.png of the first images of a dataset with people."""
         if self.writes:
             with goes_on(self.path / "curves.png"):
                 draw.plot_curves([row for row in self.rows if "bad" not in row], self.path / "curves.png")
             with goes_on(self.path / "predictions.png"):
-                draw.draw_predictions(data, predictions, count=12).save(self.path / "predictions.png")
+                draw.draw_predictions(data, predictions, 12, threshold).save(self.path / "predictions.png")
 
     def save(self, name: str, **content: Any) -> None:
         """Raises UserError; the file from before is then intact."""
@@ -483,14 +483,15 @@ class Run:
         score = table[self.score_name]
         self.folder.log(step=self.step, epoch=self.at["epoch"], **table)
         said = [metrics.format_table(table), *self.held_out.caveats()]
+        threshold = None if self.held_out.metric == "posetrack" else metrics.best_threshold(predictions, self.held_out)
         say(f"epoch {self.at['epoch'] + 1}{about}\n" + "\n".join(said))
         if score > self.at["best"]:
             before, self.at["best"] = self.at["best"], score
             best = self.parts["ema"].module if "ema" in self.parts else self.parts["model"]
-            content = dict(self.at, skeleton=self.skeleton, model=best.state_dict(), metrics=table)
+            content = dict(self.at, skeleton=self.skeleton, model=best.state_dict(), metrics=table, threshold=threshold)
             if not self.folder.try_save("best.pt", **content):
                 self.at["best"] = before                            # a later one may find room on the disk
-        self.folder.draw(self.held_out, predictions)
+        self.folder.draw(self.held_out, predictions, threshold or 0.3)
         wait_for_all()
 
     def save_last(self, must: bool = False) -> None:

@@ -335,6 +335,19 @@ def test_only_confident_people_are_drawn_and_a_model_that_sees_nobody_is_no_erro
     assert Image.open("drawn/photo.png").getextrema() == ((255, 255),) * 3
 
 
+def test_a_runs_own_threshold_is_used_and_said_and_a_flag_overrides_it(run, call):
+    Image.new("RGB", (50, 50), "white").save("photo.png")
+    _, out, rows = call(run, "--images", "photo.png")
+    assert "people of score 0.5 or more in 1" in out, "nobody was found on val, so there is no best F1"
+    scores, saved = sorted(row["score"] for row in rows), torch.load(run / "best.pt", weights_only=True)
+    torch.save(saved | {"threshold": (scores[-1] + scores[-2]) / 2}, "own.pt")
+    for words, said in ([], "1 people of score"), (["--threshold", 0], f"{len(rows)} people of score 0 or more in"):
+        code, out, _ = call("own.pt", "--images", "photo.png", *words)
+        assert code == 0 and said in out and ("(its best F1 on val)" in out) == (not words)
+    assert len(evaluation.load("own.pt", device="cpu")("photo.png")[0]) == 1
+    assert len(evaluation.load("own.pt", device="cpu", threshold=0.0)("photo.png")[0]) == len(rows)
+
+
 def test_a_video_gives_a_video_of_its_times_and_rows_with_frame_and_time(run, call):
     encode(Path("clip.mp4"), sound=True)
     Image.new("RGB", (60, 40)).save("photo.png")

@@ -9,7 +9,7 @@ from PIL import Image
 from common import metrics
 from common.datasets import PoseDataset
 from common.errors import UserError
-from common.metrics import (box_ap, coco_eval, evaluate, format_table, keypoint_ap, keypoint_errors, to_results,
+from common.metrics import (best_threshold, box_ap, coco_eval, evaluate, format_table, keypoint_ap, keypoint_errors, to_results,
                             wholebody_ap, with_crowdpose_areas)
 from common.oks import oks, oks_matrix, oks_nms, pose_similarity, rescore
 from common.records import Prediction
@@ -272,6 +272,33 @@ def test_keypoint_errors_find_the_keypoint_that_is_off(tmp_path):
     assert table["all"]["visible"] + table["all"]["hidden"] == labels
     assert keypoint_errors([], data)["all"]["visible"] == 0
     assert "left_wrist" in format_table(table) and len(format_table(table).splitlines()) == 19
+
+
+def test_no_other_threshold_shows_people_better_than_the_best(tmp_path):
+    rng = np.random.default_rng(11)
+    truth, found = scene(rng, noise=0.02)
+    for d in found[3::4]:                                                # the stray poses score lower, mostly
+        d["score"] *= 0.5
+    found += [dict(d, score=0.4 * d["score"]) for d in found[::3]]       # some people are found twice
+    data = dataset_of(truth, tmp_path)
+    by_image = [[d for d in found if d["image_id"] == i] for i in range(12)]
+    predictions = [Prediction(i, *(np.concatenate(column) for column in zip(*[
+        (p.keypoints, p.keypoint_scores, p.scores) for p in predictions_of(group)]))) for i, group in enumerate(by_image)]
+
+    def f1(threshold: float) -> float:
+        shown, right = 0, 0
+        for group in by_image:
+            people = [a for a in truth["annotations"] if a["image_id"] == group[0]["image_id"] and any(a["keypoints"][2::3])]
+            for d in sorted((d for d in group if d["score"] >= threshold), key=lambda d: -d["score"]):
+                shown, pose = shown + 1, np.reshape(d["keypoints"], (17, 3))
+                likeness = [oks(pose, np.reshape(a["keypoints"], (17, 3)), a["area"], SIGMAS) for a in people]
+                if people and max(likeness) >= 0.5:
+                    right, _ = right + 1, people.pop(int(np.argmax(likeness)))
+        return 2 * right / (shown + 36)
+
+    best = best_threshold(predictions, data)
+    assert 0.5 < f1(best) == max(f1(d["score"]) for d in found) and f1(best) > f1(0)
+    assert best_threshold([], data) is None
 
 
 def test_table_aligns_names_with_values():
