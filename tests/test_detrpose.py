@@ -586,6 +586,33 @@ def test_predictions_are_people_in_pixels_of_the_original():
     assert (np.diff(first.scores) <= 0).all()
 
 
+@pytest.mark.parametrize("fdr", [True, False])
+def test_with_keypoint_scores_what_the_decoder_moved_far_scores_below_what_stayed_and_nothing_else_changes(fdr):
+    torch.manual_seed(0)
+    model = detrpose.build("tiny", **SMALL, fdr=fdr).eval()
+    with torch.no_grad():
+        for head in model.decoder.pose_heads:                   # start weights leave every pose where it was
+            head.layers[-1].weight.normal_(0, 0.3)
+    batch = detrpose.to_batch([Image.new("RGB", (300, 200), "teal")], [1], model.cfg)
+    (plain,) = detrpose.predict(model, batch)
+    assert (plain.keypoint_scores == 1).all() and plain.keypoint_scores.dtype == np.float32
+    model.cfg = resolve(model.cfg, keypoint_scores=True)
+    (found,) = detrpose.predict(model, batch)
+    assert np.array_equal(found.keypoints, plain.keypoints) and np.array_equal(found.scores, plain.scores)
+    shares = found.keypoint_scores / found.scores[:, None]
+    assert shares.min() < 0.9 and shares.max() <= 1 + 1e-6
+
+
+def test_a_keypoint_score_is_the_persons_times_the_similarity_to_the_pre_pose():
+    sigmas = torch.tensor([0.05, 0.05, 0.1])
+    final = torch.tensor([[[[0.2, 0.2], [0.4, 0.6], [0.4, 0.6]]]])               # a box of 20 x 40 px
+    first = final + torch.tensor([[0, 0], [0.04, 0.03], [0.04, 0.03]])           # moved by 5 px
+    result = dict(logits=torch.tensor([[[-9.0, 0.0]]]), keypoints=final, decoded=dict(pre_keypoints=first))
+    model = types.SimpleNamespace(cfg=types.SimpleNamespace(fdr=True), sigmas=sigmas)
+    scores = detrpose.steadiness(model, result, torch.tensor([[100.0, 100.0]]))
+    close(scores, 0.5 * torch.tensor([[[1, np.exp(-25 / (2 * 801 * 0.01)), np.exp(-25 / (2 * 801 * 0.04))]]]), 1e-5)
+
+
 @pytest.mark.slow
 def test_the_tiny_preset_learns_eight_puppets_by_heart(puppets_folder):
     """A model that cannot overfit has a bug: the loss of the final poses falls below a fifth of its start."""
