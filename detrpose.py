@@ -87,7 +87,7 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
     dn_queries: int = 20           # G is this over the people of the fullest image of a batch, at least 1
     as_released: bool = False      # the released code's noise: its direction, its point of the person
     # prediction, ours
-    keypoint_scores: bool = False  # a score per keypoint, an estimate; off: every keypoint has 1 (App. B)
+    keypoint_scores: bool = False  # estimate one per keypoint, by a second pass; off: each has 1 (App. B)
     # optimisation (Sec. 4.1: AdamW, lr, batch; the rest is the release's, also the epochs: see Departures)
     epochs: int = 52               # passes over the training images
     batch: int = 16                # images per optimiser step, over all GPUs and micro-batches
@@ -189,8 +189,7 @@ LABELS = 80                # D-FINE's label embedding has these and one more for
 PERSON = 1                 # the label of a person
 
 
-def draw_noise(half_groups: int, people: int, keypoints: int, device: torch.device,
-               as_released: bool) -> Noise:
+def draw_noise(half_groups: int, people: int, keypoints: int, device: torch.device, as_released: bool) -> Noise:
     """Draws for `half_groups` (positive, negative, positive, ...) copies of `people` poses.
 
     Departs from the paper: −ln KS is uniform, as in the release; there KS is, U(0.5, 1) and U(0.1, 0.5).
@@ -216,8 +215,7 @@ def released_direction(draws: Tensor) -> Tensor:
     return (draws * draws.reciprocal().sum(1, keepdim=True))[:, 1:]
 
 
-def noisy_pose(p: Tensor, ks: Tensor, direction: Tensor, kappa: Tensor, area_px: Tensor,
-               side_px: int) -> Tensor:
+def noisy_pose(p: Tensor, ks: Tensor, direction: Tensor, kappa: Tensor, area_px: Tensor, side_px: int) -> Tensor:
     """Keypoints p (R, K, 2) moved so far that their similarity to where they were is ks (R, K).
 
         KS = exp(−d² / (2 s² κ²))       similarity at a distance d                        (eq. 1)
@@ -445,8 +443,7 @@ class DeformableAttention(nn.Module):
         # float32: bfloat16 would move a point by a tenth of a cell
         locations = reference[:, :, None, None, None].float() + offsets.float() / cells[:, None]
         value = rearrange(memory, "b n (m d) -> b n m d", m=self.heads)
-        return deform_attn(value, shapes, locations.flatten(3, 4), logits.softmax(-1),
-                           [self.points] * self.levels)
+        return deform_attn(value, shapes, locations.flatten(3, 4), logits.softmax(-1), [self.points] * self.levels)
 
 
 class Gateway(nn.Module):
@@ -907,10 +904,12 @@ def predict(model: DETRPose, batch: dict) -> list[Prediction]:
     ours. In float32 for any --amp.
     """
     device = next(model.parameters()).device
-    result = model(batch["images"].to(device))
+    images = batch["images"].to(device)
+    result = model(images)
     sizes = torch.tensor(batch["sizes_px"], dtype=torch.float32, device=device)
     found, predictions = postprocess(result["logits"].float(), result["keypoints"].float(), sizes), []
-    sure = steadiness(model, result, sizes) if model.cfg.keypoint_scores else torch.ones_like(found[2][..., 0])
+    estimated = model.cfg.keypoint_scores
+    sure = mirrored_scores(model, images, found, sizes) if estimated else torch.ones_like(found[2][..., 0])
     for image_id, *columns in zip(batch["image_ids"], *(t.cpu().numpy() for t in (*found, sure))):
         scores, _, keypoints, sure = (column[columns[1] == PERSON] for column in columns)
         predictions.append(Prediction(image_id, keypoints, sure, scores))
@@ -1385,19 +1384,23 @@ def fuse(model: DETRPose) -> DETRPose:
     return model.to(memory_format=torch.channels_last)
 
 
-def steadiness(model: DETRPose, result: dict, sizes_px: Tensor) -> Tensor:
-    """An estimate, ours, of how sure a keypoint is, in the order of `postprocess`: (B, Q, K) from 0 to 1.
+def mirrored_scores(model: DETRPose, images: Tensor, found: tuple[Tensor, Tensor, Tensor], sizes_px: Tensor) -> Tensor:
+    """An estimate, ours, of how sure a keypoint of `postprocess` is: (B, Q, K) from 0 to 1, of a second pass.
 
-    The person's score times KS (eq. 1) of the keypoint and its first estimate in the decoder, the pre-pose or without
-    FDR the first layer's; s² is the area of the pose's box. What the decoder moves far is often wrong. The spread of
-    the FDR distributions does not say it: the losses ask for nothing but their means, and they stay nearly uniform.
+    The person's score times KS (eq. 1) of the keypoint and that of the most similar pose found in the mirrored images;
+    s² is the area of the pose's box. The spread of the FDR distributions does not rank errors: the losses ask for
+    nothing but their means, and they stay nearly uniform. Raises UserError for keypoints without known sides.
     """
-    decoded, logits = result["decoded"], result["logits"].float()
-    first = decoded["pre_keypoints"] if model.cfg.fdr else decoded["keypoints"][0]
-    scores, _, keypoints = postprocess(logits, result["keypoints"].float(), sizes_px)
-    moved = keypoints - postprocess(logits, first.float(), sizes_px)[2]
-    area = (keypoints.amax(2) - keypoints.amin(2)).prod(-1, keepdim=True) + 1
-    return scores[..., None] * (-moved.square().sum(-1) / (2 * area * (2 * model.sigmas) ** 2)).exp()
+    if model.skeleton.flip is None:
+        raise UserError("keypoint_scores compares with the mirrored picture: left and right are not clear from the names")
+    result, (scores, _, keypoints) = model(images.flip(-1)), found
+    other = result["keypoints"].float()[:, :, list(model.skeleton.flip)]
+    other = torch.stack([1 - other[..., 0], other[..., 1]], -1) * sizes_px[:, None, None]
+    area = (keypoints.amax(2) - keypoints.amin(2)).prod(-1)[..., None, None] + 1
+    squared = (keypoints[:, :, None] - other[:, None]).square().sum(-1)                   # (B, Q, Q, K)
+    similarity = (-squared / (2 * area * (2 * model.sigmas) ** 2)).exp()
+    best = similarity.mean(-1).argmax(2)[..., None, None].expand(-1, -1, 1, similarity.shape[-1])
+    return scores[..., None] * similarity.gather(2, best).squeeze(2)
 
 
 def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config) -> dict:
