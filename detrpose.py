@@ -86,6 +86,8 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
     # pose denoising (release)
     dn_queries: int = 20           # G is this over the people of the fullest image of a batch, at least 1
     as_released: bool = False      # the released code's noise: its direction, its point of the person
+    # prediction, ours
+    keypoint_scores: bool = False  # estimate one per keypoint, by a second pass; off: each has 1 (App. B)
     # optimisation (Sec. 4.1: AdamW, lr, batch; the rest is the release's, also the epochs: see Departures)
     epochs: int = 52               # passes over the training images
     batch: int = 16                # images per optimiser step, over all GPUs and micro-batches
@@ -162,6 +164,7 @@ def _presets() -> dict[str, Config]:
 
 
 PRESETS: dict[str, Config] = _presets()
+AT_INFERENCE = ("keypoint_scores",)    # fields that `eval.py --set` may change
 
 # ---- Pose denoising (Sec. 3.1): true poses, disturbed, as extra queries with a known answer --------------
 #
@@ -186,8 +189,7 @@ LABELS = 80                # D-FINE's label embedding has these and one more for
 PERSON = 1                 # the label of a person
 
 
-def draw_noise(half_groups: int, people: int, keypoints: int, device: torch.device,
-               as_released: bool) -> Noise:
+def draw_noise(half_groups: int, people: int, keypoints: int, device: torch.device, as_released: bool) -> Noise:
     """Draws for `half_groups` (positive, negative, positive, ...) copies of `people` poses.
 
     Departs from the paper: −ln KS is uniform, as in the release; there KS is, U(0.5, 1) and U(0.1, 0.5).
@@ -213,8 +215,7 @@ def released_direction(draws: Tensor) -> Tensor:
     return (draws * draws.reciprocal().sum(1, keepdim=True))[:, 1:]
 
 
-def noisy_pose(p: Tensor, ks: Tensor, direction: Tensor, kappa: Tensor, area_px: Tensor,
-               side_px: int) -> Tensor:
+def noisy_pose(p: Tensor, ks: Tensor, direction: Tensor, kappa: Tensor, area_px: Tensor, side_px: int) -> Tensor:
     """Keypoints p (R, K, 2) moved so far that their similarity to where they were is ks (R, K).
 
         KS = exp(−d² / (2 s² κ²))       similarity at a distance d                        (eq. 1)
@@ -270,9 +271,8 @@ def denoising_queries(people: list[People], image_hw: tuple[int, int], queries: 
     With n people in the fullest image, G = max(1, dn_queries // n), and an image has pad = 2·n·G slots.
     Takes    the people of each image; the network input's (height, width); how many matching queries follow;
              embeddings of labels (81, C) and of keypoints (K, C), from which the tokens start
-    Returns  a Denoising, whose pairs are the positives. Empty slots, of images with fewer people, have
-    content
-             0 and reference 0.5; they count as negatives, as in the release. None for a batch without people
+    Returns  a Denoising, whose pairs are the positives. Empty slots, of images with fewer people, have content 0
+             and reference 0.5; they count as negatives, as in the release. None for a batch without people
              (Departs from the release: it crashes)
     Departs from the paper: labels are replaced at times (DN-DETR's label noise). The person's reference
     point is the centre of the true box, also of a negative; Sec. 3.2 has the mean of the keypoints. With
@@ -343,9 +343,8 @@ class QuerySelection(nn.Module):
     """Scores every cell of the memory and turns the Q best into first poses: σ(offset + logit of its centre).
 
     Takes    memory (B, N, C) and the levels' shapes
-    Returns  logits (B, Q, 2), keypoints (B, Q, K, 2), index (B, Q) of the chosen cells, best first; N if N
-    < Q Cells at the edge are blanked but still compete, as in the release: all have the features that zeros
-    give.
+    Returns  logits (B, Q, 2), keypoints (B, Q, K, 2), index (B, Q) of the chosen cells, best first; N if N < Q
+    Cells at the edge are blanked but still compete, as in the release: all have the features that zeros give.
     """
 
     def __init__(self, dim: int, keypoints: int, queries: int):
@@ -380,8 +379,7 @@ def with_centre(keypoints: Tensor) -> Tensor:
 class SelfAttention(nn.Module):
     """Multi-head self-attention; x (batch, tokens, C) → the same shape.
 
-    `position` (the encoder's) is added to queries and keys only; `blocked` (tokens, tokens): True = may not
-    look.
+    `position` (the encoder's) is added to queries and keys only; `blocked` (tokens, tokens): True = may not look.
     Parameter names as in nn.MultiheadAttention: in_proj_weight stacks q, k, v.
     """
 
@@ -445,8 +443,7 @@ class DeformableAttention(nn.Module):
         # float32: bfloat16 would move a point by a tenth of a cell
         locations = reference[:, :, None, None, None].float() + offsets.float() / cells[:, None]
         value = rearrange(memory, "b n (m d) -> b n m d", m=self.heads)
-        return deform_attn(value, shapes, locations.flatten(3, 4), logits.softmax(-1),
-                           [self.points] * self.levels)
+        return deform_attn(value, shapes, locations.flatten(3, 4), logits.softmax(-1), [self.points] * self.levels)
 
 
 class Gateway(nn.Module):
@@ -553,9 +550,8 @@ def offset_values(reg_scale: float, up: float = 0.5) -> Tensor:
 class Decoder(nn.Module):
     """D layers that refine the poses, with their heads.
 
-    FDR, fine-grained distribution refinement (Sec. 3.3; D-FINE): the pre-pose p₀ of the first layer is the
-    base of all, and layer l (h_l its keypoint tokens, from 0 on) adds to the logits of a distribution over
-    offsets:
+    FDR, fine-grained distribution refinement (Sec. 3.3; D-FINE): the pre-pose p₀ of the first layer is the base
+    of all, and layer l (h_l its keypoint tokens, from 0 on) adds to the logits of a distribution over offsets:
 
         z_l = z_{l−1} + head_l(h_l + h_{l−1})        p_l = p₀ + Σ_n softmax(z_l)_n W(n) / reg_scale
 
@@ -845,23 +841,18 @@ def pair_errors(keypoints: Tensor, pairs: Pairs, people: People, sigmas: Tensor)
 
 
 def count_per_rank(count: int, device: torch.device) -> Tensor:
-    """The mean of a count over all processes, at least 1: divided by it, losses have the gradient of one
-    GPU.
-    """
+    """The mean of a count over all processes, at least 1: divided by it, losses have the gradient of one GPU."""
     return mean_over_ranks(torch.tensor(float(count), device=device)).clamp(min=1)
 
 
-def criterion(result: dict, people: list[People], sigmas: Tensor, cfg: Config,
-              epoch: int) -> dict[str, Tensor]:
+def criterion(result: dict, people: list[People], sigmas: Tensor, cfg: Config, epoch: int) -> dict[str, Tensor]:
     """All weighted loss terms of a training forward, by name, to be summed; computed in float32.
 
-    Per person:  score_weight·score + 10·Σ v|Δ| + 4·(1 − OKS), for the final poses (no suffix), the layers
-    before (_0, _1, ...), the pre-poses (_pre), the selected cells (_enc_0) and the denoising queries
-    (_dn_...). With FDR the poses of all but the last kind are paired by the union of all matchings. The
-    score's loss, which the release calls vfl, is eq. 5 or a focal loss. No pairs give 0 with a zero
-    gradient.
-    Departs from the paper: it states only eq. 5; L1, OKS, their weights, matching and union are the
-    release's.
+    Per person:  score_weight·score + 10·Σ v|Δ| + 4·(1 − OKS), for the final poses (no suffix), the layers before
+    (_0, _1, ...), the pre-poses (_pre), the selected cells (_enc_0) and the denoising queries (_dn_...). With FDR
+    the poses of all but the last kind are paired by the union of all matchings. The score's loss, which the
+    release calls vfl, is eq. 5 or a focal loss. No pairs give 0 with a zero gradient.
+    Departs from the paper: it states only eq. 5; L1, OKS, their weights, matching and union are the release's.
     """
     everybody = gather_people(people)
     matchings = match(result["outputs"], people, sigmas)
@@ -909,16 +900,19 @@ def postprocess(logits: Tensor, keypoints: Tensor, sizes_px: Tensor) -> tuple[Te
 def predict(model: DETRPose, batch: dict) -> list[Prediction]:
     """People of a batch {images (B, 3, H, W) in [0, 1], image_ids, sizes_px}: one Prediction per image.
 
-    The model has no score per keypoint (App. B): every keypoint gets 1. In float32 for any --amp.
+    The model has no score per keypoint (App. B): every keypoint gets 1, or with `keypoint_scores` an estimate of
+    ours. In float32 for any --amp.
     """
     device = next(model.parameters()).device
-    result = model(batch["images"].to(device))
+    images = batch["images"].to(device)
+    result = model(images)
     sizes = torch.tensor(batch["sizes_px"], dtype=torch.float32, device=device)
     found, predictions = postprocess(result["logits"].float(), result["keypoints"].float(), sizes), []
-    for image_id, scores, labels, keypoints in zip(batch["image_ids"], *(t.cpu().numpy() for t in found)):
-        people = keypoints[labels == PERSON]
-        certain = np.ones(people.shape[:2], np.float32)
-        predictions.append(Prediction(image_id, people, certain, scores[labels == PERSON]))
+    estimated = model.cfg.keypoint_scores
+    sure = mirrored_scores(model, images, found, sizes) if estimated else torch.ones_like(found[2][..., 0])
+    for image_id, *columns in zip(batch["image_ids"], *(t.cpu().numpy() for t in (*found, sure))):
+        scores, _, keypoints, sure = (column[columns[1] == PERSON] for column in columns)
+        predictions.append(Prediction(image_id, keypoints, sure, scores))
     return predictions
 
 
@@ -938,8 +932,7 @@ def to_people(sample: Sample) -> People:
 
 
 class TrainImages(torch.utils.data.Dataset):
-    """One epoch of augmented images; item i is (image (3, size, size), People, its id, why files were
-    skipped).
+    """One epoch of augmented images; item i is (image (3, size, size), People, its id, why files were skipped).
 
     What happens to image i depends on (seed, epoch, i) alone. An unreadable file gives way to the next.
     """
@@ -1299,9 +1292,7 @@ class AIFI(nn.Module):
 
 
 class RepBottleneck(nn.Module):
-    """SiLU of a 3×3 plus a 1×1 convolution, each with its norm: two branches to train, one to run
-    (`merge`).
-    """
+    """SiLU of a 3×3 plus a 1×1 convolution, each with its norm: two branches to train, one to run (`merge`)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -1393,6 +1384,25 @@ def fuse(model: DETRPose) -> DETRPose:
     return model.to(memory_format=torch.channels_last)
 
 
+def mirrored_scores(model: DETRPose, images: Tensor, found: tuple[Tensor, Tensor, Tensor], sizes_px: Tensor) -> Tensor:
+    """An estimate, ours, of how sure a keypoint of `postprocess` is: (B, Q, K) from 0 to 1, of a second pass.
+
+    The person's score times KS (eq. 1) of the keypoint and that of the most similar pose found in the mirrored images;
+    s² is the area of the pose's box. The spread of the FDR distributions does not rank errors: the losses ask for
+    nothing but their means, and they stay nearly uniform. Raises UserError for keypoints without known sides.
+    """
+    if model.skeleton.flip is None:
+        raise UserError("keypoint_scores compares with the mirrored picture: left and right are not clear from the names")
+    result, (scores, _, keypoints) = model(images.flip(-1)), found
+    other = result["keypoints"].float()[:, :, list(model.skeleton.flip)]
+    other = torch.stack([1 - other[..., 0], other[..., 1]], -1) * sizes_px[:, None, None]
+    area = (keypoints.amax(2) - keypoints.amin(2)).prod(-1)[..., None, None] + 1
+    squared = (keypoints[:, :, None] - other[:, None]).square().sum(-1)                   # (B, Q, Q, K)
+    similarity = (-squared / (2 * area * (2 * model.sigmas) ** 2)).exp()
+    best = similarity.mean(-1).argmax(2)[..., None, None].expand(-1, -1, 1, similarity.shape[-1])
+    return scores[..., None] * similarity.gather(2, best).squeeze(2)
+
+
 def to_batch(pictures: list[Image.Image], image_ids: list, cfg: Config) -> dict:
     """RGB pictures of any size → what `predict` takes."""
     return dict(images=torch.stack([input_image(picture, cfg.size) for picture in pictures]), image_ids=image_ids,
@@ -1432,9 +1442,7 @@ IGNORED = {r"^transformer\.(anchors|valid_mask)$": "computed from the image size
 
 
 def convert_official(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """Tensors of a released checkpoint under this file's names. Raises UserError if they are of another
-    size.
-    """
+    """Tensors of a released checkpoint under this file's names. Raises UserError if they are of another size."""
     state = {name: value for name, value in state.items()
              if not any(re.match(pattern, name) for pattern in IGNORED)}
     for name, expected in dict(up=0.5, reg_scale=config.reg_scale).items():
@@ -1453,9 +1461,7 @@ def build(preset: str, skeleton: str | Skeleton = "coco", **overrides) -> DETRPo
 
 
 def recognise(state: dict[str, Tensor]) -> tuple[str, int] | None:
-    """(preset, number of keypoints) of a released DETRPose checkpoint, by its tensors; None if it is
-    something else.
-    """
+    """(preset, number of keypoints) of a released DETRPose checkpoint, by its tensors; None of something else."""
     if "transformer.pre_pose_embed.layers.0.weight" not in state:
         return None
     keypoints, dim = state["transformer.keypoint_embedding.weight"].shape
@@ -1502,9 +1508,8 @@ def load_init(model: DETRPose, source: str) -> None:
 def start_from_mean_pose(selection: QuerySelection, data: PoseDataset, people: int = 1000) -> None:
     """Let the first poses be the mean pose around a cell, instead of all keypoints in its centre.
 
-    Ours, for training from nothing. A point has OKS 0, and eq. 5 rewards a cell by the OKS of its
-    pose: without pre-training, the cell on the person would first have to grow a pose that nobody asks it
-    for.
+    Ours, for training from nothing. A point has OKS 0, and eq. 5 rewards a cell by the OKS of its pose: without
+    pre-training, the cell on the person would first have to grow a pose that nobody asks it for.
     """
     poses = []
     for i in range(len(data)):

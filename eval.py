@@ -406,6 +406,8 @@ def draw_pictures(pose: Pose, args: argparse.Namespace, trained_for: str) -> Non
                 drawing.add(shot, People(shot.frame.picture, sure, pose.skeleton).draw(),
                             metrics.to_results([sure if shot.clip else p]))
                 if args.process and not shot.frame.number:
+                    if shot.clip:
+                        tqdm.write(f"{shot.source.name}: --process shows the first frame alone")
                     more = pose.module.show_process(pose.model, seen[i], pose.threshold, *([boxes[i]] if boxes else []))
                     if not more:
                         tqdm.write(f"{shot.source.name}: nobody of score {pose.threshold:.2g} or more, so --process has "

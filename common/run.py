@@ -303,9 +303,12 @@ class Run:
             self.at = {name: args.saved[name] for name in self.at}
             about, before = f"epoch {self.at['epoch'] + 1}, step {self.at['step']}", args.saved["config"]
             self.start = self.at["done"] * before.get("batch", cfg.batch)
-            changed = [f"{name} {before[name]} → {value}" for name, value in asdict(cfg).items()
-                       if name in before and before[name] != value]
-            about = f"\ngoing on at {about}" + f"; changed: {', '.join(changed)}" * bool(changed)
+            changed = {name: f"{name} {before[name]} → {value}" for name, value in asdict(cfg).items()
+                       if name in before and before[name] != value}
+            stays = [f"{name} stays {value}" for name, value in vars(cfg).items()
+                     if "lr" in changed and name.startswith("lr_") and name not in changed]
+            about = f"\ngoing on at {about}" + f"; changed: {', '.join(changed.values())}" * bool(changed)
+            about += f" ({', '.join(stays)})" * bool(stays)
         self.folder = RunFolder(method, cfg, args, ranks)
         self.began = time.monotonic() - max((row.get("seconds", 0) for row in self.folder.rows), default=0)
         self.steps, self.taken = 0, deque(maxlen=LOG_EVERY)         # of the whole run; seconds of the last steps

@@ -586,6 +586,39 @@ def test_predictions_are_people_in_pixels_of_the_original():
     assert (np.diff(first.scores) <= 0).all()
 
 
+def test_with_keypoint_scores_nothing_else_changes_and_keypoints_without_sides_are_refused():
+    torch.manual_seed(0)
+    model = detrpose.build("tiny", **SMALL).eval()
+    batch = detrpose.to_batch([Image.new("RGB", (300, 200), "teal")], [1], model.cfg)
+    (plain,) = detrpose.predict(model, batch)
+    assert (plain.keypoint_scores == 1).all() and plain.keypoint_scores.dtype == np.float32
+    model.cfg = resolve(model.cfg, keypoint_scores=True)
+    (found,) = detrpose.predict(model, batch)
+    assert np.array_equal(found.keypoints, plain.keypoints) and np.array_equal(found.scores, plain.scores)
+    assert (found.keypoint_scores <= found.scores[:, None]).all() and found.keypoint_scores.shape == (*found.scores.shape, 17)
+    model.skeleton = replace(model.skeleton, flip=None)
+    with pytest.raises(UserError, match="left and right are not clear"):
+        detrpose.predict(model, batch)
+
+
+def test_a_keypoint_score_is_the_persons_times_the_similarity_to_the_most_similar_mirrored_pose():
+    final = torch.tensor([[[[0.2, 0.2], [0.4, 0.6], [0.3, 0.6]]]])               # a box of 20 x 40 px
+    there = final + torch.tensor([[0, 0], [0.04, 0.03], [0.04, 0.03]])           # two keypoints 5 px away
+    mirrored = torch.stack([1 - there[..., 0], there[..., 1]], -1)[:, :, [0, 2, 1]]
+    sizes = torch.tensor([[100.0, 100.0]])
+
+    class Model:
+        skeleton, sigmas = types.SimpleNamespace(flip=(0, 2, 1)), torch.tensor([0.05, 0.05, 0.1])
+
+        def __call__(self, images):
+            assert images.flatten().tolist() == [1, 0], "the mirrored picture"
+            return dict(keypoints=torch.cat([mirrored - 0.3, mirrored], 1))
+
+    found = torch.tensor([[0.5]]), torch.ones(1, 1), final * sizes
+    scores = detrpose.mirrored_scores(Model(), torch.tensor([[[[0.0, 1.0]]]]), found, sizes)
+    close(scores, 0.5 * torch.tensor([[[1, np.exp(-25 / (2 * 801 * 0.01)), np.exp(-25 / (2 * 801 * 0.04))]]]), 1e-5)
+
+
 @pytest.mark.slow
 def test_the_tiny_preset_learns_eight_puppets_by_heart(puppets_folder):
     """A model that cannot overfit has a bug: the loss of the final poses falls below a fifth of its start."""

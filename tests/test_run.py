@@ -276,10 +276,14 @@ def test_a_finished_run_says_so_and_goes_on_with_more_epochs_and_another_learnin
     assert "all 1 epochs are done" in capsys.readouterr().out
     flags = "--epochs", "2", "--lr", "0.5", "--weight_decay", "0.25"
     more = train(puppets_folder, folder, "--resume", str(folder), *flags)
+    said = capsys.readouterr().out
+    assert "lr 0.001 → 0.5, weight_decay 0.0001 → 0.25 (lr_backbone stays 0.001)\n" in said
     assert more["step"] == 2 and more["config"]["lr"] == 0.5
     assert [group["initial_lr"] for group in more["optimizer"]["param_groups"]] == [1e-3, 0.5]
     assert {group["weight_decay"] for group in more["optimizer"]["param_groups"]} == {0.25}
     assert [row["step"] for row in rows_of(folder)] == [1, 1, 2, 2]          # a row of losses, one of metrics
+    train(puppets_folder, folder, "--resume", str(folder), "--lr_backbone", "0.1")
+    assert "changed: lr_backbone 0.001 → 0.1\n" in capsys.readouterr().out
 
 
 def test_a_folder_with_another_run_is_never_written_over(short_run, puppets_folder, tmp_path, capsys):
