@@ -1,4 +1,4 @@
-"""Moving pictures, one frame after the other: videos (PyAV, else the program ffmpeg), GIF, WebP, PNG, TIFF (Pillow).
+"""Moving pictures, one frame after the other: videos (PyAV), GIF, WebP, PNG, TIFF (Pillow).
 
     clip = open_clip(path)                       raises BadImage
     for frame in clip: ...                       Frame: picture, number, time; upright, one in memory at a time
@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from itertools import chain, count, islice, pairwise
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +40,6 @@ CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,og
 TICKS = 90000               # of a second, in which a written video counts
 STILL = 0.125               # seconds of a frame whose file has no times
 WIDEST = 640                # pixels of the longer side of a GIF: Pillow has all of its frames in memory
-FASTEST = 120               # frames a second that ffmpeg writes at most, where each stands in a fixed grid
 
 
 class Frame(NamedTuple):
@@ -61,7 +57,6 @@ class Clip:
     fps: float = 0.0
     seconds: float = 0.0
     sound: bool = False
-    grid: float = 0.0                   # frames a second where they are closest
     loop: int | None = None             # of a GIF: 0 for ever, None once
     video: bool = True
     last: float = 0.0                   # seconds of the last frame, once it was read
@@ -98,11 +93,9 @@ def open_clip(path: Path) -> Clip | None:
             return None
     if not path.is_file():
         raise BadImage(path, "there is no such file")
-    if av:
-        return _open_av(path)
-    if shutil.which("ffmpeg") and shutil.which("ffprobe"):
-        return _open_ffmpeg(path)
-    raise UserError(f"{path}: to read videos, install PyAV (pip install av) or the program ffmpeg")
+    if not av:
+        raise UserError(f"{path}: to read videos, install PyAV (pip install av)")
+    return _open_av(path)
 
 
 def with_neighbours(frames: Iterable[Frame]) -> Iterator[tuple[Frame, tuple[Image.Image, ...]]]:
@@ -256,51 +249,6 @@ def _open_av(path: Path) -> Clip:
     return Clip(path, frames(), count, fps, seconds, sound)
 
 
-def _open_ffmpeg(path: Path) -> Clip:
-    safe = ["-protocol_whitelist", "file,pipe", "-format_whitelist", CONTAINERS, "-i", f"file:{path}"]
-    what = "format=duration:stream=codec_type,avg_frame_rate:packet=pts_time,stream_index"
-    asked = subprocess.run(["ffprobe", "-v", "error", "-of", "json", "-show_entries", what, *safe], capture_output=True)
-    found = json.loads(asked.stdout or "{}")
-    kinds = [stream["codec_type"] for stream in found.get("streams", ())]
-    if "video" not in kinds:
-        said = asked.stderr.decode(errors="replace").strip()
-        raise BadImage(path, said.rsplit(": ", 1)[-1].splitlines()[-1] if said and not kinds else "it holds no video")
-    stream = found["streams"][kinds.index("video")]
-    times = sorted(float(packet["pts_time"]) for packet in found.get("packets", ())
-                   if packet["stream_index"] == kinds.index("video") and "pts_time" in packet)
-    above, below = map(int, stream["avg_frame_rate"].split("/"))
-    fps = above / below if above and below else 25.0
-    grid = 1 / min((b - a for a, b in pairwise(times) if b > a), default=1 / fps)
-    command = ["ffmpeg", "-nostdin", "-v", "error", *safe, "-map", "0:v:0", "-vf", "scale=round(iw*if(sar\\,sar\\,1)):ih",
-               "-vsync", "passthrough", "-f", "image2pipe", "-c:v", "ppm", "-"]
-
-    def frames() -> Iterator[tuple[Image.Image, float]]:
-        number = 0
-        with tempfile.TemporaryFile() as said, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as run:
-            try:
-                while picture := _read_ppm(run.stdout):
-                    yield picture, times[number] - times[0] if number < len(times) else number / fps
-                    number += 1
-            finally:
-                run.kill()
-            if number < len(times):
-                said.seek(0)
-                words = said.read().decode(errors="replace").strip().splitlines()
-                raise ValueError(words[-1] if words else f"it ends after {number} of {len(times)} frames")
-    seconds = float(found.get("format", {}).get("duration", 0))
-    return Clip(path, frames(), len(times), fps, seconds, "audio" in kinds, grid)
-
-
-def _read_ppm(pipe) -> Image.Image | None:
-    """The next picture in a pipe, None at its end."""
-    if pipe.readline() != b"P6\n":
-        return None
-    size = tuple(map(int, pipe.readline().split()))
-    pipe.readline()
-    data = pipe.read(3 * size[0] * size[1])
-    return Image.frombytes("RGB", size, data) if len(data) == 3 * size[0] * size[1] else None
-
-
 # ---------------------------------------------------------------- writing
 
 @contextmanager
@@ -380,7 +328,7 @@ class Writer(ExitStack):
     def add(self, picture: Image.Image, time: float) -> None:
         """time: seconds; not before that of the last one."""
         if self.sink is None:
-            kind = _Gif if self.path.suffix == ".gif" else _Av if av else _Ffmpeg
+            kind = _Gif if self.path.suffix == ".gif" else _Av
             scale = min(1.0, WIDEST / max(picture.size)) if kind is _Gif else 1.0
             even = 1 if kind is _Gif else 2                                         # H.264 halves its colours
             self.size = tuple(max(even, round(scale * side) // even * even) for side in picture.size)
@@ -433,27 +381,3 @@ class _Av:
     def close(self) -> None:
         self._mux(None)
         self.file.close()
-
-
-class _Ffmpeg:
-    """Frames in a fixed grid: one that is shown for longer is written several times."""
-
-    def __init__(self, path: Path, size: tuple[int, int], clip: Clip):
-        self.rate, self.written, self.said = min(clip.grid or 1 / STILL, FASTEST), 0, tempfile.TemporaryFile()
-        width, height = map(str, size)
-        self.run = subprocess.Popen(
-            ["ffmpeg", "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r",
-             f"{self.rate:.6f}", "-i", "-", "-pix_fmt", "yuv420p", "-f", "mp4", f"file:{path}"],
-            stdin=subprocess.PIPE, stderr=self.said)
-
-    def write(self, picture: Image.Image, time: float, shown: float) -> None:
-        until, data = round((time + shown) * self.rate), picture.convert("RGB").tobytes()
-        for _ in range(max(0, until - self.written)):
-            self.run.stdin.write(data)
-            self.written += 1
-
-    def close(self) -> None:
-        self.run.stdin.close()
-        if self.run.wait():
-            self.said.seek(0)
-            raise UserError(f"ffmpeg could not write the video: {self.said.read().decode(errors='replace').strip()}")
