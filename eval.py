@@ -280,14 +280,6 @@ def boxes_in_data(pose: Pose, data: PoseDataset, args: argparse.Namespace, ranks
     return true_boxes(data)
 
 
-def published(source: str, data: PoseDataset, table: dict[str, float]) -> list[str]:
-    """A line with the authors' AP beside ours, of weights by name on the data of their table."""
-    known = weights.RELEASES.get(source)
-    figure = known and known.published.get(f"{data.name}_{data.split}")
-    boxes = " with a detector's boxes" if figure and known.method == "sdpose" and data.name != "humanart" else ""
-    return [f"AP {100 * table['AP']:.1f}, published for {source}{boxes}: {figure:.1f}"] if figure else []
-
-
 def evaluate_dataset(pose: Pose, model: nn.Module, args: argparse.Namespace, ranks: Ranks, trained: RunConfig) -> None:
     """Print the table of metrics, errors per keypoint and images per second; write them and results.json.
 
@@ -315,7 +307,7 @@ def evaluate_dataset(pose: Pose, model: nn.Module, args: argparse.Namespace, ran
     lines = [*about, metrics.format_table(metrics.keypoint_errors(predictions, data)),
              "(errors of the people found, as fractions of √area; close: OKS term of at least 0.5)\n",
              metrics.format_table(table), *map(str, boxes), *data.caveats(),
-             *published(args.checkpoint, data, table)] if data.labelled else [
+             *metrics.published(args.checkpoint, data, table)] if data.labelled else [
              f"{data.files[0]} has no labels: results.json for its own evaluation server, and no table"]
     print("\n".join(lines))
     for name, text in {"results.json": json.dumps(metrics.to_results(predictions)),

@@ -19,7 +19,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import detrpose
-from common import weights
+from common import metrics, weights
 from common.boxes import read_results
 from common.cli import parse, run_main
 from common.errors import UserError
@@ -413,7 +413,7 @@ def test_settings_that_only_prediction_reads_are_changed_and_others_refused():
 
 def test_the_published_figure_stands_beside_ours_for_released_weights_on_the_data_of_their_table():
     def said(source: str, name: str, split: str) -> list[str]:
-        return evaluation.published(source, SimpleNamespace(name=name, split=split), dict(AP=0.7213))
+        return metrics.published(source, SimpleNamespace(name=name, split=split), dict(AP=0.7213))
     assert said("detrpose-l", "coco", "val") == ["AP 72.1, published for detrpose-l: 72.5"]
     assert said("detrpose-n-crowdpose", "crowdpose", "test")[0].endswith("published for detrpose-n-crowdpose: 56.0")
     assert said("sdpose-body", "ood", "ood")[0].endswith("sdpose-body with a detector's boxes: 63.5")
