@@ -1,8 +1,8 @@
 """Several checkpoints on the same pictures: one grid of what each finds, and what that costs.
 
-A cell says how many people were found, the parameters, and of this picture GFLOPs (2 per multiply-add of matrix products
-and convolutions) and milliseconds, from the decoded picture to its people. A detector is part of all three, and a
-top-down method looks once at each person.
+A cell says how many people were found, the parameters, and of this picture GFLOPs (2 per multiply-add of matrix
+products and convolutions) and milliseconds, from the decoded picture to its people. A detector is part of all
+three, and a top-down method looks once at each person.
 """
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from common import draw, metrics
 from common.errors import UserError
 from common.video import Shot, save_pictures, whole
 
-ROUNDS, CELL, MOST_ROWS = 5, 480, 12            # measurements after a warm-up; pixels of a picture; pictures in a grid
+ROUNDS = 5                                      # measurements after a warm-up
+CELL, MOST_ROWS = 480, 12                       # pixels of a picture; pictures in a grid
 
 
 class Finder(NamedTuple):
@@ -48,8 +49,8 @@ def cost(work: Callable[[], Sized], device: torch.device) -> tuple[Sized, float,
 
 
 def compare(finders: dict[str, Finder], pictures: Iterable[Shot], device: torch.device, out: Path) -> str:
-    """Draw compare.png, a column for each checkpoint and a row for each picture, of videos the first frame; write
-    compare.json beside it. Returns a table of the sums of people and GFLOPs, and of the milliseconds.
+    """Draw compare.png, a column for each checkpoint and a row for each picture, of videos the first frame;
+    write compare.json beside it. Returns the figures as a table.
 
     Raises UserError where no picture can be read.
     """
@@ -63,8 +64,8 @@ def compare(finders: dict[str, Finder], pictures: Iterable[Shot], device: torch.
             for name, finder in finders.items():
                 people, gflops, ms = cost(lambda find=finder.find: find(shot), device)
                 millions = sum(p.numel() for model in finder.models for p in model.parameters()) / 1e6
-                rows.append(dict(checkpoint=name, image=shot.source.name, people=len(people), parameters_m=round(millions, 3),
-                                 gflops=round(gflops, 3), milliseconds=round(ms, 2)))
+                rows.append(dict(checkpoint=name, image=shot.source.name, people=len(people),
+                                 parameters_m=round(millions, 3), gflops=round(gflops, 3), milliseconds=round(ms, 2)))
                 text = f"{len(people)} people, {millions:.1f} M parameters, {gflops:.1f} GFLOPs, {ms:.0f} ms"
                 cells.append(labelled(people.draw(), name, text))
     if not cells:
@@ -75,7 +76,8 @@ def compare(finders: dict[str, Finder], pictures: Iterable[Shot], device: torch.
     columns = ("people", "parameters_m", "gflops", "milliseconds")
     table = {row["checkpoint"] if len(rows) == len(finders) else f"{row['checkpoint']}, {row['image']}":
              {name: row[name] for name in columns} for row in rows}
-    return metrics.format_table(table) + f"\nthe first {MOST_ROWS} pictures; {left_out} left out" * bool(left_out)
+    cut = f"\nthe first {MOST_ROWS} pictures; {left_out} left out" if left_out else ""
+    return metrics.format_table(table) + cut
 
 
 def labelled(picture: Image.Image, name: str, text: str) -> Image.Image:

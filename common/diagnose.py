@@ -1,4 +1,4 @@
-"""Why is my AP low? The errors of a set's predictions by kind, and the AP that there would be without each kind.
+"""Why is my AP low? The errors of predictions by kind, and the AP that there would be without each kind.
 
 After Ronchi and Perona 2017, "Benchmarking and Error Diagnosis in Multi-Instance Pose Estimation". How near a
 keypoint is to a place is its term of OKS, ks = exp(-d² / (2 s² κ²)) with κ = 2σ and s² the area of the person
@@ -13,18 +13,18 @@ Keypoints   each labelled one of the people found (Sec. 3.1 there):
   good        ks of 0.85 or more
   jitter      less, but 0.5 or more
   inversion   less, but 0.5 or more to the same person's keypoint of the other side
-  swap        less, but 0.5 or more to this keypoint, or the mirrored one, of another person of the picture; of
-              inversion and swap the one with the higher ks
+  swap        less, but 0.5 or more to this keypoint, or the mirrored one, of another person of the picture;
+              of inversion and swap the one with the higher ks
   miss        none of these
   hidden      any of the last four, at a keypoint that cannot be seen (v = 1): these are counted twice
 
-Within the tolerance of its own place, ks 0.5, a keypoint is good or jitter here; in the authors' program it is an
-inversion or a swap if another place is nearer still. Their scoring errors (Sec. 3.2) are part of the duplicates.
-A pose on a neighbour whom another has taken, if it takes somebody beside him, is one with swaps.
+Within the tolerance of its own place, ks 0.5, a keypoint is good or jitter here; in the authors' program it is
+an inversion or a swap if another place is nearer still. Their scoring errors (Sec. 3.2) are part of the
+duplicates. A pose on a neighbour whom another has taken, if it takes somebody beside him, is one with swaps.
 
-AP is COCO's, by OKS, of the whole set, with the best 20 predictions of a picture; so it is for PoseTrack's frames.
-Left out is what it never counts: predictions on crowd regions and on people without labels. Without all kinds AP
-is 1 at thresholds of OKS up to 0.85; at the higher ones good keypoints may still be too far off.
+AP is COCO's, by OKS, of the whole set, with the best 20 predictions of a picture, for PoseTrack's frames too.
+Left out is what it never counts: predictions on crowd regions and on people without labels. Without all kinds
+AP is 1 at thresholds of OKS up to 0.85; at the higher ones good keypoints may still be too far off.
 """
 from __future__ import annotations
 
@@ -113,12 +113,12 @@ def keypoint_kinds(pose: np.ndarray, person: Person, others: list[Person], skele
 def find_errors(ground_truth: dict, results: list[dict], skeleton: Skeleton) -> Errors:
     """Whose prediction each one is, and every keypoint's kind; of COCO-style ground truth and results.
 
-    Ignored is a prediction that takes nobody, and that COCO matches with a crowd region or with a person without
-    labels at each of its thresholds.
+    Ignored is a prediction that takes nobody, and that COCO matches with a crowd region or with a person
+    without labels at each of its thresholds.
     """
     run = metrics.coco_eval(ground_truth, results, "keypoints", skeleton.sigmas)
-    numbered = [image["id"] for image in run.cocoGt.dataset["images"]]
-    errors = Errors(float(run.stats[0]), dict(zip(numbered, [image["id"] for image in ground_truth["images"]])))
+    theirs, ours = ([image["id"] for image in one["images"]] for one in (run.cocoGt.dataset, ground_truth))
+    errors = Errors(float(run.stats[0]), dict(zip(theirs, ours)))
     for (image, _), similarity in run.ious.items():
         truth = run.cocoGt.imgToAnns[image]
         found = sorted(run.cocoDt.imgToAnns[image], key=lambda d: -d["score"])[:MOST]
@@ -153,8 +153,8 @@ def person_of(annotation: dict) -> Person:
 def corrected(errors: Errors, gone: Sequence[str], sigmas: Sequence[float]) -> list[dict]:
     """The results without errors of some kinds, of EVERY or 'hidden'.
 
-    A keypoint moves to its label. A person who was missed is added before all others; a false prediction goes.
-    Of a person's pose and its duplicates the best by OKS remains, with the highest of their scores.
+    A keypoint moves to its label. A person who was missed is added before all others; a false prediction
+    goes. Of a person's pose and its duplicates the best by OKS remains, with the highest of their scores.
     """
     results = errors.ignored + ([] if "false" in gone else errors.false)
     highest = max((one["score"] for one in [*results, *(p.pose for p in errors.found)]), default=1.0)
@@ -179,7 +179,7 @@ def error_table(errors: Errors, ground_truth: dict, skeleton: Skeleton,
                 threshold: float) -> dict[str, dict[str, float]]:
     """{kind: {column: value}}, the kinds of KINDS, then hidden, missed, duplicate, false and all of them.
 
-    count      how many; share: of the labelled keypoints of the people found, of the people, of the predictions
+    count      how many; share: of labelled keypoints of the people found, of people, of predictions
     hidden     how many of them at hidden keypoints
     score ...  how many if only the predictions of a score of at least `threshold` were there
     AP without, gained    if this kind alone were gone
@@ -202,7 +202,8 @@ def error_table(errors: Errors, ground_truth: dict, skeleton: Skeleton,
         these = (kinds > 0) & (v == 1) if name == "hidden" else kinds == KINDS.index(name)
         hidden = int((these & (v == 1)).sum())
         add(name, these.sum(), labels, these[sure].sum(), hidden, () if name == "good" else (name,))
-    people, predictions = len(errors.people), len(found) + len(errors.false + errors.ignored + errors.duplicates)
+    people = len(errors.people)
+    predictions = len(found) + len(errors.false + errors.ignored + errors.duplicates)
     add("missed", people - len(found), people, people - sure.sum(), math.nan, ("missed",))
     for name, these in ("duplicate", errors.duplicates), ("false", errors.false):
         surely = sum(one["score"] >= threshold for one in these)
@@ -226,7 +227,7 @@ def keypoint_table(errors: Errors, skeleton: Skeleton) -> dict[str, dict[str, fl
 # ---------------------------------------------------------------- a dataset
 
 def truth_to_diagnose(data: PoseDataset) -> dict:
-    """A set's ground truth as AP has it, of videos the labelled frames. Raises UserError if nobody is labelled."""
+    """A set's ground truth as AP has it, of videos the labelled frames. Raises UserError without labels."""
     truth = data.ground_truth()
     if data.metric == "crowdpose":
         truth = metrics.with_crowdpose_areas(truth)
@@ -236,12 +237,12 @@ def truth_to_diagnose(data: PoseDataset) -> dict:
         people = [a for a in truth["annotations"] if a["image_id"] in known]
         truth |= dict(images=images, annotations=people)
     if not any(a["num_keypoints"] and not a["iscrowd"] for a in truth["annotations"]):
-        raise UserError(f"--diagnose compares with labels, and {data.files[0]} has nobody with a labelled keypoint")
+        raise UserError(f"--diagnose compares with labels, and in {data.files[0]} nobody has a labelled keypoint")
     return truth
 
 
 def diagnose(predictions: Sequence[Prediction], data: PoseDataset, threshold: float, out: Path) -> list[str]:
-    """The tables as text; draws worst.png and oks.png into the folder `out`. Raises UserError without labels."""
+    """The tables as text; draws worst.png and oks.png into `out`. Raises UserError without labels."""
     truth, skeleton = truth_to_diagnose(data), data.skeleton
     known = {id_key(image["id"]) for image in truth["images"]}
     results = [one for one in metrics.to_results(predictions) if id_key(one["image_id"]) in known]
@@ -249,11 +250,12 @@ def diagnose(predictions: Sequence[Prediction], data: PoseDataset, threshold: fl
     samples = Samples(errors, data)
     save_pictures([draw_worst(errors, samples, skeleton, threshold)], out / "worst")
     save_pictures([draw_oks(errors, samples, skeleton)], out / "oks")
-    return [metrics.format_table(keypoint_table(errors, skeleton)), "(shares of the labels of the people found)\n",
+    return [metrics.format_table(keypoint_table(errors, skeleton)),
+            "(shares of the labels of the people found)\n",
             metrics.format_table(error_table(errors, truth, skeleton, threshold)),
-            f"(AP by OKS {errors.ap:.3f}; {len(errors.found)} of {len(errors.people)} people found; without: if this "
-            "kind alone were gone; hidden: at keypoints of v = 1; all: without hidden, which are among the others;\n"
-            "the kinds are defined at the top of common/diagnose.py)\n"]
+            f"(AP by OKS {errors.ap:.3f}; {len(errors.found)} of {len(errors.people)} people found; hidden: at "
+            "keypoints of v = 1, counted in the rows above, too;\nAP without: if this kind alone were gone; "
+            "common/diagnose.py defines the kinds)\n"]
 
 
 class Samples:
@@ -275,8 +277,8 @@ class Samples:
 
 def draw_worst(errors: Errors, samples: Samples, skeleton: Skeleton, threshold: float,
                count: int = 12) -> Image.Image:
-    """Labels and predictions of the worst people: by OKS those found with a score of at least `threshold`, then
-    those who were missed, then the others."""
+    """Labels and predictions of the worst people: by OKS those found with a score of at least `threshold`,
+    then those who were missed, then the others."""
     pairs = []
     for p in sorted(errors.people, key=lambda p: (not p.pose or p.pose["score"] < threshold, p.oks)):
         if len(pairs) == count:
@@ -300,7 +302,7 @@ def draw_worst(errors: Errors, samples: Samples, skeleton: Skeleton, threshold: 
 
 
 def draw_oks(errors: Errors, samples: Samples, skeleton: Skeleton) -> Image.Image:
-    """Somebody with most visible keypoints, and around each the circles on which its term of OKS is CIRCLES."""
+    """Somebody with most visible keypoints, and around each the circles on which its ks is CIRCLES."""
     def fitness(p: Person) -> tuple:
         whole = (p.box > 0).all() and (p.box < samples.size(p)).all()
         return whole, (p.truth[:, 2] == 2).sum(), (p.truth[:, 2] > 0).sum(), p.area
@@ -315,8 +317,9 @@ def draw_oks(errors: Errors, samples: Samples, skeleton: Skeleton) -> Image.Imag
         crop, corner = crop_around(sample.image, np.concatenate([*reach, p.box]))
         sides = [draw.side_of(skeleton, k) for k in seen]
         drawn = draw.draw_circles(crop, points - corner, radii, sides, [str(value) for value in CIRCLES])
-        return draw.captioned(drawn, "With every keypoint on its outer, middle or inner circle, this person's OKS is "
-                              f"{', '.join(map(str, CIRCLES))} (area {p.area:.0f} square pixels)")
+        text = ("With every keypoint on its outer, middle or inner circle, this person's OKS is "
+                f"{', '.join(map(str, CIRCLES))} (area {p.area:.0f} square pixels)")
+        return draw.captioned(drawn, text)
     return Image.new("RGB", (300, 300), draw.PAPER)
 
 

@@ -189,5 +189,5 @@ def test_a_set_gives_tables_and_pictures_and_without_labels_one_line(tmp_path):
     assert "5 of 6 people found" in lines and "right_ankle" in lines
     assert min(Image.open(tmp_path / "worst.png").size) > 200 and min(Image.open(tmp_path / "oks.png").size) > 200
     nobody = dataset_of(dict(truth, annotations=[], categories=[dict(id=1, keypoints=COCO.keypoints)]), tmp_path)
-    with pytest.raises(UserError, match="nobody with a labelled keypoint"):
+    with pytest.raises(UserError, match="nobody has a labelled keypoint"):
         truth_to_diagnose(nobody)
