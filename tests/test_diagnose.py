@@ -188,6 +188,9 @@ def test_a_set_gives_tables_and_pictures_and_without_labels_one_line(tmp_path):
     lines = "\n".join(diagnose(predictions_of(found), data, 0.5, tmp_path))
     assert "5 of 6 people found" in lines and "right_ankle" in lines
     assert min(Image.open(tmp_path / "worst.png").size) > 200 and min(Image.open(tmp_path / "oks.png").size) > 200
+    for data.metric in ("coco", "crowdpose"):                   # whose areas are those of boxes
+        errors = find_errors(truth_to_diagnose(data), metrics.to_results(predictions_of(found)), COCO)
+        assert errors.ap == metrics.evaluate(predictions_of(found), data)["AP"]
     nobody = dataset_of(dict(truth, annotations=[], categories=[dict(id=1, keypoints=COCO.keypoints)]), tmp_path)
     with pytest.raises(UserError, match="nobody has a labelled keypoint"):
         truth_to_diagnose(nobody)
