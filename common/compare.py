@@ -66,7 +66,7 @@ def compare(finders: dict[str, Finder], pictures: Iterable[Shot], device: torch.
                 millions = sum(p.numel() for model in finder.models for p in model.parameters()) / 1e6
                 rows.append(dict(checkpoint=name, image=shot.source.name, people=len(people),
                                  parameters_m=round(millions, 3), gflops=round(gflops, 3), milliseconds=round(ms, 2)))
-                text = f"{len(people)} people, {millions:.1f} M parameters, {gflops:.1f} GFLOPs, {ms:.0f} ms"
+                text = f"people: {len(people)}; {millions:.1f} M parameters, {gflops:.1f} GFLOPs, {ms:.0f} ms"
                 cells.append(labelled(people.draw(), name, text))
     if not cells:
         raise UserError("none of the pictures could be read")
