@@ -4,6 +4,8 @@
     python eval.py runs/<run>/best.pt --data puppets --split ood
     python eval.py runs/<run>/best.pt --data data/coco          another dataset
     python eval.py best.pt --images photo.jpg folder/ clip.mp4  draws people, writes COCO results
+    python eval.py best.pt --diagnose                           where its AP is lost: errors by kind, the worst people drawn
+    python eval.py a.pt --compare b.pt detrpose-l --images photo.jpg          several checkpoints, one grid
     python eval.py best.pt --set steps=4 ensemble=true          with more DDIM steps (diffusionregpose)
     python eval.py best.pt --images photo.jpg --process         and how the method finds them
     python eval.py sdpose-body --images photo.jpg --detector detrpose-l       top-down: one person at a time
@@ -38,11 +40,13 @@ from tqdm import tqdm
 from common import draw, metrics, weights
 from common.boxes import DETECTED, NOBODY, Boxes, Found, boxes_of, detect, in_image, read_boxes, read_results, true_boxes, whole_image
 from common.cli import Parser, RunConfig, config_of, parse_numbers, resolve, run_main
+from common.compare import Finder, compare
 from common.datasets import PoseDataset
+from common.diagnose import diagnose, truth_to_diagnose
 from common.errors import UserError
 from common.export import bench, check_target, export
 from common.ranks import Ranks, init_ranks, pick_device, rank_zero_first
-from common.records import Prediction, load_image
+from common.records import Picture, Prediction, as_picture
 from common.run import make_folder, new_folder
 from common.skeletons import Skeleton
 from common.splits import default_splits, has_split, open_dataset, split_off
@@ -144,7 +148,6 @@ def with_settings(module: ModuleType, model: nn.Module, settings: list[str]) -> 
 # From Python
 # ---------------------------------------------------------------------------------------------------------
 
-Picture = str | Path | np.ndarray | Image.Image
 SHOWN = 0.5                                         # score from which people are shown by weights that have no own
 WHOLE = "each picture as a whole is taken for one person: {}"
 
@@ -212,7 +215,7 @@ class Pose:
             found = [self.boxes_in(picture, name, None if boxes is None else boxes[i]) for i, picture, name in
                      zip(numbers, loaded, names)] if self.top_down else None
             for picture, p in zip(loaded, self.predict(loaded, names, found)):
-                confident = keep_confident(p, self.threshold if threshold is None else threshold)
+                confident = p.at_least(self.threshold if threshold is None else threshold)
                 people.append(People(picture, confident, self.skeleton))
         return people
 
@@ -261,23 +264,6 @@ def load_detector(source: str, device: str, threshold: float | None) -> Pose:
     return detector
 
 
-def as_picture(picture: Picture) -> Image.Image:
-    """Raises BadImage, and UserError for an array that is no picture."""
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.ndim == 3 and picture.shape[2] != 3:
-            raise UserError(f"expected a picture (h, w, 3) of uint8 in RGB order, got {picture.shape} of {picture.dtype}")
-        return Image.fromarray(picture).convert("RGB")
-    if not isinstance(picture, (str, Path, Image.Image)):
-        raise UserError(f"expected a path, an array or a picture of PIL, got {type(picture).__name__}")
-    return load_image(picture)
-
-
-def keep_confident(p: Prediction, threshold: float) -> Prediction:
-    good = np.asarray(p.scores) >= threshold
-    return Prediction(p.image_id, p.keypoints[good], p.keypoint_scores[good], p.scores[good],
-                      None if p.boxes is None else p.boxes[good])
-
-
 def is_top_down(module: ModuleType) -> bool:
     return getattr(module, "TOP_DOWN", False)
 
@@ -298,14 +284,6 @@ def boxes_in_data(pose: Pose, data: PoseDataset, args: argparse.Namespace, ranks
     return true_boxes(data)
 
 
-def published(source: str, data: PoseDataset, table: dict[str, float]) -> list[str]:
-    """A line with the authors' AP beside ours, of weights by name on the data of their table."""
-    known = weights.RELEASES.get(source)
-    figure = known and known.published.get(f"{data.name}_{data.split}")
-    boxes = " with a detector's boxes" if figure and known.method == "sdpose" and data.name != "humanart" else ""
-    return [f"AP {100 * table['AP']:.1f}, published for {source}{boxes}: {figure:.1f}"] if figure else []
-
-
 def evaluate_dataset(pose: Pose, model: nn.Module, args: argparse.Namespace, ranks: Ranks, trained: RunConfig) -> None:
     """Print the table of metrics, errors per keypoint and images per second; write them and results.json.
 
@@ -317,6 +295,8 @@ def evaluate_dataset(pose: Pose, model: nn.Module, args: argparse.Namespace, ran
             data = split_off(trained, pose.skeleton)[1]
         else:
             data = open_dataset(args.data, split, pose.skeleton, parse_numbers(args.sigmas), args.category)
+    if args.diagnose:
+        truth_to_diagnose(data)                 # before the work: raises UserError without labels
     if ranks.rank == 0:
         print(data.report())
         out = folder_for(args)                  # before the work, not after it
@@ -327,10 +307,11 @@ def evaluate_dataset(pose: Pose, model: nn.Module, args: argparse.Namespace, ran
     seconds = time.perf_counter() - start
     if ranks.rank > 0:
         return
-    lines = [metrics.format_table(metrics.keypoint_errors(predictions, data)),
+    about = diagnose(predictions, data, pose.threshold, out) if args.diagnose else []
+    lines = [*about, metrics.format_table(metrics.keypoint_errors(predictions, data)),
              "(errors of the people found, as fractions of √area; close: OKS term of at least 0.5)\n",
              metrics.format_table(table), *map(str, boxes), *data.caveats(),
-             *published(args.checkpoint, data, table)] if data.labelled else [
+             *metrics.published(args.checkpoint, data, table)] if data.labelled else [
              f"{data.files[0]} has no labels: results.json for its own evaluation server, and no table"]
     print("\n".join(lines))
     for name, text in {"results.json": json.dumps(metrics.to_results(predictions)),
@@ -401,7 +382,7 @@ def draw_pictures(pose: Pose, args: argparse.Namespace, trained_for: str) -> Non
             seen = [shot.around if pose.clips else shot.frame.picture for shot in group]
             boxes = [look(shot) for shot in group] if look else None
             for i, (shot, p) in enumerate(zip(group, pose.predict(seen, [shot.source.name for shot in group], boxes))):
-                sure = keep_confident(p, pose.threshold)
+                sure = p.at_least(pose.threshold)
                 best, people, pictures = max([best, *p.scores]), people + len(sure.scores), pictures + (not shot.frame.number)
                 drawing.add(shot, People(shot.frame.picture, sure, pose.skeleton).draw(),
                             metrics.to_results([sure if shot.clip else p]))
@@ -423,13 +404,31 @@ def draw_pictures(pose: Pose, args: argparse.Namespace, trained_for: str) -> Non
           f"{f', {bad} could not be read' if bad else ''}; drawn into {out}")
 
 
+def compare_checkpoints(first: Pose, args: argparse.Namespace, ranks: Ranks) -> None:
+    """Draw what each checkpoint finds in each picture into one grid; --set is about the first one."""
+    sources, detector, finders = find_pictures(args.images), first.detector, {}
+    poses = {args.checkpoint: first} | {source: load(source, str(ranks.device), args.threshold) for source in args.compare}
+    if (args.boxes or detector) and not any(pose.top_down for pose in poses.values()):
+        raise UserError("these methods find people by themselves: leave --boxes and --detector out")
+    for source, pose in poses.items():
+        pose.detector = detector if pose.top_down else None
+        look = boxes_in_pictures(pose, [one.name for one in sources], args) if pose.top_down else None
+
+        def find(shot: Shot, pose: Pose = pose, look: Callable | None = look) -> People:
+            seen = shot.around if pose.clips else shot.frame.picture
+            p = pose.predict([seen], [shot.source.name], [look(shot)] if look else None)[0]
+            return People(shot.frame.picture, p.at_least(pose.threshold), pose.skeleton)
+        name = f"{pose.module.__name__}: {weights.name_of(source)}"
+        finders[source if name in finders else name] = Finder(find, [one.model for one in (pose, pose.detector) if one])
+    out = folder_for(args)
+    print(f"{compare(finders, shots(sources), ranks.device, out)}\ncompare.png and compare.json are in {out}")
+
+
 def folder_for(args: argparse.Namespace) -> Path:
     """--out, or a new folder that is named after the checkpoint."""
     if args.out:
         return make_folder(args.out)
-    path = Path(args.checkpoint)
-    name = path.parent.name if path.name in ("best.pt", "last.pt") else path.stem if path.suffix else path.name
-    return new_folder(f"eval-{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return new_folder(f"eval-{weights.name_of(args.checkpoint)}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -447,6 +446,8 @@ def build_parser() -> Parser:
     parser.add_argument("--split", default="", help="val, test, train, ood or crowd (default: the papers' own)")
     parser.add_argument("--category", default="", help="of the data, where several have keypoints (default: what fits)")
     parser.add_argument("--sigmas", default="", help="OKS sigmas of your own keypoints, with commas")
+    parser.add_argument("--diagnose", action="store_true", help="errors by kind, AP without each; the worst people drawn")
+    parser.add_argument("--compare", nargs="+", default=[], metavar="CHECKPOINT", help="further ones, beside the first on --images")
     parser.add_argument("--images", nargs="+", default=[], help="pictures, GIFs, videos or folders to draw people on")
     parser.add_argument("--boxes", default="", help="top-down methods: where people are, as COCO results (JSON)")
     parser.add_argument("--detector", default="", help="top-down methods: a checkpoint that finds people")
@@ -467,10 +468,13 @@ def main() -> None:
     args = build_parser().parse_args()
     if args.export:
         check_target(args.export)               # before weights are fetched
+    if args.compare and not args.images or args.diagnose and args.images:
+        raise UserError("--compare draws what several checkpoints find: add --images PICTURE" if args.compare else
+                        "--diagnose compares with labels, which --images have not: leave one of them out")
     ranks = init_ranks(args.device)
     with rank_zero_first(ranks):                # it fetches
         module, model, trained_for = load_model(args.checkpoint, args.method, args.preset)
-    if (args.boxes or args.detector) and not is_top_down(module):
+    if (args.boxes or args.detector) and not args.compare and not is_top_down(module):
         raise UserError(f"{module.__name__} finds people by itself: leave --boxes and --detector out")
     if args.boxes and args.detector:
         raise UserError("--boxes and --detector both say where people are: give one of them")
@@ -484,7 +488,7 @@ def main() -> None:
         return print(bench(module, pose.model, ranks.device, args.eval_batch or 1, args.bench))
     if args.images:
         if ranks.rank == 0:                             # pictures are too few to share
-            draw_pictures(pose, args, trained_for)
+            compare_checkpoints(pose, args, ranks) if args.compare else draw_pictures(pose, args, trained_for)
         return
     args.data = args.data or trained_for
     if not args.data:

@@ -114,6 +114,24 @@ def draw_ellipses(image: Image.Image, draws: np.ndarray, skeleton: Skeleton, dev
     return finish_drawing(canvas, layer)
 
 
+def draw_circles(image: Image.Image, points: np.ndarray, radii: np.ndarray, sides: Sequence[int], texts: Sequence[str],
+                 min_side: int = 640) -> Image.Image:
+    """The image with R circles around each point (N, 2), radii (R, N), in pixels, in the colours of the points' sides;
+    those of the point with the largest ones are labelled."""
+    canvas, layer, zoom, fine = start_drawing(image, min_side)
+    pen, centres, radii = ImageDraw.Draw(layer), (points + 0.5) * zoom * fine, radii * zoom * fine
+    for (x, y), sizes, colour in zip(centres, radii.T, colours(sides)):
+        for size in sizes:
+            pen.ellipse((x - size, y - size, x + size, y + size), outline=RIM, width=4 * fine)
+            pen.ellipse((x - size, y - size, x + size, y + size), outline=colour, width=2 * fine)
+        disc(pen, x, y, 3 * fine, RIM)
+        disc(pen, x, y, 2 * fine, colour)
+    largest = int(radii[0].argmax())
+    for size, text in zip(radii[:, largest], texts):
+        draw_label(pen, centres[largest] - [0, size], text, 12 * fine)
+    return finish_drawing(canvas, layer)
+
+
 def draw_heat(image: Image.Image, heat: np.ndarray) -> Image.Image:
     """The image, darkened, under a map (h, w) of values from 0 to 1, which is stretched over it."""
     shade = Image.fromarray((255 * np.clip(heat, 0, 1)).astype(np.uint8)).resize(image.size, Image.Resampling.BILINEAR)

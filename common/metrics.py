@@ -21,7 +21,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from common import posetrack
+from common import posetrack, weights
 from common.datasets import PoseDataset, id_key
 from common.errors import UserError
 from common.oks import oks_matrix, oks_terms
@@ -294,6 +294,14 @@ def error_row(errors: np.ndarray) -> dict[str, float]:
         row[f"{name} error"] = float(np.median(chosen[:, 1])) if len(chosen) else math.nan
         row[f"{name} close"] = float((chosen[:, 2] >= 0.5).mean()) if len(chosen) else math.nan
     return row
+
+
+def published(source: str, data: PoseDataset, table: dict[str, float]) -> list[str]:
+    """A line with the authors' AP beside ours, of weights by name on the data of their table."""
+    known = weights.RELEASES.get(source)
+    figure = known and known.published.get(f"{data.name}_{data.split}")
+    boxes = " with a detector's boxes" if figure and known.method == "sdpose" and data.name != "humanart" else ""
+    return [f"AP {100 * table['AP']:.1f}, published for {source}{boxes}: {figure:.1f}"] if figure else []
 
 
 def format_table(metrics: dict) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from common.errors import UserError
 
+Picture = str | Path | np.ndarray | Image.Image
 BOX_TO_AREA = 0.53          # a person's outline fills about half of the box: the area where a file has none
 
 
@@ -41,6 +42,12 @@ class Prediction:
     keypoint_scores: np.ndarray             # (P, K)
     scores: np.ndarray                      # (P,)
     boxes: np.ndarray | None = None         # (P, 4): x1, y1, x2, y2
+
+    def at_least(self, threshold: float) -> Prediction:
+        """Those people whose score is at least `threshold`."""
+        good = np.asarray(self.scores) >= threshold
+        return Prediction(self.image_id, self.keypoints[good], self.keypoint_scores[good], self.scores[good],
+                          None if self.boxes is None else self.boxes[good])
 
 
 # ---------------------------------------------------------------- pictures
@@ -95,6 +102,17 @@ def load_image(image: Path | str | Image.Image, size: tuple[int, int] | None = N
         raise BadImage(name, "this is not an image, or of a kind that Pillow does not know") from None
     except Exception as error:              # decoders raise all kinds of errors on damaged files
         raise BadImage(name, str(error) or type(error).__name__) from None
+
+
+def as_picture(picture: Picture) -> Image.Image:
+    """Raises BadImage, and UserError for an array that is no picture."""
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.ndim == 3 and picture.shape[2] != 3:
+            raise UserError(f"expected a picture (h, w, 3) of uint8 in RGB order, got {picture.shape} of {picture.dtype}")
+        return Image.fromarray(picture).convert("RGB")
+    if not isinstance(picture, (str, Path, Image.Image)):
+        raise UserError(f"expected a path, an array or a picture of PIL, got {type(picture).__name__}")
+    return load_image(picture)
 
 
 def to_rgb(picture: Image.Image, white: float | None = None) -> Image.Image:

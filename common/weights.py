@@ -539,6 +539,12 @@ class Start:
         return get_skeleton(SKELETON_OF.get(count, ours))
 
 
+def name_of(source: str) -> str:
+    """What a checkpoint is called: a run's folder, a file without its ending, or a released name."""
+    path = Path(source)
+    return path.parent.name if path.name in ("best.pt", "last.pt") else path.stem if path.suffix else path.name
+
+
 def checkpoint_in(path: Path) -> Path:
     """Of a run's folder best.pt, else last.pt; a file, and the folder of a release, as they are."""
     if not path.is_dir() or any((path / part).is_dir() for part in ("unet", "vae", "decoder")):

@@ -19,7 +19,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import detrpose
-from common import weights
+from common import metrics, weights
 from common.boxes import read_results
 from common.cli import parse, run_main
 from common.errors import UserError
@@ -427,7 +427,7 @@ def test_settings_that_only_prediction_reads_are_changed_and_others_refused():
 
 def test_the_published_figure_stands_beside_ours_for_released_weights_on_the_data_of_their_table():
     def said(source: str, name: str, split: str) -> list[str]:
-        return evaluation.published(source, SimpleNamespace(name=name, split=split), dict(AP=0.7213))
+        return metrics.published(source, SimpleNamespace(name=name, split=split), dict(AP=0.7213))
     assert said("detrpose-l", "coco", "val") == ["AP 72.1, published for detrpose-l: 72.5"]
     assert said("detrpose-n-crowdpose", "crowdpose", "test")[0].endswith("published for detrpose-n-crowdpose: 56.0")
     assert said("sdpose-body", "ood", "ood")[0].endswith("sdpose-body with a detector's boxes: 63.5")
@@ -447,3 +447,50 @@ def test_the_process_is_captioned_and_without_people_says_so(run, call, puppets_
     code, text, _ = call(run, "--images", picture, "--process", "--threshold", "1.1", "--out", "nobody")
     assert code == 0 and f"{picture.name}: nobody of score 1.1 or more, so --process has nothing to show" in text
     assert not [path for path in (tmp_path / "nobody").iterdir() if path.stem.endswith(("selected", "layers"))]
+
+
+# ------------------------------------------------------------------------------------------ diagnosis
+
+
+def test_a_diagnosis_is_in_the_table_and_drawn_and_a_perfect_model_has_no_errors(run, puppets_folder, call, monkeypatch):
+    code, out, _ = call(run, "--diagnose")
+    assert code == 0 and "jitter" in Path("drawn/table.txt").read_text() and "worst.png, oks.png" in out
+    assert min(Image.open("drawn/worst.png").size + Image.open("drawn/oks.png").size) > 64
+    perfect(open_dataset(str(puppets_folder), "val"), monkeypatch)
+    lines = call(run, "--diagnose")[1].splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in reversed(lines) if line.strip()}      # its tables come first
+    assert rows["good"][1] == "1.000" and rows["all"][0] == "0" and rows["all"][-2:] == ["1.000", "0.000"]
+
+
+def test_a_diagnosis_needs_labels_and_a_comparison_pictures(run, puppets_folder, call, tmp_path):
+    Image.new("RGB", (40, 40)).save("photo.png")
+    assert "--images have not" in call(run, "--diagnose", "--images", "photo.png")[1]
+    assert "add --images PICTURE" in call(run, "--compare", run)[1]
+    assert "leave --boxes and --detector out" in call(run, "--compare", run, "--images", "photo.png", "--detector", run)[1]
+    data = Path(shutil.copytree(puppets_folder, tmp_path / "data"))
+    file = data / "annotations" / "person_keypoints_val2017.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(annotations=[])))
+    assert "nobody has a labelled keypoint" in call(run, "--data", data, "--diagnose")[1]
+
+
+def test_checkpoints_of_several_methods_stand_side_by_side_with_what_they_cost(run, call):
+    import sdpose
+    torch.manual_seed(0)
+    model = sdpose.build("tiny")
+    torch.save(dict(method="sdpose", preset="tiny", config=vars(model.cfg), skeleton=model.skeleton.to_dict(),
+                    model=model.state_dict()), "other.pt")
+    for name in ("a.png", "b.png"):
+        Image.effect_noise((90, 60), 50).save(name)
+    Path("c.png").write_bytes(b"no picture")
+    code, out, _ = call(run, "--compare", "other.pt", run / "last.pt", "--images", "a.png", "b.png", "c.png", "--threshold", 0)
+    rows = json.loads(Path("drawn/compare.json").read_text())
+    names = ["detrpose: run", "sdpose: other", str(run / "last.pt")]
+    assert code == 0 and "skipped" in out and [row["checkpoint"] for row in rows] == 2 * names
+    assert all(row["people"] == (1 if "sdpose" in row["checkpoint"] else rows[0]["people"]) for row in rows)
+    assert rows[0]["people"] > 0 and all(row["milliseconds"] > 0 for row in rows)
+    assert rows[1]["parameters_m"] == pytest.approx(sum(p.numel() for p in model.parameters()) / 1e6, abs=0.01)
+    assert rows[0]["gflops"] == rows[2]["gflops"] > 0 and rows[1]["gflops"] > rows[0]["gflops"]
+    assert Image.open("drawn/compare.png").width > 3 * 480
+    code, _, _ = call(run, "--compare", "other.pt", "--images", "a.png", "--detector", run, "--out", "found")
+    with_detector = json.loads(Path("found/compare.json").read_text())
+    assert code == 0 and with_detector[1]["parameters_m"] > rows[1]["parameters_m"] + 0.9 * rows[0]["parameters_m"]

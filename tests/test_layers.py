@@ -13,7 +13,7 @@ ORDER = ["common.errors",
          "common.datasets", "common.transforms", "common.video", "common.cli",
          "common.posetrack", "common.draw", "common.boxes", "common.predict",
          "data.puppets", "common.splits", "common.metrics", "common.export",
-         "common.run", "common.tables", *METHODS, "eval"]
+         "common.run", "common.diagnose", "common.compare", "common.tables", *METHODS, "eval"]
 
 
 def modules() -> dict[str, Path]:
