@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import functools
 import inspect
 import logging
 import math
@@ -176,6 +177,7 @@ def with_underscores(word: str) -> str:
     return "--" + re.sub("^no_", "no-", name.replace("-", "_")) + equals + value
 
 
+@functools.cache                # reading the source again takes a tenth of a second
 def field_help(config_class: type) -> dict[str, str]:
     """The comment behind each field of a dataclass and of those that it inherits from, by field name."""
     text = "\n".join(inspect.getsource(one) for one in config_class.__mro__ if is_dataclass(one))

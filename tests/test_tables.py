@@ -1,4 +1,5 @@
 """The tables at the end of each method file: their rows can be built, their equations are the paper's."""
+import functools
 import importlib
 import json
 import math
@@ -58,19 +59,23 @@ def test_rows_are_compared_with_rows_that_are_there_and_one_is_the_papers_own(me
         assert sum(row.default for row in table.rows) <= 1, number
 
 
+@functools.cache
+def study_of(method: str) -> Study:
+    module = importlib.import_module(method)
+    return Study(module.__file__, module.Config, module.PRESETS, module.TABLES)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_rows_of_a_table_are_trained_for_equal_steps(method):
-    module = importlib.import_module(method)
-    study = Study(module.__file__, module.Config, module.PRESETS, module.TABLES)
-    for number, table in module.TABLES.items():
+    study = study_of(method)
+    for number, table in study.tables.items():
         settings = [study.settings(table, row) for row in table.rows if row.puppets is not None]
         assert len({(one["epochs"], one["batch"], one["accum"], one["data"]) for one in settings}) <= 1, number
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_page_of_a_methods_tables_is_what_its_runs_say(method):
-    module = importlib.import_module(method)
-    study = Study(module.__file__, module.Config, module.PRESETS, module.TABLES)
+    study = study_of(method)
     assert len(study.runs) == len([*study.folder.glob("*.json")]), "one is damaged"
     assert study.folder.with_suffix(".md").read_text(encoding="utf-8") == study.text(), f"python {method}.py --table all --show"
 
