@@ -62,7 +62,7 @@ from common.records import Prediction, Sample, gather_people
 from common.run import Ema, Run
 from common.skeletons import Skeleton, get_skeleton, words
 from common.splits import open_crowd, open_splits
-from common.tables import Row, Table
+from common.tables import Row, Table, run_tables
 from kernels.deform_attn import deform_attn_offsets
 from kernels.dispatch import plain
 
@@ -1010,7 +1010,7 @@ def train(cfg: Config, args) -> None:
             run.record(*evaluate(evaluated, held_out, cfg, ranks))
             if run.last and cfg.data == "puppets":                 # the paper's claim is about crowds (Table 2)
                 table, _ = evaluate(evaluated, open_crowd(data.skeleton, ranks), cfg, ranks)
-                say(f"puppets in crowds (easy, medium, hard)\n{metrics.format_table(table)}")
+                run.record_split("crowd", "puppets in crowds (easy, medium, hard)", table)
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------
@@ -1589,7 +1589,7 @@ def summary() -> str:
 
 
 def main() -> None:
-    run_method(Config, PRESETS, __doc__, train, summary)
+    run_method(Config, PRESETS, __doc__, train, summary, partial(run_tables, TABLES))
 
 
 if __name__ == "__main__":

@@ -57,13 +57,12 @@ from common.nets.hrnet import HRNet
 from common.nets.resnet import ConvNorm, ResNet
 from common.nets.swin import Swin
 from common.predict import predict_all, watch
-from common.ranks import (Ranks, autocast, distribute, init_ranks, mean_over_ranks, rank_zero_first, say,
-                          seed_all)
+from common.ranks import Ranks, autocast, distribute, init_ranks, mean_over_ranks, rank_zero_first, seed_all
 from common.records import Prediction, Sample, gather_people
 from common.run import Ema, Run
 from common.skeletons import SIDES, Skeleton, get_skeleton, words
 from common.splits import open_crowd, open_splits
-from common.tables import Row, Table
+from common.tables import Row, Table, run_tables
 from kernels.dispatch import plain
 
 # ---- Configuration: every number of the paper. Each field is a flag, its comment the flag's help. ---------
@@ -939,7 +938,7 @@ def train(cfg: Config, args) -> None:
             run.record(*evaluate(best, held_out, cfg, ranks))
             if run.last and cfg.data == "puppets":
                 table, _ = evaluate(best, open_crowd(data.skeleton, ranks), cfg, ranks)
-                say(f"puppets in crowds, E/M/H: easy, medium and hard\n{metrics.format_table(table)}")
+                run.record_split("crowd", "puppets in crowds, E/M/H: easy, medium and hard", table)
 
 
 # ---- Tables -----------------------------------------------------------------------------------------------
@@ -966,6 +965,7 @@ EQUATIONS = {           # equation, section or figure of the paper → where it 
 # tables keep the convolutions, the view of Q_I, and what follows E_P.
 # Not here: Table 5, measured by COCO's server on annotations that are not public.
 ONE_TIME = "--epochs 40 --drop_epochs 31,37"                    # the 1× schedule (Sec. 4.2)
+R50 = dict(preset="r50", flags=ONE_TIME, puppets="--epochs 3", metric="AP")
 POOLED = "--query instance --interaction pool --update none"
 NO_PUPPETS = "its backbone is too large for puppets"
 
@@ -978,7 +978,7 @@ def same(flags: str) -> dict[str, str]:
 TABLES = {
     "1": Table(
         "Who looks at the features in the box, an instance query (IQ) or part queries (PQ), and how",
-        preset="r50", flags=f"{ONE_TIME} --update none", puppets="--update none", metric="AP", rows=[
+        preset="r50", flags=f"{ONE_TIME} --update none", puppets="--epochs 3 --update none", metric="AP", rows=[
             Row("IQ, MHSA", 60.7, **same("--query instance --interaction mhsa")),
             Row("PQ, MHSA", 62.6, **same("--interaction mhsa"), versus=1),
             Row("IQ, DyMLP_channel", 60.4, **same("--query instance --interaction channel")),
@@ -988,31 +988,31 @@ TABLES = {
             Row("IQ, Spatial Attn. (one map)", 60.2, **same("--query instance")),
             Row("PQ, SPEGM (Sec. 3.2)", 63.8, versus=7, default=True)]),
     "2a": Table(
-        "How part queries go from stage to stage", preset="r50", flags=ONE_TIME, metric="AP", rows=[
+        "How part queries go from stage to stage", **R50, rows=[
             Row("None", 63.8, **same("--update none")),
             Row("Summation", 64.2, **same("--update sum"), versus=1),
             Row("Concatenation", 64.1, **same("--update concat"), versus=1),
             Row("Selective Iter. (eq. 3)", 64.9, versus=1, default=True)]),
     "2b": Table(
-        "The modules", preset="r50", flags=ONE_TIME, metric="AP", rows=[
+        "The modules", **R50, rows=[
             Row("Baseline: convolutions, global average pooling, coordinates", 59.2, **same(POOLED)),
             Row("+ SPEGM (Sec. 3.2)", 63.8, **same("--update none"), versus=1),
             Row("+ SIM (eq. 3)", 64.9, versus=2, default=True)]),
     "2c": Table(
-        "Width of a part query; on puppets half of it", preset="r50", flags=ONE_TIME, metric="AP", rows=[
+        "Width of a part query; on puppets half of it", **R50, rows=[
             Row("d_p 32", 64.1, "--part_dim 32", "--part_dim 16"),
             Row("d_p 64", 64.4, "--part_dim 64", "--part_dim 32", versus=1),
             Row("d_p 128", 64.9, versus=2, default=True),
             Row("d_p 256", 64.7, "--part_dim 256", "--part_dim 128", versus=3)]),
     "2d": Table(
-        "Division into parts (Fig. 4)", preset="r50", flags=ONE_TIME, metric="AP", rows=[
+        "Division into parts (Fig. 4)", **R50, rows=[
             Row("(a) 17 parts: every keypoint", 64.7, **same("--scheme a")),
             Row("(b) 13 parts: the head together", 64.6, **same("--scheme b"), versus=1),
             Row("(c) 7 parts: what is rigid together", 64.9, versus=1, default=True),
             Row("(d) 5 parts: head and four limbs", 64.5, **same("--scheme d"), versus=3)]),
     "3": Table(
         "Way of the instance query (Fig. 3)", preset="r50", flags=f"{ONE_TIME} --no-prune",
-        puppets="--no-matched --no-prune", metric="AP", rows=[
+        puppets="--epochs 2 --no-matched --no-prune", metric="AP", rows=[
             Row("(a) through the box decoders alone, as its caption says", 64.1, "--no-full", "",
                 more=dict(box_AP=55.3)),
             Row("(a) read otherwise: the keypoint decoder updates it for itself", 64.1, "--no-iterate",
@@ -1593,7 +1593,7 @@ def summary() -> str:
 
 
 def main() -> None:
-    run_method(Config, PRESETS, __doc__, train, summary)
+    run_method(Config, PRESETS, __doc__, train, summary, partial(run_tables, TABLES))
 
 
 if __name__ == "__main__":

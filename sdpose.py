@@ -89,7 +89,7 @@ from common.records import Prediction, Sample
 from common.run import Run, RunFolder, goes_on
 from common.skeletons import Skeleton, get_skeleton, words
 from common.splits import open_dataset, open_splits
-from common.tables import Row, Table
+from common.tables import Row, Table, run_tables
 from data import puppets
 from kernels.dispatch import plain
 
@@ -830,6 +830,7 @@ EQUATIONS = {           # section and name of a formula, or section of the paper
 # methods and body parts. No table is about t. The paper's figures, but HumanArt's, are of a detector's boxes;
 # a training evaluates with annotated ones, which is several points better. For figures of the paper's kind:
 # python eval.py runs/<run> --data data/coco --boxes detections.json
+SHORT = "--epochs 2"                # on puppets, where a row of six epochs would take a quarter of an hour
 NO_PRIOR = "puppets have no Stable Diffusion to start from"
 NO_FACE = "puppets have 17 keypoints"
 
@@ -837,7 +838,7 @@ NO_FACE = "puppets have 17 keypoints"
 def table_4(where: str, split: str, full: float, no_rgb: float, no_prior: float, why: str = "") -> Table:
     """A column of Table 4: AP of its three rows; `why` it cannot be had on puppets."""
     with_rgb, without = (None, None) if why else ("--rgb_weight 0.1", "--rgb_weight 0")
-    return Table(f"Ablation on {where}, 17 keypoints", preset="body", metric="AP", split=split, rows=[
+    return Table(f"Ablation on {where}, 17 keypoints", preset="body", metric="AP", split=split, puppets=SHORT, rows=[
         Row("SDPose", full, "", with_rgb, default=True, missing=why),
         Row("without RGB reconstruction (Sec. 4.3)", no_rgb, "--rgb_weight 0", without, versus=1,
             missing=why),
@@ -850,7 +851,7 @@ TABLES = {
         Row("start weights of Stable Diffusion 2", 81.3, "", None, default=True, missing=NO_PRIOR),
         Row("start weights of Stable Diffusion 1.5", 81.2, "", None, versus=1,
             missing="not released, and its U-Net is another: text width 768, 8 heads everywhere")]),
-    "2": Table("Styles that were not trained on", preset="body", metric="AP", split="ood", rows=[
+    "2": Table("Styles that were not trained on", preset="body", metric="AP", split="ood", puppets=SHORT, rows=[
         Row("HumanArt val, true boxes: eval.py --data data/HumanArt", 71.2, "", None,
             missing="puppets are no works of art: their other styles stand in the next row"),
         Row("COCO-OOD: eval.py --data data/coco --split ood --boxes detections.json", 63.5, "",
@@ -862,7 +863,7 @@ TABLES = {
                           why="puppets are no works of art: see 4-ood"),
     "4-ood": table_4("COCO-OOD", "ood", full=63.5, no_rgb=62.5, no_prior=52.7),
     "5-body": Table("Up block that the head reads, 17 keypoints", preset="body", metric="AP",
-                    puppets="--rgb_weight 0.1", rows=[
+                    puppets=f"{SHORT} --rgb_weight 0.1", rows=[
         Row("last", 81.3, default=True),
         Row("second-to-last", 81.1, "--tap 2", "--tap 2", versus=1)]),
     "5-wholebody": Table("The same, 133 keypoints", preset="wholebody", metric="AP", rows=[
@@ -1559,7 +1560,7 @@ def summary() -> str:
 
 
 def main() -> None:
-    run_method(Config, PRESETS, __doc__, train, summary)
+    run_method(Config, PRESETS, __doc__, train, summary, partial(run_tables, TABLES))
 
 
 if __name__ == "__main__":

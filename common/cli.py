@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import functools
 import inspect
 import logging
 import math
@@ -122,11 +123,18 @@ def leave(message: str) -> None:
 
 
 def run_method(config_class: type[ConfigT], presets: dict[str, ConfigT], about: str, train: Callable,
-               summary: Callable[[], str]) -> None:
-    """What `python <method>.py` does: --train calls train(config, args); without it, what the file is and its presets."""
+               summary: Callable[[], str], run_tables: Callable) -> None:
+    """What `python <method>.py` does: --train calls train(config, args), --table run_tables(config_class, presets, args);
+    without them, what the file is and its presets."""
     def main() -> None:
         config, args = parse(config_class, presets, about)
-        if args.train:
+        if args.table:
+            flags = [with_underscores(word).split("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+            if others := sorted({*flags} - {"--table", "--rows", "--seeds", "--show"}):
+                raise UserError(f"{' '.join(others)}: the settings of a table are its own; beside --table go only --rows, "
+                                "--seeds and --show")
+            run_tables(config_class, presets, args)
+        elif args.train:
             launch(train, config, args)
         else:
             print(about, flush=True)                            # before the seconds that the summary takes
@@ -169,6 +177,7 @@ def with_underscores(word: str) -> str:
     return "--" + re.sub("^no_", "no-", name.replace("-", "_")) + equals + value
 
 
+@functools.cache                # reading the source again takes a tenth of a second
 def field_help(config_class: type) -> dict[str, str]:
     """The comment behind each field of a dataclass and of those that it inherits from, by field name."""
     text = "\n".join(inspect.getsource(one) for one in config_class.__mro__ if is_dataclass(one))
@@ -179,8 +188,8 @@ def parse(config_class: type[ConfigT], presets: dict[str, ConfigT], description:
           argv: list[str] | None = None) -> tuple[ConfigT, argparse.Namespace]:
     """Command line → (config, args). Precedence: preset < resumed checkpoint < command line.
 
-    Every field of the config is a flag, its comment the help text. args: train, preset, resume, out, device, and
-    `saved`, the checkpoint that is resumed, or None.
+    Every field of the config is a flag, its comment the help text. args: train, preset, resume, out, device, table,
+    rows, seeds, show, and `saved`, the checkpoint that is resumed, or None.
     Raises UserError for an unknown flag, preset or value, and for a checkpoint that cannot be resumed.
     """
     first = Parser(add_help=False)                              # only these two flags count for the defaults
@@ -198,6 +207,11 @@ def parse(config_class: type[ConfigT], presets: dict[str, ConfigT], description:
     parser.add_argument("--preset", default=preset, help=f"one of {', '.join(presets)} (default tiny); "
                         f"each has defaults of its own: those below are of {preset}")
     parser.add_argument("--resume", default="", help="run folder or last.pt: go on exactly where it stopped")
+    parser.add_argument("--table", default="", help="train the rows of a table of the paper on the embedded data and set "
+                        "them beside its figures: 4, 2b, fig3, ... or all; what is there is not trained again")
+    parser.add_argument("--rows", default="", help="of the table, with commas (default all)")
+    parser.add_argument("--seeds", type=int, default=3, help="of each row: 0, 1, ... (default 3)")
+    parser.add_argument("--show", action="store_true", help="of a table: print what is there, without training")
     parser.add_argument("--out", default="", help="run folder (default runs/<method>-<preset>-<time>)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     comments, shared = field_help(config_class), {field.name for field in fields(RunConfig)}
@@ -209,8 +223,10 @@ def parse(config_class: type[ConfigT], presets: dict[str, ConfigT], description:
         parser.add_argument(f"--{field.name}", default=value, help=text, **kind)
     args = parser.parse_args(argv)
     config = config_class(**{field.name: getattr(args, field.name) for field in fields(config_class)})
-    return config, argparse.Namespace(train=args.train or bool(args.resume), preset=preset, resume=args.resume,
-                                      out=args.out, device=args.device, saved=saved)
+    if (args.rows or args.show) and not args.table:
+        raise UserError("--rows and --show are about a table of the paper: say which with --table")
+    own = {name: getattr(args, name) for name in ("resume", "out", "device", "table", "rows", "seeds", "show")}
+    return config, argparse.Namespace(train=args.train or bool(args.resume), preset=preset, saved=saved, **own)
 
 
 def config_to_resume(config_class: type[ConfigT], saved: dict, preset: str) -> ConfigT:

@@ -370,6 +370,43 @@ def draw_legend(pen: ImageDraw.ImageDraw, names: list[str], right: float, font: 
         right -= 40
 
 
+def draw_differences(title: str, rows: Sequence[tuple[str, float | None, tuple[float, float] | None]]) -> Image.Image:
+    """Differences of a paper's rows and ours: (what, the paper's, ours as mean and half its interval), None where there
+    is none. A mean without an interval, half infinite, is a ring."""
+    fine, line, left, right, top = 2, 44, 560, 1180, 70             # pixels, drawn twice as large and shrunk
+    picture = Image.new("RGB", (right + 60, top + line * len(rows) + 70), PAPER)
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(22)
+    pen.text((20, 40), title, INK, ImageFont.load_default(28), anchor="ls")
+    draw_legend(pen, ["paper", "ours"], right, font)
+
+    ends = [0.0] + [paper for _, paper, _ in rows if paper is not None]
+    ends += [mean + side * (half if math.isfinite(half) else 0) for _, _, ours in rows if ours for mean, half in [ours]
+             for side in (-1, 1)]
+    room = 0.05 * (max(ends) - min(ends)) or 1.0
+    low, high, bottom = min(ends) - room, max(ends) + room, top + line * len(rows)
+
+    def place(value: float) -> float:
+        return left + (value - low) / (high - low) * (right - left)
+
+    for x in ticks(low, high):
+        pen.line((place(x), top, place(x), bottom), INK if x == 0 else GRID, 2)
+        pen.text((place(x), bottom + 12), f"{x:+.4g}" if x else "0", INK, font, anchor="mt")
+    for i, (what, paper, ours) in enumerate(rows):
+        y = top + line * (i + 0.5)
+        while font.getlength(what) > left - 40:
+            what = what.removesuffix("…")[:-1] + "…"
+        pen.text((20, y), what, INK, font, anchor="lm")
+        if paper is not None:
+            disc(pen, place(paper), y - 7, 8, LINES[0])
+        if ours:
+            mean, half = ours
+            if math.isfinite(half):
+                pen.line((place(mean - half), y + 7, place(mean + half), y + 7), LINES[1], 4)
+            disc(pen, place(mean), y + 7, 8, LINES[1])
+            disc(pen, place(mean), y + 7, 0 if math.isfinite(half) else 4, PAPER)
+    return picture.resize((picture.width // fine, picture.height // fine), Image.Resampling.LANCZOS)
+
+
 def ticks(low: float, high: float, logarithmic: bool = False) -> list[float]:
     """About five round numbers from low to high; both are exponents of ten on a logarithmic axis."""
     if logarithmic:

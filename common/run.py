@@ -497,6 +497,11 @@ class Run:
         self.folder.draw(self.held_out, predictions, threshold or 0.3)
         wait_for_all()
 
+    def record_split(self, split: str, about: str, table: dict[str, float]) -> None:
+        """The metrics of a further split on the screen and, as `AP_crowd` and so on, in log.jsonl."""
+        say(f"{about}\n{metrics.format_table(table)}")
+        self.folder.log(step=self.step, epoch=self.at["epoch"], **{f"{name}_{split}": value for name, value in table.items()})
+
     def save_last(self, must: bool = False) -> None:
         """last.pt, to resume from. With `must` it raises UserError when the disk is full, else that is a warning."""
         save = self.folder.save if must else self.folder.try_save

@@ -59,7 +59,7 @@ def test_help_says_whose_defaults_it_shows(capsys):
 def test_without_train_the_docstring_comes_first_and_flags_are_said_to_do_nothing(argv, said, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["method.py", *argv])
     seen = []
-    run_method(Config, PRESETS, "A method.", None, lambda: seen.append(capsys.readouterr().out) or "the presets")
+    run_method(Config, PRESETS, "A method.", None, lambda: seen.append(capsys.readouterr().out) or "the presets", None)
     assert seen == ["A method.\n"]
     out = capsys.readouterr().out
     assert out.startswith("the presets\n") and said in out and ("without --train" in out) == bool(said)
