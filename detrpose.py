@@ -900,8 +900,7 @@ def postprocess(logits: Tensor, keypoints: Tensor, sizes_px: Tensor) -> tuple[Te
 def predict(model: DETRPose, batch: dict) -> list[Prediction]:
     """People of a batch {images (B, 3, H, W) in [0, 1], image_ids, sizes_px}: one Prediction per image.
 
-    The model has no score per keypoint (App. B): every keypoint gets 1, or with `keypoint_scores` an estimate of
-    ours. In float32 for any --amp.
+    Keypoints have no score (App. B): each gets 1, with `keypoint_scores` an estimate. In float32 for any --amp.
     """
     device = next(model.parameters()).device
     images = batch["images"].to(device)
