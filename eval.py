@@ -83,6 +83,8 @@ def from_run(saved: dict, method: str, preset: str, path: Path) -> tuple[ModuleT
     if saved["method"] not in METHODS:
         raise UserError(f"{path} is of method {saved['method']}; known are {', '.join(METHODS)}")
     module = importlib.import_module(saved["method"])
+    if saved["preset"] not in module.PRESETS:
+        raise UserError(f"{path} is of preset {saved['preset']}, which {saved['method']} does not have: it is damaged")
     config = config_of(module.Config(), saved)
     model = module.build(saved["preset"], saved["skeleton"], **vars(config))
     weights.load_strict(model, weights.trained_tensors(saved), {})
@@ -331,7 +333,7 @@ def evaluate_dataset(pose: Pose, model: nn.Module, args: argparse.Namespace, ran
     for name, text in {"results.json": json.dumps(metrics.to_results(predictions)),
                        "table.txt": "\n".join([f"{args.checkpoint} on {args.data}", data.report(), *lines, ""])}.items():
         with whole(out / name) as part:
-            part.write_text(text, encoding="utf-8")
+            part.write_text(text, encoding="utf-8", errors="backslashreplace")
     save_pictures([draw.draw_predictions(data, predictions, count=12)], out / "predictions")
     print(f"{len(data)} images in {seconds:.1f} s, {len(data) / seconds:.1f} a second with loading and metrics, on "
           f"{ranks.world} x {ranks.device.type}; table.txt, results.json and predictions.png are in {out}")
@@ -456,6 +458,8 @@ def build_parser() -> Parser:
 
 def main() -> None:
     args = build_parser().parse_args()
+    if not np.isfinite(args.threshold) or (args.eval_batch or 1) < 1:
+        raise UserError(f"--threshold {args.threshold}, --eval_batch {args.eval_batch}: expected a number, at least 1 image")
     if args.export:
         check_target(args.export)               # before weights are fetched
     ranks = init_ranks(args.device)
