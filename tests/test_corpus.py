@@ -21,7 +21,7 @@ from tests.helpers import required
 hypothesis, av = required("hypothesis"), required("av")
 st = hypothesis.strategies
 CASES = {f"{case.kind}: {case.name}": case for case in cases()}
-SHELL = ("pictures: only a pipe", "checkpoints: with code",             # the others are slow
+SHELL = ("pictures: only pipe.png", "checkpoints: code",             # the others are slow
          "annotation files: cut", "annotation files: a pipe", "annotations: image: half a letter",
          "pictures: called 'caf", "pictures: drawn: PNG of 60000x60000", "videos: half a mp4", "boxes: a box ragged",
          "flags: train --lr nan", "flags: eval --out d", "checkpoints: tensors: nan")
