@@ -87,6 +87,8 @@ def from_run(saved: dict, method: str, preset: str, path: Path) -> tuple[ModuleT
     if saved["method"] not in METHODS:
         raise UserError(f"{path} is of method {saved['method']}; known are {', '.join(METHODS)}")
     module = importlib.import_module(saved["method"])
+    if saved["preset"] not in module.PRESETS:
+        raise UserError(f"{path} is of preset {saved['preset']}, which {saved['method']} does not have: it is damaged")
     config = config_of(module.Config(), saved)
     model = module.build(saved["preset"], saved["skeleton"], **vars(config))
     weights.load_strict(model, weights.trained_tensors(saved), {})
@@ -184,7 +186,7 @@ class Pose:
         self.module, self.model = module, module.fuse(model.eval())
         own = getattr(model, "threshold", SHOWN)
         self.skeleton, self.threshold, self.detector = model.skeleton, own if threshold is None else threshold, detector
-        self.top_down, self.clips, self.said = is_top_down(module), getattr(module, "CLIPS", False), False
+        self.top_down, self.clips, self.said = getattr(module, "TOP_DOWN", False), getattr(module, "CLIPS", False), False
 
     def __call__(self, pictures: Picture | Sequence[Picture], boxes: Sequence | None = None,
                  threshold: float | None = None, batch: int = 8) -> list[People]:
@@ -250,7 +252,7 @@ def load(source: str | Path, device: str = "auto", threshold: float | None = Non
     Raises UserError.
     """
     module, model, _ = load_model(str(source), method, preset)
-    if detector and not is_top_down(module):
+    if detector and not getattr(module, "TOP_DOWN", False):
         raise UserError(f"{module.__name__} finds people by itself: leave the detector out")
     model = with_settings(module, model, list(settings)).to(pick_device(device))
     return Pose(module, model, threshold, load_detector(detector, device, threshold) if detector else None)
@@ -262,10 +264,6 @@ def load_detector(source: str, device: str, threshold: float | None) -> Pose:
     if detector.top_down:
         raise UserError(f"--detector {source}: {detector.module.__name__} needs boxes itself; take a multi-person method's")
     return detector
-
-
-def is_top_down(module: ModuleType) -> bool:
-    return getattr(module, "TOP_DOWN", False)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -317,7 +315,7 @@ def evaluate_dataset(pose: Pose, model: nn.Module, args: argparse.Namespace, ran
     for name, text in {"results.json": json.dumps(metrics.to_results(predictions)),
                        "table.txt": "\n".join([f"{args.checkpoint} on {args.data}", data.report(), *lines, ""])}.items():
         with whole(out / name) as part:
-            part.write_text(text, encoding="utf-8")
+            part.write_text(text, encoding="utf-8", errors="backslashreplace")
     save_pictures([draw.draw_predictions(data, predictions, 12, pose.threshold)], out / "predictions")
     print(f"{len(data)} images in {seconds:.1f} s, {len(data) / seconds:.1f} a second with loading and metrics, on "
           f"{ranks.world} x {ranks.device.type}; table.txt, results.json and predictions.png are in {out}")
@@ -466,6 +464,8 @@ def build_parser() -> Parser:
 
 def main() -> None:
     args = build_parser().parse_args()
+    if not np.isfinite(args.threshold or 0) or (args.eval_batch or 1) < 1:
+        raise UserError(f"--threshold {args.threshold}, --eval_batch {args.eval_batch}: expected a number, at least 1 image")
     if args.export:
         check_target(args.export)               # before weights are fetched
     if args.compare and not args.images or args.diagnose and args.images:
@@ -474,7 +474,7 @@ def main() -> None:
     ranks = init_ranks(args.device)
     with rank_zero_first(ranks):                # it fetches
         module, model, trained_for = load_model(args.checkpoint, args.method, args.preset)
-    if (args.boxes or args.detector) and not args.compare and not is_top_down(module):
+    if (args.boxes or args.detector) and not args.compare and not getattr(module, "TOP_DOWN", False):
         raise UserError(f"{module.__name__} finds people by itself: leave --boxes and --detector out")
     if args.boxes and args.detector:
         raise UserError("--boxes and --detector both say where people are: give one of them")

@@ -245,9 +245,9 @@ def config_of(defaults: ConfigT, saved: dict) -> ConfigT:
     Raises UserError for options and values that this code does not know.
     """
     known = vars(defaults)
-    if older := sorted(saved["config"].keys() - known.keys()):
+    if older := sorted(map(str, saved["config"].keys() - known.keys())):
         raise UserError(f"the checkpoint was made by another version of {saved['method']}.py: this one has no option "
-                        f"{', '.join(map(str, older))}")
+                        f"{', '.join(older)}")
     for name, value in saved["config"].items():
         if type(value) is not type(known[name]) and (type(value), type(known[name])) != (int, float):
             raise UserError(f"the checkpoint is damaged: its {name} is {value!r}")

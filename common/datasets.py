@@ -32,6 +32,8 @@ MOST = 20                   # predictions of an image that COCO's and CrowdPose'
 
 def load_json(path: Path) -> dict | list:
     """The content of a JSON file, or one line that says what is wrong with it."""
+    if path.exists() and not path.is_file():                # it would wait for ever at a pipe
+        raise UserError(f"cannot read {path}: this is a folder or a pipe, not a file")
     try:
         return json.loads(path.read_bytes(), object_pairs_hook=_without_outlines)
     except json.JSONDecodeError as error:
@@ -285,8 +287,8 @@ class PoseDataset:
         count = counts.most_common(1)[0][0] if counts else named
         if wanted is None and own:
             wanted = skeleton_from_category(own, sigmas)
-        elif wanted is None:
-            wanted = next((s for s in SKELETONS.values() if s.num_keypoints == count), None)
+        elif not own and (people or wanted is None):
+            wanted = wanted or next((s for s in SKELETONS.values() if s.num_keypoints == count), None)
             if wanted is None:
                 raise UserError(f"{self.files[0]} does not name its {count} keypoints: add them to 'categories'"
                                 if people else f"{self.files[0]} has no labels: train on a split that has")
@@ -294,6 +296,8 @@ class PoseDataset:
         elif own and named == count and list(map(words, keypoint_names(own))) != list(map(words, wanted.keypoints)):
             self._note(f"categories name the keypoints otherwise than skeleton '{wanted.name}', which is used",
                        [own.get("id")])
+        if own and named != count and fields == ("keypoints",):
+            self._note(f"categories name another number of keypoints than the {count} of their people", [named])
         if count and count != wanted.num_keypoints:
             raise UserError(f"{self.files[0]} has {count} keypoints per person, but skeleton '{wanted.name}' has "
                             f"{wanted.num_keypoints}: choose data with the keypoints of the model")
@@ -339,7 +343,7 @@ class PoseDataset:
         """v becomes 0, 1 or 2; coordinates that cannot be meant become unlabelled (P, K, 3)."""
         v = np.ceil(np.nan_to_num(keypoints[..., 2]).clip(0, 2))        # fractions and True are labels, too
         xy, limit = keypoints[..., :2], sizes[:, None]
-        wild = (v > 0) & ~(np.abs(xy) < 10 * limit).all(-1)             # NaN compares False
+        wild = ((v > 0) | np.isnan(keypoints[..., 2])) & ~(np.abs(xy) < 10 * limit).all(-1)     # NaN compares False
         outside = (v > 0) & ~wild & ((xy < 0) | (xy > limit)).any(-1)
         self._note("people with keypoints that are no numbers, or far off: taken as unlabelled",
                    ids_of(people, wild.any(1)))
@@ -358,7 +362,7 @@ class PoseDataset:
         boxes = column(people, "bbox", 4)
         with np.errstate(invalid="ignore"):
             low, high = boxes[:, :2].clip(0), np.minimum(boxes[:, :2] + boxes[:, 2:], sizes)
-        usable = np.isfinite(boxes).all(1) & (high > low).all(1)
+            usable = (np.abs(boxes) < 10 * sizes.max(1, keepdims=True)).all(1) & (high > low).all(1)    # NaN: False
         boxless, tiny = ~usable, np.zeros(len(people), bool)
         for n in np.flatnonzero(boxless):
             xy = keypoints[n, keypoints[n, :, 2] > 0, :2]
@@ -396,7 +400,7 @@ class PoseDataset:
         self.num_keypoints = labelled.sum(1)
         if crowdpose:                                       # its own count leaves out head and neck
             counted = labelled[:, :12].sum(1)
-            self.num_keypoints = np.where(np.isnan(stated), counted, np.nan_to_num(stated)).astype(np.int64)
+            self.num_keypoints = np.where(np.isnan(stated), counted, np.nan_to_num(stated).clip(0, 14)).astype(np.int64)
         elif keypoint_fields(self.skeleton.name) == ("keypoints",):
             self._note("people without, or with a wrong num_keypoints: counted",
                        ids_of(people, stated != self.num_keypoints))

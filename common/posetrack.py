@@ -46,6 +46,11 @@ class Person:
     track: int = -1
     pointed: bool = True                    # the file has a list of joints for her, if an empty one
 
+    def __post_init__(self):
+        """A head without end would match every joint."""
+        self.head = self.head if np.isfinite(self.head) else 0.0
+        self.track = self.track if abs(self.track) < 2 ** 63 else -1
+
 
 @dataclass
 class Frame:
@@ -392,6 +397,8 @@ def evaluate(predictions: Sequence[Prediction], dataset: PoseDataset) -> dict[st
     found: dict[str, list[Person]] = {}
     for p in predictions:
         found.setdefault(id_key(p.image_id), []).extend(people_of(p))
+    if lost := sum((person.joints[:, 2] == 0).sum() for people in found.values() for person in people):
+        print(f"dropped {lost} predicted joints: NaN or infinite numbers in them")
     keys = [id_key(dataset.id_of(n)) for n in dataset.rows]
     if unknown := sorted(found.keys() - set(keys)):
         raise UserError(f"{len(unknown)} predicted image ids are not in the ground truth ({', '.join(unknown[:3])}): "

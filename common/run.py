@@ -64,11 +64,15 @@ def restore(parts: dict, saved: dict) -> None:
     """
     if missing := {*parts, "epoch", "done", "step", "best", "rows"} - saved.keys():
         raise UserError(f"the checkpoint has no {', '.join(sorted(missing))}: last.pt is to go on from, best.pt for eval.py")
+    counts, rows = [saved[name] for name in ("epoch", "done", "step")], saved["rows"]
+    if not (all(type(count) is int and count >= 0 for count in counts) and isinstance(saved["best"], (int, float))
+            and isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+        raise UserError("the checkpoint is damaged: its epoch, done, step, best or rows cannot be meant")
     for name, part in parts.items():
         settings = [{k: v for k, v in group.items() if k != "params"} for group in getattr(part, "param_groups", [])]
         try:
             part.load_state_dict(saved[name])
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"the checkpoint does not fit: its {name} differs ({reason}); resume with the flags that "
                             "it was made with") from None

@@ -51,10 +51,12 @@ class Skeleton:
     @staticmethod
     def from_dict(d: dict) -> "Skeleton":
         try:
+            if not isinstance(d["name"], str):
+                raise TypeError(f"its name is {d['name']!r}")
             flip = None if d["flip"] is None else tuple(d["flip"])
             edges = tuple((int(a), int(b)) for a, b in d["edges"])
             return Skeleton(d["name"], tuple(map(str, d["keypoints"])), edges, flip, tuple(float(s) for s in d["sigmas"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"this is no keypoint set: {type(error).__name__}: {error}") from None
 
 

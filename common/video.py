@@ -306,7 +306,7 @@ def _read_ppm(pipe) -> Image.Image | None:
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A place to write a file to, which is called `path` as soon as it is whole; a link of that name gives way."""
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name[-60:]}.part")        # a name may have 255 bytes
     try:
         yield part
         part.replace(path)

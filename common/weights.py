@@ -478,8 +478,8 @@ def read_own(path: Path) -> dict | None:
     kinds = dict(method=str, preset=str, config=dict, skeleton=(dict, str), model=dict)
     ours = isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in kinds.items())
     states = [content["model"], content.get("ema", {})] if ours else []
-    return content if ours and all(isinstance(state, dict) and all(isinstance(x, Tensor) for x in state.values())
-                                   for state in states) else None
+    return content if ours and all(isinstance(state, dict) and all(isinstance(name, str) and isinstance(x, Tensor)
+                                                                   for name, x in state.items()) for state in states) else None
 
 
 # ---------------------------------------------------------------------- into a model
@@ -510,8 +510,9 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], ignored: dict[str, s
         "not in the weights": [f"{key} {tuple(ours[key].shape)}" for key in ours if key not in theirs],
         "of another shape": [f"{key} {tuple(theirs[key].shape)} for {tuple(ours[key].shape)}"
                              for key in theirs if key in ours and theirs[key].shape != ours[key].shape],
-        "not finite": [key for key, _ in model.named_parameters()
-                       if key in theirs and not theirs[key].is_meta and not theirs[key].isfinite().all()]}
+        "complex or sparse": [key for key in theirs if theirs[key].is_complex() or theirs[key].layout != torch.strided],
+        "not finite": [key for key, _ in model.named_parameters() if key in theirs and not theirs[key].is_meta
+                       and theirs[key].layout == torch.strided and not theirs[key].isfinite().all()]}
     if any(offenders.values()):
         raise UserError("the weights do not fit the model: " + "; ".join(
             f"{len(keys)} {kind}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"

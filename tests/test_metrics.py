@@ -4,17 +4,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import detrpose
 from common import metrics
+from common.cli import resolve
 from common.datasets import PoseDataset
 from common.errors import UserError
 from common.metrics import (best_threshold, box_ap, coco_eval, evaluate, format_table, keypoint_ap, keypoint_errors, to_results,
                             wholebody_ap, with_crowdpose_areas)
 from common.oks import oks, oks_matrix, oks_nms, pose_similarity, rescore
+from common.ranks import Ranks
 from common.records import Prediction
 from common.skeletons import SKELETONS, get_skeleton
+from common.splits import open_dataset
 from tests.helpers import REFERENCE, golden, reference
+from tests.test_datasets import CROWDPOSE, image, person, write
 
 COCO, SIGMAS = get_skeleton("coco"), np.array(get_skeleton("coco").sigmas)
 
@@ -198,6 +204,22 @@ def test_crowdpose_splits_are_the_ap_of_their_images_alone(tmp_path):
                      annotations=part(truth["annotations"], "image_id"))
         assert ap[name] == pytest.approx(keypoint_ap(alone, part(found, "image_id"), SIGMAS)["AP"], abs=5e-5)
     assert len({ap[name] for name in ("AP", "AP_E", "AP_M", "AP_H")}) == 4
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_crowdpose_splits_are_of_all_batches_not_of_the_last_one(batch, tmp_path, monkeypatch):
+    """Evaluators that get one batch after the other and take the splits from the last print about 0 for them."""
+    write(tmp_path, [image(n, crowdIndex=0.3 * n) for n in range(4)], [person(n, n, 14, num_keypoints=2) for n in range(4)],
+          [CROWDPOSE], "test", "json/crowdpose_{}.json", "images")
+    data = open_dataset(str(tmp_path), "test")
+    monkeypatch.setattr(detrpose, "fuse", lambda model: model)
+    monkeypatch.setattr(detrpose, "predict", lambda model, batch: [
+        Prediction(i, data[i].keypoints[..., :2], np.ones((1, 14)), np.ones(1)) for i in batch["image_ids"]])
+    cfg = resolve(detrpose.PRESETS["tiny"], eval_batch=batch, workers=0, size=64)
+    table, found = detrpose.evaluate(None, data, cfg, Ranks(0, 1, torch.device("cpu")))
+    assert [table[name] for name in ("AP", "AP_E", "AP_M", "AP_H")] == pytest.approx([1, 1, 1, 1])
+    last = evaluate(found[-1:], data)                           # what the trap would print
+    assert (last["AP_E"], last["AP_M"]) == (0, 0) and last["AP_H"] == pytest.approx(1)
 
 
 def predictions_of(found: list[dict]) -> list[Prediction]:

@@ -148,6 +148,16 @@ def test_puppets_are_read_as_posetrack_18_and_their_truth_is_perfect(clips):
     assert posetrack.evaluate([], data)["Mean"] == 0
 
 
+def test_joints_that_are_no_numbers_are_not_found_and_are_counted(clips, capsys):
+    data = open_dataset(str(clips), "val")
+    good = [Prediction(p.image_id, np.nan_to_num(p.keypoints), p.keypoint_scores, p.scores) for p in perfect(data)]
+    assert posetrack.evaluate(good, data)["Mean"] > 0 and capsys.readouterr().out == ""
+    for p in good:
+        p.keypoints[:] = np.inf
+    assert posetrack.evaluate(good, data)["Mean"] == 0
+    assert f"dropped {15 * sum(len(p.scores) for p in good)} predicted joints: NaN" in capsys.readouterr().out
+
+
 def test_frames_have_their_neighbours_and_the_ends_themselves(clips):
     data = open_dataset(str(clips), "train")
     names = [(sample.image.name, *(path.name for path in sample.frames)) for sample in (data[i] for i in range(5))]
