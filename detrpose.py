@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
+import common                               # the first of all that takes time, see there
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -37,6 +37,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import common                               # the first of all that takes time, see there
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
+import common                               # the first of all that takes time, see there
 import numpy as np
 from PIL import Image
 from torch import nn

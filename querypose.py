@@ -38,6 +38,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
+import common                               # the first of all that takes time, see there
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -57,8 +58,7 @@ from common.nets.hrnet import HRNet
 from common.nets.resnet import ConvNorm, ResNet
 from common.nets.swin import Swin
 from common.predict import predict_all, watch
-from common.ranks import (Ranks, autocast, distribute, init_ranks, mean_over_ranks, rank_zero_first, say,
-                          seed_all)
+from common.ranks import Ranks, autocast, distribute, init_ranks, mean_over_ranks, rank_zero_first, say, seed_all
 from common.records import Prediction, Sample, gather_people
 from common.run import Ema, Run
 from common.skeletons import SIDES, Skeleton, get_skeleton, words

@@ -63,6 +63,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import common                               # the first of all that takes time, see there
 import numpy as np
 import torch
 import torch.nn.functional as F
