@@ -109,6 +109,8 @@ def two_steps(method: str, world: int, rank: int, folder: Path, frozen: bool) ->
         seen["model"], seen["ranks"] = model, ranks
         return real.distribute(model, ranks)
 
+    random_functions = {name: getattr(torch, name) for name in ("rand", "randn", "randn_like", "randperm", "randint")}
+
     def batches(self, *args):
         torch.rand = torch.randn = lambda *shape, device=None: torch.full(shape[0] if len(shape) == 1 else shape, 0.3)
         torch.randn_like, torch.randperm = lambda x: torch.full_like(x, 0.3), torch.arange
@@ -142,6 +144,7 @@ def two_steps(method: str, world: int, rank: int, folder: Path, frozen: bool) ->
         pass
     torch.set_default_dtype(torch.float32)
     torch.Tensor.float = real.to_float
+    vars(torch).update(random_functions)
     model = seen.pop("model").float()
     share_buffers(model)                                        # as before every evaluation
     for name in ("val", "few"):                                 # 7 images; 3, of which one has people
@@ -184,7 +187,8 @@ def compare(method: str, puppets: Path, folder: Path, frozen: bool) -> list[tupl
     for world in (2, 4):
         parts = {}
         for kind in ("losses", "gradients"):
-            ours, theirs = ([torch.as_tensor(x) for step in seen[n][kind] for x in step.values()] for n in (world, 1))
+            ours, theirs = ([torch.as_tensor(x, dtype=torch.float64) for step in seen[n][kind] for x in step.values()]
+                            for n in (world, 1))
             assert len(ours) == len(theirs)
             largest = max(float(x.abs().max()) for x in theirs)
             parts[kind] = max(float((a - b).abs().max()) for a, b in zip(ours, theirs)) / largest

@@ -219,12 +219,18 @@ class Training:
         """Wait for its good end; what is wrong."""
         return self.end(PATIENCE) or self.process.exitcode and f"exit code {self.process.exitcode}: {self.said}" or ""
 
+    def wait_under_way(self, seconds: float) -> None:
+        """Until so long after its start-up."""
+        while self.process.is_alive() and self.doing() in ("launcher", "start"):
+            time.sleep(0.1)
+        self.process.join(seconds)
+
     def doing(self, pid: int = 0) -> str:
         """What a process was doing when it ended, or does; by default that of rank 0."""
         notes = {int(file.name): file.read_text().split() for file in self.now.iterdir() if file.name.isdigit()}
         if pid:
             return notes.get(pid, ["", "launcher"])[1]
-        return next((what for rank, what in notes.values() if rank == "0" and what != "loader"), "launcher")
+        return next((words[1] for words in notes.values() if words[:1] == ["0"] and words[1] != "loader"), "launcher")
 
 
 # ---------------------------------------------------------------- what is done to it
@@ -329,18 +335,18 @@ def full_disk(start: Callable, whole: Path, out: Path, seconds: float) -> tuple[
     need = sum(path.stat().st_size for path in whole.iterdir()) * 2 // 2 ** 20 + 2
     out.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={need}m", "tmpfs", out], check=True)
+    training = start(out / "run")
     try:
-        training = start(out / "run")
-        time.sleep(random.uniform(0.3, 0.6) * seconds)
-        with open(out / "stone", "wb") as stone, contextlib.suppress(OSError):
-            while True:
-                stone.write(bytes(2 ** 16))
-                stone.flush()
+        training.wait_under_way(random.uniform(0.0, 0.4) * seconds)
+        with contextlib.suppress(OSError), open(out / "stone", "wb", buffering=0) as stone:
+            while stone.write(bytes(2 ** 16)):
+                pass
         hit = training.doing()
         time.sleep(random.uniform(0.1, 0.4) * seconds)
         (out / "stone").unlink()
         return [hit], finish(training, start, whole, out / "run")
     finally:
+        training.end(0)
         subprocess.run(["umount", out], check=True)
 
 
@@ -348,7 +354,7 @@ def read_only(start: Callable, whole: Path, out: Path, seconds: float) -> tuple[
     """The folder is mounted over itself, read-only, for a while: so it is for root, too. A second run, or one that is
     resumed then, is refused."""
     training = start(out)
-    time.sleep(random.uniform(0.3, 0.6) * seconds)
+    training.wait_under_way(random.uniform(0.0, 0.4) * seconds)
     out.mkdir(exist_ok=True)
     subprocess.run(["mount", "--bind", out, out], check=True)
     try:
@@ -366,7 +372,7 @@ def read_only(start: Callable, whole: Path, out: Path, seconds: float) -> tuple[
 def lost_folder(start: Callable, whole: Path, out: Path, seconds: float) -> tuple[list[str], str]:
     """The run folder is moved away in mid-run, and a file stands in its place for a while."""
     training = start(out)
-    time.sleep(random.uniform(0.3, 0.6) * seconds)
+    training.wait_under_way(random.uniform(0.0, 0.4) * seconds)
     hit = training.doing()
     if out.exists():
         out.rename(out.with_name(f"{out.name}-away"))
