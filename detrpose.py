@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
+import common                               # first: Ctrl-C while torch loads then ends without a traceback
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -1387,9 +1388,8 @@ def fuse(model: DETRPose) -> DETRPose:
 def mirrored_scores(model: DETRPose, images: Tensor, found: tuple[Tensor, Tensor, Tensor], sizes_px: Tensor) -> Tensor:
     """An estimate, ours, of how sure a keypoint of `postprocess` is: (B, Q, K) from 0 to 1, of a second pass.
 
-    The person's score times KS (eq. 1) of the keypoint and that of the most similar pose found in the mirrored images;
-    s² is the area of the pose's box. The spread of the FDR distributions does not rank errors: the losses ask for
-    nothing but their means, and they stay nearly uniform. Raises UserError for keypoints without known sides.
+    The person's score times KS (eq. 1; s² is the pose's box) of the keypoint and that of the most similar pose in the
+    mirrored images. FDR's distributions stay nearly uniform, and their spread ranks no errors. UserError without sides.
     """
     if model.skeleton.flip is None:
         raise UserError("keypoint_scores compares with the mirrored picture: left and right are not clear from the names")

@@ -40,6 +40,7 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 
+import common                               # first: Ctrl-C while torch loads then ends without a traceback
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -60,8 +61,7 @@ from common.nets import vit
 from common.nets.vit import PATCH, Attention, LayerNorm, TransformerBlock, ViT, mlp
 from common.oks import rescore
 from common.predict import people_by_image, predict_people
-from common.ranks import (Ranks, autocast, distribute, init_ranks, mean_over_ranks, rank_zero_first, say,
-                          seed_all)
+from common.ranks import Ranks, autocast, distribute, init_ranks, mean_over_ranks, rank_zero_first, say, seed_all
 from common.records import Prediction, Sample
 from common.run import Ema, Run
 from common.skeletons import SKELETONS, Skeleton, edges, get_skeleton

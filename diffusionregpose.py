@@ -36,6 +36,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
+import common                               # first: Ctrl-C while torch loads then ends without a traceback
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -11,8 +11,7 @@
     python eval.py sdpose-body --images photo.jpg --detector detrpose-l       top-down: one person at a time
     python eval.py sdpose-body --data data/coco --boxes people.json            COCO results say where people are
     python eval.py runs/<run> --images folder/ --gif            diffusionpose: a folder is a clip, in order of names
-    python eval.py detrpose-l --images photo.jpg                released weights by name, fetched once
-    python eval.py detrpose_hgnetv2_l.pth --data data/coco      released weights from a file
+    python eval.py detrpose-l --images photo.jpg                released weights by name, fetched once; or their file
     python eval.py detrpose-l --export detrpose-l.onnx          or .pt2: a file that runs without this repository
     python eval.py detrpose-l --bench                           milliseconds; --bench detrpose-l.onnx beside ONNX Runtime
     torchrun --nproc_per_node=8 eval.py detrpose-l --data data/coco
@@ -32,6 +31,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
+import common                               # first: Ctrl-C while torch loads then ends without a traceback
 import numpy as np
 from PIL import Image
 from torch import nn

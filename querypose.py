@@ -38,6 +38,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
+import common                               # first: Ctrl-C while torch loads then ends without a traceback
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -222,8 +223,7 @@ def box_level(boxes: Tensor) -> Tensor:
     """The map that a box is pooled from: boxes (R, 4) → (R,), 0 for stride 4, ...
 
     FPN's rule (Lin et al., CVPR 2017): 0 where the root of a box's area is below 112 px, 1 below 224, 2 below
-    448, else 3. A box that is not finite gets some map: the check of the losses is to end the run, not an
-    impossible index.
+    448, else 3. A box that is not finite gets some map: the losses' check ends the run, not a wrong index.
     """
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1).clamp(min=0).nan_to_num()
     return (4 + torch.log2(area.sqrt() / 224 + 1e-8)).floor().clamp(2, 5).long() - 2

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -106,6 +106,33 @@ def run_main(main: Callable[[], None]) -> None:
         dist.destroy_process_group()
 
 
+class Lasting:
+    """A text stream that writes into the void once nobody reads it any more."""
+
+    def __init__(self, stream: IO):
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        self._try(self.stream.write, text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, call: Callable, *args: str) -> None:
+        try:
+            call(*args)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def keep_streams() -> None:
+    """For a training: it goes on when its terminal, or the program that reads its output, has gone."""
+    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
+
+
 SMALLER = "choose a smaller --batch, for training also a larger --accum"
 MEMORY = f"the memory is full: {SMALLER}"
 RESUME = "a training goes on with --resume"
@@ -135,6 +162,7 @@ def run_method(config_class: type[ConfigT], presets: dict[str, ConfigT], about: 
                                 "--seeds and --show")
             run_tables(config_class, presets, args)
         elif args.train:
+            keep_streams()
             launch(train, config, args)
         else:
             print(about, flush=True)                            # before the seconds that the summary takes
@@ -344,6 +372,7 @@ def _one_of_many(rank: int, train: Callable, config: RunConfig, args: argparse.N
     torch.set_num_threads(max(1, torch.get_num_threads() // world))
 
     def main() -> None:
+        keep_streams()
         if args.resume:                                         # a copy of its own: the optimiser goes on in it
             args.saved = load_checkpoint(find_last(args.resume))
         train(config, args)

@@ -10,7 +10,6 @@ import os
 import random
 import re
 import signal
-import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -128,10 +127,7 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 def say(text: str) -> None:
     """Print on rank 0 alone, above a progress bar."""
     if int(os.environ.get("RANK", 0)) == 0:
-        try:
-            tqdm.write(text)
-        except OSError:                                         # whoever read it has gone, but the work goes on
-            sys.stdout = open(os.devnull, "w")
+        tqdm.write(text)
 
 
 def gather_lists(part: list) -> list:

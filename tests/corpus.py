@@ -39,7 +39,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from common.cli import parse, run_main
+from common.cli import run_main
 from common.skeletons import SKELETONS
 from tests.helpers import TINY, encode
 

@@ -69,6 +69,25 @@ def test_a_training_is_stopped_by_sigterm_resumed_killed_and_evaluated(puppets_f
     assert sorted(os.listdir(tmp_path / "eval")) == ["predictions.png", "results.json", "table.txt"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_ctrl_c_while_torch_is_imported_ends_without_a_traceback():
+    process, end = start("detrpose.py", "--train"), time.monotonic() + 60
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    code, out, err = finish(process)
+    assert code in (130, -signal.SIGINT) and (out, err) == ("", "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes that are closed are a Unix thing")
+def test_a_training_whose_output_nobody_reads_any_more_goes_on_to_its_end(puppets_folder, tmp_path):
+    process = train(puppets_folder, tmp_path / "run", "--epochs", 2)
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(300) == 0 and load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 2
+
+
 @pytest.mark.parametrize("words, code, message", [
     ("detrpose.py --bacth 4", 2, "error: unknown flag --bacth: did you mean --batch?"),
     ("detrpose.py --train --data nowhere", 2, "error: there is no data folder nowhere"),

@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ from common.cli import parse, run_main
 from common.errors import UserError
 from common.heatmaps import people_heatmap_loss
 from common.predict import collate
-from common.ranks import Ranks, distribute, epoch_batches, init_ranks, mean_over_ranks, rank_zero_first, seed_all
+from common.ranks import STOP_SIGNALS, Ranks, distribute, epoch_batches, init_ranks, mean_over_ranks, rank_zero_first, seed_all
 from common.records import People
 from common.run import Ema, RunFolder, Stopper
 from common.splits import open_dataset
@@ -38,7 +39,7 @@ from tests.helpers import TINY, assert_equal
 def quiet(monkeypatch):
     """No pictures (they take longer than the training), and the signal handlers of before."""
     monkeypatch.setattr(RunFolder, "draw", lambda *args: None)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -317,6 +318,19 @@ def test_a_full_disk_is_a_warning_during_the_run_and_an_error_at_its_end(puppets
     assert train(puppets_folder, tmp_path / "run", "--resume", str(tmp_path / "run"))["step"] == 2
 
 
+def test_best_weights_that_found_no_room_are_written_as_soon_as_there_is_some(puppets_folder, tmp_path, monkeypatch):
+    def save(path, content):
+        saves.append(path.name)
+        if saves.count("best.pt") == 1 and path.name == "best.pt":
+            raise UserError(f"cannot save {path}")
+        save_checkpoint(path, content)
+
+    saves = []
+    monkeypatch.setattr(run, "save_checkpoint", save)
+    last = train(puppets_folder, tmp_path / "run", "--batch", "22")         # AP is 0 in both epochs
+    assert saves.count("best.pt") == 2 and last["best"] == load_checkpoint(tmp_path / "run" / "best.pt")["best"]
+
+
 def folder_of(tmp_path, name="run", **changes) -> RunFolder:
     args = SimpleNamespace(preset="tiny", out=str(tmp_path / name) if name else "", resume="", saved=None)
     return RunFolder("detrpose", detrpose.PRESETS["tiny"], args, rank(0, 1))
@@ -511,6 +525,13 @@ def test_one_ctrl_c_asks_and_a_second_one_is_immediate(monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_run_is_asked_to_stop_by_ctrl_c_a_cluster_and_a_terminal_that_closes(number):
+    stop = Stopper()
+    signal.raise_signal(number)
+    assert stop(rank(0, 1))
+
+
 def total_loss(net: nn.Module, model: detrpose.DETRPose, images: torch.Tensor, people: list[People]) -> torch.Tensor:
     """What a step of the training goes back from; `net` is the model or distributes it."""
     result = net(images, people)
@@ -630,6 +651,24 @@ def test_two_processes_have_the_gradient_and_the_table_of_one(puppets_folder, tm
         torch.testing.assert_close(both["gradients"][name], gradient, rtol=1e-3, atol=1e-6 * float(largest))
     assert both["table"] == alone["table"] and both["count"] == alone["count"] == 8
     assert both["people"] == pytest.approx(alone["people"], rel=1e-5)
+
+
+@on_unix
+@pytest.mark.slow
+def test_two_nodes_of_a_process_each_give_the_bits_of_one_command_with_two_processes(puppets_folder, tmp_path):
+    """Two torchruns, which meet at a port of this machine as they would at one of another."""
+    root, words = Path(__file__).parents[1], [*FLAGS, "--data", str(puppets_folder), "--out"]
+    in_two_processes(*words, str(tmp_path / "one"), "--processes", "2")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+                               f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}", "detrpose.py",
+                               *words, str(tmp_path / "nodes")], cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"})
+             for node in range(2)]
+    assert [node.wait(300) for node in nodes] == [0, 0]
+    one, two = (load_checkpoint(tmp_path / name / "last.pt") for name in ("one", "nodes"))
+    assert_equal({part: two[part] for part in SAME}, {part: one[part] for part in SAME})
 
 
 @on_unix
