@@ -255,7 +255,7 @@ def diagnose(predictions: Sequence[Prediction], data: PoseDataset, threshold: fl
             metrics.format_table(error_table(errors, truth, skeleton, threshold)),
             f"(AP by OKS {errors.ap:.3f}; {len(errors.found)} of {len(errors.people)} people found; hidden: at "
             "keypoints of v = 1, counted in the rows above, too;\nAP without: if this kind alone were gone; "
-            "common/diagnose.py defines the kinds)\n"]
+            f"common/diagnose.py defines the kinds; {out / 'worst.png'} and {out / 'oks.png'} show them)\n"]
 
 
 class Samples:

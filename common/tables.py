@@ -332,16 +332,19 @@ def last_evaluation(log: Path, epochs: int) -> dict:
 def call(command: list[str]) -> tuple[int, bool]:
     """Run a command, which is told when this process is asked to stop: (its exit code, whether that was so)."""
     asked: list[int] = []
+    process: subprocess.Popen | None = None
 
     def pass_on(number: int, frame) -> None:
-        if not asked:                                           # Ctrl-C reaches both, and is not to be said twice
+        if process and not asked:                               # Ctrl-C reaches both, and is not to be said twice
             process.terminate()
         asked.append(number)
 
-    process = subprocess.Popen(command)
     heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]      # not so under nohup
     before = {number: signal.signal(number, pass_on) for number in heard}
     try:
+        process = subprocess.Popen(command)
+        if asked:                                               # while it began
+            process.terminate()
         return process.wait(), bool(asked)
     finally:
         for number, handler in before.items():

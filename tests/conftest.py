@@ -1,6 +1,8 @@
 """Fixtures for every test; functions that several tests need are in tests/helpers.py."""
 import os
 import random
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")       # tests run side by side, a process a core; read when torch is imported
@@ -33,6 +35,18 @@ def puppets_folder(tmp_path_factory) -> Path:
     from data import puppets
     counts = {"train": 24, "val": 8}
     return puppets.make(tmp_path_factory.mktemp("puppets"), "coco", size=64, workers=1, progress=False, counts=counts)
+
+
+@pytest.fixture
+def terminal() -> Iterator[None]:
+    """Signals as a program in a terminal gets them; under nohup and in the background some are ignored."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

@@ -512,7 +512,7 @@ def test_a_batch_without_people_has_a_finite_loss_and_a_gradient_everywhere(flag
 # ------------------------------------------------------------------------------------------ signals and processes
 
 
-def test_one_ctrl_c_asks_and_a_second_one_is_immediate(monkeypatch):
+def test_one_ctrl_c_asks_and_a_second_one_is_immediate(terminal, monkeypatch):
     stop, clock = Stopper(), [100.0]
     monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
     assert not stop(rank(0, 1))
@@ -526,7 +526,7 @@ def test_one_ctrl_c_asks_and_a_second_one_is_immediate(monkeypatch):
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_run_is_asked_to_stop_by_ctrl_c_a_cluster_and_a_terminal_that_closes(number):
+def test_a_run_is_asked_to_stop_by_ctrl_c_a_cluster_and_a_terminal_that_closes(terminal, number):
     stop = Stopper()
     signal.raise_signal(number)
     assert stop(rank(0, 1))

@@ -296,7 +296,7 @@ def test_a_wrong_command_is_one_line(words, said, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of other processes are a Unix thing")
-def test_who_is_asked_to_stop_tells_the_training_and_waits_for_it():
+def test_who_is_asked_to_stop_tells_the_training_and_waits_for_it(terminal):
     before = signal.getsignal(signal.SIGINT)
     child = ("import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(3)); "
              "os.kill(os.getppid(), signal.SIGINT); time.sleep(60)")
