@@ -80,6 +80,7 @@ def test_ctrl_c_while_torch_is_imported_ends_without_a_traceback():
     assert code in (130, -signal.SIGINT) and (out, err) == ("", "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes that are closed are a Unix thing")
 def test_a_training_whose_output_nobody_reads_any_more_goes_on_to_its_end(puppets_folder, tmp_path):
     process = train(puppets_folder, tmp_path / "run", "--epochs", 2)

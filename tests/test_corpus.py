@@ -26,7 +26,7 @@ SHELL = ("pictures: only pipe.png", "checkpoints: code",             # the other
          "flags: train --lr nan", "flags: eval --out d", "checkpoints: tensors: nan")
 
 
-# in the suite each sixth, and what once did not hold; the rest is slow
+# in the suite each twelfth, and what once did not hold; the rest is slow
 FOUND = {"annotation files: a pipe", "annotations: image: half a letter", "annotations: two names", "annotations: nan",
          "annotations: a box of 1e300", "annotations: categories: 5", "checkpoints: preset ?", "checkpoints: tensors: complex",
          "checkpoints: tensors: a number as name", "checkpoints: resumed: optimizer x", "checkpoints: resumed: rows [1]",
@@ -34,7 +34,7 @@ FOUND = {"annotation files: a pipe", "annotations: image: half a letter", "annot
 
 
 @pytest.mark.parametrize("case", [
-    pytest.param(case, id=name, marks=[pytest.mark.slow] * (case.slow or number % 6 > 0 and name not in FOUND))
+    pytest.param(case, id=name, marks=[pytest.mark.slow] * (case.slow or number % 12 > 0 and name not in FOUND))
     for number, (name, case) in enumerate(CASES.items())])
 def test_bad_input_ends_in_one_line_or_is_counted(case: Case, tmp_path):
     assert (why := falls_short(case, tmp_path)) == "", why
