@@ -90,8 +90,11 @@ def start_drawing(image: Image.Image, min_side: int) -> tuple[Image.Image, Image
 
 
 def finish_drawing(canvas: Image.Image, layer: Image.Image) -> Image.Image:
-    layer = layer.resize(canvas.size, Image.Resampling.BOX)
-    canvas.paste(layer, (0, 0), layer)
+    fine = layer.width // canvas.width
+    if found := layer.getbbox():                                                # what is empty costs nothing
+        box = *(x // fine for x in found[:2]), *(-(-x // fine) for x in found[2:])
+        part = layer.crop([x * fine for x in box]).resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BOX)
+        canvas.paste(part, box[:2], part)
     return canvas
 
 
