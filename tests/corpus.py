@@ -468,7 +468,7 @@ UNREADABLE = {      # name -> ending, content
     "empty": ("jpg", b""), "text": ("jpg", b"no picture"), "a page": ("jpg", b"<html></html>"), "zeros": ("jpg", bytes(5000)),
     "SVG": ("png", b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "PDF": ("jpg", b"%PDF-1.4\n%%EOF"),
     "HEIC": ("jpg", b"\0\0\0\x18ftypheic" + bytes(40)),
-    "PostScript": ("jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/tmp/ran) (w) file\n%%EOF\n"),
+    "PostScript": ("jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(ran) (w) file\n%%EOF\n"),
     "PNG of 60000x60000": ("png", png(60000, 60000)), "PNG of no width": ("png", png(0, 40)),
     "PNG of wrong sums": ("png", PNG[:45] + bytes([PNG[45] ^ 255]) + PNG[46:]),
     "PNG of too much text": ("png", lambda: png(9, 9, chunk(*BOMB), zeros=90)), "PNG of too little": ("png", png(60, 40, zeros=9)),
