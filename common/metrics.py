@@ -221,7 +221,7 @@ def evaluate(predictions: Sequence[Prediction], dataset: PoseDataset, boxes: boo
 
 
 def best_threshold(predictions: Sequence[Prediction], dataset: PoseDataset) -> float | None:
-    """The score from which on people are worth to be shown: that of the best F1 of people; None if nobody is found.
+    """The score from which people are worth showing: that of the best F1 of people; None if nobody is found.
 
     A prediction is right if it takes a labelled person: by score, each the free one with the highest OKS if that is
     0.5 or more. Halfway to the next lower score.
