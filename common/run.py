@@ -59,8 +59,8 @@ LOCKS: dict[Path, IO] = {}  # run folders that this process writes, with their l
 def restore(parts: dict, saved: dict) -> None:
     """Put the states of a checkpoint back. Raises UserError when it was made by another model.
 
-    Of an optimiser that is what it remembers of each weight; its settings (learning rate, ...) stay those of the
-    config, where a flag may have changed them.
+    Of an optimiser that is what it remembers of each weight, and the rate of its last step, for a run may have no
+    further one; its settings (weight decay, ...) stay those of the config, where a flag may have changed them.
     """
     if missing := {*parts, "epoch", "done", "step", "best", "rows"} - saved.keys():
         raise UserError(f"the checkpoint has no {', '.join(sorted(missing))}: last.pt is to go on from, best.pt for eval.py")
@@ -69,7 +69,7 @@ def restore(parts: dict, saved: dict) -> None:
             and isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
         raise UserError("the checkpoint is damaged: its epoch, done, step, best or rows cannot be meant")
     for name, part in parts.items():
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in getattr(part, "param_groups", [])]
+        settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in getattr(part, "param_groups", [])]
         try:
             part.load_state_dict(saved[name])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -136,7 +136,7 @@ def cut(monkeypatch, how: str):
         return evaluate(*args)
 
     def saving(self, name, **content):
-        if how == "kill after evaluating" and content["epoch"] == 1:
+        if content["epoch"] == {"kill after evaluating": 1, "kill at the very end": 2}.get(how):
             raise Killed
         save(self, name, **content)
 
@@ -147,7 +147,8 @@ def cut(monkeypatch, how: str):
 
 
 @pytest.mark.parametrize("how, step, workers", [
-    ("SIGTERM", 4, "1"), ("kill in a step", 2, "1"), ("kill while evaluating", 5, "0"), ("kill after evaluating", 5, "0")])
+    ("SIGTERM", 4, "1"), ("kill in a step", 2, "1"), ("kill while evaluating", 5, "0"), ("kill after evaluating", 5, "0"),
+    ("kill at the very end", 10, "0")])
 def test_a_run_that_is_cut_and_resumed_ends_with_the_same_bits(
         how, step, workers, puppets_folder, whole_run, tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
