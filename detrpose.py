@@ -130,8 +130,8 @@ class Config(RunConfig):       # which adds data, accum (micro-batches), amp, pr
         if self.dim % self.heads or self.dim % 4:
             raise UserError(f"--dim {self.dim} does not split over {self.heads} heads, and sines and cosines of x "
                             f"and y: choose a multiple of {math.lcm(4, self.heads)}")
-        if self.size % 32:
-            raise UserError(f"--size {self.size}: expected a multiple of 32")
+        if self.size % 32 or self.size > 8192:
+            raise UserError(f"--size {self.size}: expected a multiple of 32, at most 8192")
         if self.expansion * self.dim < 2:
             raise UserError(f"--expansion {self.expansion} leaves nothing of --dim {self.dim}")
 
