@@ -41,7 +41,7 @@ from common import draw, metrics
 from common.datasets import MOST, PoseDataset, id_key
 from common.errors import UserError
 from common.oks import oks, oks_terms
-from common.records import Prediction, Sample
+from common.records import Prediction
 from common.skeletons import Skeleton
 from common.video import save_pictures
 
@@ -49,7 +49,8 @@ GOOD, NEAR = 0.85, 0.5              # ks from which a keypoint is good; from whi
 FOUND = 0.1                         # OKS from which a prediction may take a person
 IGNORED = 0.95                      # COCO's highest threshold
 KINDS = ("good", "jitter", "inversion", "swap", "miss")
-EVERY = (*KINDS[1:], "missed", "duplicate", "false")
+WRONG = KINDS[1:]
+EVERY = (*WRONG, "missed", "duplicate", "false")
 CIRCLES = (0.5, 0.75, 0.95)         # OKS of the circles of oks.png
 
 
@@ -62,13 +63,13 @@ class Person:
     box: np.ndarray                         # (2, 2) upper left and lower right corner px
     pose: dict | None = None                # None: missed
     oks: float = 0.0
-    kinds: np.ndarray | None = None         # (K,) index of KINDS; -1 without a label
+    kinds: np.ndarray | None = None         # (K,) of KINDS; "" without a label
     duplicates: list[dict] = field(default_factory=list)
 
     def wrong(self, gone: Sequence[str]) -> np.ndarray:
         """Which keypoints (K,) of the pose have an error of these kinds."""
-        hidden = (self.kinds > 0) & (self.truth[:, 2] == 1) & ("hidden" in gone)
-        return np.isin(np.array([*KINDS, ""])[self.kinds], gone) | hidden
+        hidden = np.isin(self.kinds, WRONG) & (self.truth[:, 2] == 1) & ("hidden" in gone)
+        return np.isin(self.kinds, gone) | hidden
 
 
 @dataclass
@@ -95,7 +96,7 @@ def xy(result: dict) -> np.ndarray:
 
 
 def keypoint_kinds(pose: np.ndarray, person: Person, others: list[Person], skeleton: Skeleton) -> np.ndarray:
-    """Index of KINDS for each keypoint of a pose (K, 2) that is this person's; -1 where there is no label."""
+    """The kind of each keypoint of a pose (K, 2) that is this person's; "" where there is no label."""
     same = np.arange(len(pose))
     flip = same if skeleton.flip is None else np.array(skeleton.flip)
 
@@ -106,8 +107,8 @@ def keypoint_kinds(pose: np.ndarray, person: Person, others: list[Person], skele
     own, mirrored = near(person, same), near(person, flip) * (flip != same)
     beside = np.max([0 * own, *(near(one, rows) for one in others for rows in (same, flip))], axis=0)
     inverted = (mirrored >= NEAR) & (mirrored >= beside)
-    kinds = np.select([own >= GOOD, own >= NEAR, inverted, beside >= NEAR], range(4), 4)
-    return np.where(person.truth[:, 2] > 0, kinds, -1)
+    unlabelled = person.truth[:, 2] == 0
+    return np.select([unlabelled, own >= GOOD, own >= NEAR, inverted, beside >= NEAR], ["", *KINDS[:4]], KINDS[4])
 
 
 def find_errors(ground_truth: dict, results: list[dict], skeleton: Skeleton) -> Errors:
@@ -126,8 +127,9 @@ def find_errors(ground_truth: dict, results: list[dict], skeleton: Skeleton) -> 
         similarity = np.reshape(similarity, (len(found), len(truth)))
         ignored = similarity[:, ~counts].max(1, initial=0) >= IGNORED
         similarity = similarity[:, counts]
-        people = [person_of(a) for a, counted in zip(truth, counts) if counted]
-        owner = dict(metrics.match(similarity, FOUND)) if people else {}
+        people = [Person(image, np.reshape(a["keypoints"], (-1, 3)), a["area"], np.reshape(a["bbox"], (2, 2)).cumsum(0))
+                  for a, counted in zip(truth, counts) if counted]
+        owner = metrics.match(similarity, FOUND)
         for d, result in enumerate(found):
             if d in owner:
                 person = people[owner[d]]
@@ -142,12 +144,6 @@ def find_errors(ground_truth: dict, results: list[dict], skeleton: Skeleton) -> 
                 errors.false.append(result)
         errors.people += people
     return errors
-
-
-def person_of(annotation: dict) -> Person:
-    x, y, w, h = annotation["bbox"]
-    truth = np.reshape(annotation["keypoints"], (-1, 3))
-    return Person(annotation["image_id"], truth, annotation["area"], np.array([[x, y], [x + w, y + h]]))
 
 
 def corrected(errors: Errors, gone: Sequence[str], sigmas: Sequence[float]) -> list[dict]:
@@ -186,41 +182,38 @@ def error_table(errors: Errors, ground_truth: dict, skeleton: Skeleton,
     """
     found = errors.found
     shape = (len(found), skeleton.num_keypoints)
-    kinds, v = np.reshape([p.kinds for p in found], shape), np.reshape([p.truth[:, 2] for p in found], shape)
-    sure, labels = np.array([p.pose["score"] >= threshold for p in found], bool), int((kinds >= 0).sum())
-    column, table = f"score {threshold:.2g}", {}
+    kinds = np.reshape(np.array([p.kinds for p in found], str), shape)
+    unseen = np.reshape([p.truth[:, 2] for p in found], shape) == 1
+    sure, labels = np.array([p.pose["score"] >= threshold for p in found], bool), int((kinds != "").sum())
+    people, predictions = len(errors.people), len(found) + len(errors.false + errors.ignored + errors.duplicates)
 
-    def add(name: str, count: int, total: int, surely: int, hidden: float, gone: Sequence[str]) -> None:
-        after = errors.ap if gone else math.nan
-        if gone and count:
-            results = corrected(errors, gone, skeleton.sigmas)
-            after = float(metrics.coco_eval(ground_truth, results, "keypoints", skeleton.sigmas).stats[0])
-        table[name] = {"count": int(count), "share": count / total if total else math.nan, "hidden": hidden,
-                       column: int(surely), "AP without": after, "gained": after - errors.ap}
-
-    for name in tqdm((*KINDS, "hidden"), "diagnose", leave=False, dynamic_ncols=True, disable=None):
-        these = (kinds > 0) & (v == 1) if name == "hidden" else kinds == KINDS.index(name)
-        hidden = int((these & (v == 1)).sum())
-        add(name, these.sum(), labels, these[sure].sum(), hidden, () if name == "good" else (name,))
-    people = len(errors.people)
-    predictions = len(found) + len(errors.false + errors.ignored + errors.duplicates)
-    add("missed", people - len(found), people, people - sure.sum(), math.nan, ("missed",))
+    rows = {}                                               # count, of how many, of how many sure ones, hidden
+    for name in (*KINDS, "hidden"):
+        these = np.isin(kinds, WRONG) & unseen if name == "hidden" else kinds == name
+        rows[name] = these.sum(), labels, these[sure].sum(), int((these & unseen).sum())
+    rows["missed"] = people - len(found), people, people - sure.sum(), math.nan
     for name, these in ("duplicate", errors.duplicates), ("false", errors.false):
-        surely = sum(one["score"] >= threshold for one in these)
-        add(name, len(these), predictions, surely, math.nan, (name,))
-    count, surely = (sum(table[name][one] for name in EVERY) for one in ("count", column))
-    add("all", count, 0, surely, math.nan, EVERY)
+        rows[name] = len(these), predictions, sum(one["score"] >= threshold for one in these), math.nan
+    rows["all"] = sum(rows[name][0] for name in EVERY), 0, sum(rows[name][2] for name in EVERY), math.nan
+
+    table, bar = {}, tqdm(rows.items(), "diagnose", leave=False, dynamic_ncols=True, disable=None)
+    for name, (count, total, surely, hidden) in bar:
+        after = math.nan if name == "good" else errors.ap
+        if count and name != "good":
+            results = corrected(errors, EVERY if name == "all" else (name,), skeleton.sigmas)
+            after = metrics.keypoint_ap(ground_truth, results, skeleton.sigmas)["AP"]
+        table[name] = {"count": int(count), "share": count / total if total else math.nan, "hidden": hidden,
+                       f"score {threshold:.2g}": int(surely), "AP without": after, "gained": after - errors.ap}
     return table
 
 
 def keypoint_table(errors: Errors, skeleton: Skeleton) -> dict[str, dict[str, float]]:
     """{keypoint: {labels of the people found, share of each kind among them}}."""
-    kinds = np.reshape([p.kinds for p in errors.found], (-1, skeleton.num_keypoints))
     rows = {}
-    for name, one in zip(skeleton.keypoints, kinds.T):
-        labels = int((one >= 0).sum())
-        shares = [float((one == i).sum() / labels) if labels else math.nan for i in range(len(KINDS))]
-        rows[name] = dict(labels=labels, **dict(zip(KINDS, shares)))
+    for k, name in enumerate(skeleton.keypoints):
+        kinds = [p.kinds[k] for p in errors.found if p.kinds[k]]
+        rows[name] = dict(labels=len(kinds), **{
+            kind: kinds.count(kind) / len(kinds) if kinds else math.nan for kind in KINDS})
     return rows
 
 
@@ -247,9 +240,10 @@ def diagnose(predictions: Sequence[Prediction], data: PoseDataset, threshold: fl
     known = {id_key(image["id"]) for image in truth["images"]}
     results = [one for one in metrics.to_results(predictions) if id_key(one["image_id"]) in known]
     errors = find_errors(truth, results, skeleton)
-    samples = Samples(errors, data)
-    save_pictures([draw_worst(errors, samples, skeleton, threshold)], out / "worst")
-    save_pictures([draw_oks(errors, samples, skeleton)], out / "oks")
+    places = {id_key(data.id_of(n)): i for i, n in enumerate(data.rows)}
+    place = {image: places[id_key(name)] for image, name in errors.names.items()}
+    save_pictures([draw_worst(errors, data, place, threshold)], out / "worst")
+    save_pictures([draw_oks(errors, data, place)], out / "oks")
     return [metrics.format_table(keypoint_table(errors, skeleton)),
             "(shares of the labels of the people found)\n",
             metrics.format_table(error_table(errors, truth, skeleton, threshold)),
@@ -258,42 +252,25 @@ def diagnose(predictions: Sequence[Prediction], data: PoseDataset, threshold: fl
             f"common/diagnose.py defines the kinds; {out / 'worst.png'} and {out / 'oks.png'} show them)\n"]
 
 
-class Samples:
-    """The pictures of people: load(person) → a Sample with its picture, or None; size(person) → (w, h)."""
-
-    def __init__(self, errors: Errors, data: PoseDataset):
-        self.errors, self.data = errors, data
-        self.places = {id_key(data.id_of(n)): i for i, n in enumerate(data.rows)}
-
-    def place(self, person: Person) -> int:
-        return self.places[id_key(self.errors.names[person.image_id])]
-
-    def load(self, person: Person) -> Sample | None:
-        return self.data.load(self.place(person))[0]
-
-    def size(self, person: Person) -> tuple[int, int]:
-        return self.data[self.place(person)].size
-
-
-def draw_worst(errors: Errors, samples: Samples, skeleton: Skeleton, threshold: float,
+def draw_worst(errors: Errors, data: PoseDataset, place: dict[int, int], threshold: float,
                count: int = 12) -> Image.Image:
     """Labels and predictions of the worst people: by OKS those found with a score of at least `threshold`,
-    then those who were missed, then the others."""
+    then those who were missed, then the others. place: of each image of `errors` in the data."""
     pairs = []
     for p in sorted(errors.people, key=lambda p: (not p.pose or p.pose["score"] < threshold, p.oks)):
         if len(pairs) == count:
             break
-        sample = samples.load(p)
+        sample, _ = data.load(place[p.image_id])
         if sample is None:
             continue
         guess = np.zeros((0, len(p.truth), 2)) if p.pose is None else xy(p.pose)[None]
         labelled = p.truth[p.truth[:, 2] > 0, :2]
         crop, corner = crop_around(sample.image, np.concatenate([p.box, labelled, *guess]))
-        both = [draw.draw_people(crop, points, None, skeleton, min_side=300)
+        both = [draw.draw_people(crop, points, None, data.skeleton, min_side=300)
                 for points in (p.truth[None] - [*corner, 0], guess - corner)]
         text = "missed"
         if p.pose:
-            counts = {kind: int((p.kinds == i).sum()) for i, kind in enumerate(KINDS)}
+            counts = {kind: (p.kinds == kind).sum() for kind in KINDS}
             text = f"OKS {p.oks:.2f}, score {p.pose['score']:.2f}: " + ", ".join(
                 f"{number} {kind}" for kind, number in counts.items() if number)
         text += f" (image {errors.names[p.image_id]})"
@@ -301,21 +278,21 @@ def draw_worst(errors: Errors, samples: Samples, skeleton: Skeleton, threshold: 
     return draw.captioned(draw.contact_sheet(pairs, columns=3, cell=620), "Labels left, predictions right")
 
 
-def draw_oks(errors: Errors, samples: Samples, skeleton: Skeleton) -> Image.Image:
+def draw_oks(errors: Errors, data: PoseDataset, place: dict[int, int]) -> Image.Image:
     """Somebody with most visible keypoints, and around each the circles on which its ks is CIRCLES."""
     def fitness(p: Person) -> tuple:
-        whole = (p.box > 0).all() and (p.box < samples.size(p)).all()
+        whole = (p.box > 0).all() and (p.box < data[place[p.image_id]].size).all()
         return whole, (p.truth[:, 2] == 2).sum(), (p.truth[:, 2] > 0).sum(), p.area
 
     for p in sorted(errors.people, key=fitness, reverse=True):
-        sample = samples.load(p)
+        sample, _ = data.load(place[p.image_id])
         if sample is None:
             continue
         seen = np.flatnonzero(p.truth[:, 2] > 0)
-        points, radii = p.truth[seen, :2], oks_radii(p.area, skeleton.sigmas)[:, seen]
+        points, radii = p.truth[seen, :2], oks_radii(p.area, data.skeleton.sigmas)[:, seen]
         reach = [points + side * radii[0, :, None] for side in (-1, 1)]
         crop, corner = crop_around(sample.image, np.concatenate([*reach, p.box]))
-        sides = [draw.side_of(skeleton, k) for k in seen]
+        sides = [draw.side_of(data.skeleton, k) for k in seen]
         drawn = draw.draw_circles(crop, points - corner, radii, sides, [str(value) for value in CIRCLES])
         text = ("With every keypoint on its outer, middle or inner circle, this person's OKS is "
                 f"{', '.join(map(str, CIRCLES))} (area {p.area:.0f} square pixels)")
