@@ -29,8 +29,9 @@ AP is 1 at thresholds of OKS up to 0.85; at the higher ones good keypoints may s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -51,13 +52,14 @@ IGNORED = 0.95                      # COCO's highest threshold
 KINDS = ("good", "jitter", "inversion", "swap", "miss")
 WRONG = KINDS[1:]
 EVERY = (*WRONG, "missed", "duplicate", "false")
+SHOWN = 12                          # people of worst.png
 CIRCLES = (0.5, 0.75, 0.95)         # OKS of the circles of oks.png
 
 
 @dataclass
 class Person:
     """An annotated person who counts, and the predictions that are hers: COCO results with an `id`."""
-    image_id: int                           # pycocotools' own
+    image_id: int | str
     truth: np.ndarray                       # (K, 3) x, y, v px
     area: float                             # px²
     box: np.ndarray                         # (2, 2) upper left and lower right corner px
@@ -76,7 +78,6 @@ class Person:
 class Errors:
     """What `find_errors` finds; every prediction is a person's pose, a duplicate, false, or ignored."""
     ap: float
-    names: dict[int, int | str]             # pycocotools' image ids → those of the dataset
     people: list[Person] = field(default_factory=list)
     false: list[dict] = field(default_factory=list)
     ignored: list[dict] = field(default_factory=list)
@@ -118,16 +119,17 @@ def find_errors(ground_truth: dict, results: list[dict], skeleton: Skeleton) -> 
     without labels at each of its thresholds.
     """
     run = metrics.coco_eval(ground_truth, results, "keypoints", skeleton.sigmas)
-    theirs, ours = ([image["id"] for image in one["images"]] for one in (run.cocoGt.dataset, ground_truth))
-    errors = Errors(float(run.stats[0]), dict(zip(theirs, ours)))
-    for (image, _), similarity in run.ious.items():
-        truth = run.cocoGt.imgToAnns[image]
-        found = sorted(run.cocoDt.imgToAnns[image], key=lambda d: -d["score"])[:MOST]
+    errors = Errors(float(run.stats[0]))
+    for theirs, image in zip(run.cocoGt.dataset["images"], ground_truth["images"]):     # it has ids of its own
+        truth, similarity = run.cocoGt.imgToAnns[theirs["id"]], run.ious[theirs["id"], 1]
+        found = [d | dict(image_id=image["id"]) for d in run.cocoDt.imgToAnns[theirs["id"]]]
+        found = sorted(found, key=lambda d: -d["score"])[:MOST]
         counts = np.array([bool(a["num_keypoints"]) and not a["iscrowd"] for a in truth], bool)
         similarity = np.reshape(similarity, (len(found), len(truth)))
         ignored = similarity[:, ~counts].max(1, initial=0) >= IGNORED
         similarity = similarity[:, counts]
-        people = [Person(image, np.reshape(a["keypoints"], (-1, 3)), a["area"], np.reshape(a["bbox"], (2, 2)).cumsum(0))
+        people = [Person(image["id"], np.reshape(a["keypoints"], (-1, 3)), a["area"],
+                         np.reshape(a["bbox"], (2, 2)).cumsum(0))           # x, y, then x + w, y + h
                   for a, counted in zip(truth, counts) if counted]
         owner = metrics.match(similarity, FOUND)
         for d, result in enumerate(found):
@@ -167,8 +169,7 @@ def corrected(errors: Errors, gone: Sequence[str], sigmas: Sequence[float]) -> l
             poses = [dict(p.pose, keypoints=poses[int(np.argmax(similarity))]["keypoints"])]
         results += poses
     results.sort(key=lambda one: one["id"])             # equal scores are ranked by their order
-    return [dict(image_id=errors.names[one["image_id"]], category_id=1, score=one["score"],
-                 keypoints=one["keypoints"]) for one in results]
+    return [{name: one[name] for name in ("image_id", "score", "keypoints")} for one in results]
 
 
 def error_table(errors: Errors, ground_truth: dict, skeleton: Skeleton,
@@ -240,8 +241,7 @@ def diagnose(predictions: Sequence[Prediction], data: PoseDataset, threshold: fl
     known = {id_key(image["id"]) for image in truth["images"]}
     results = [one for one in metrics.to_results(predictions) if id_key(one["image_id"]) in known]
     errors = find_errors(truth, results, skeleton)
-    places = {id_key(data.id_of(n)): i for i, n in enumerate(data.rows)}
-    place = {image: places[id_key(name)] for image, name in errors.names.items()}
+    place = {data.id_of(n): i for i, n in enumerate(data.rows)}
     save_pictures([draw_worst(errors, data, place, threshold)], out / "worst")
     save_pictures([draw_oks(errors, data, place)], out / "oks")
     return [metrics.format_table(keypoint_table(errors, skeleton)),
@@ -252,46 +252,45 @@ def diagnose(predictions: Sequence[Prediction], data: PoseDataset, threshold: fl
             f"common/diagnose.py defines the kinds; {out / 'worst.png'} and {out / 'oks.png'} show them)\n"]
 
 
-def draw_worst(errors: Errors, data: PoseDataset, place: dict[int, int], threshold: float,
-               count: int = 12) -> Image.Image:
-    """Labels and predictions of the worst people: by OKS those found with a score of at least `threshold`,
-    then those who were missed, then the others. place: of each image of `errors` in the data."""
-    pairs = []
-    for p in sorted(errors.people, key=lambda p: (not p.pose or p.pose["score"] < threshold, p.oks)):
-        if len(pairs) == count:
-            break
+def with_pictures(people: list[Person], data: PoseDataset,
+                  place: dict[int | str, int]) -> Iterator[tuple[Person, Image.Image]]:
+    """Those people whose picture can be read; place: of each image in the data, by its id."""
+    for p in people:
         sample, _ = data.load(place[p.image_id])
-        if sample is None:
-            continue
+        if sample is not None:
+            yield p, sample.image
+
+
+def draw_worst(errors: Errors, data: PoseDataset, place: dict[int | str, int], threshold: float) -> Image.Image:
+    """Labels and predictions of the worst people: by OKS those found with a score of at least `threshold`,
+    then those who were missed, then the others."""
+    pairs, worst = [], sorted(errors.people, key=lambda p: (not p.pose or p.pose["score"] < threshold, p.oks))
+    for p, picture in islice(with_pictures(worst, data, place), SHOWN):
         guess = np.zeros((0, len(p.truth), 2)) if p.pose is None else xy(p.pose)[None]
         labelled = p.truth[p.truth[:, 2] > 0, :2]
-        crop, corner = crop_around(sample.image, np.concatenate([p.box, labelled, *guess]))
+        crop, corner = crop_around(picture, np.concatenate([p.box, labelled, *guess]))
         both = [draw.draw_people(crop, points, None, data.skeleton, min_side=300)
                 for points in (p.truth[None] - [*corner, 0], guess - corner)]
         text = "missed"
         if p.pose:
-            counts = {kind: (p.kinds == kind).sum() for kind in KINDS}
-            text = f"OKS {p.oks:.2f}, score {p.pose['score']:.2f}: " + ", ".join(
-                f"{number} {kind}" for kind, number in counts.items() if number)
-        text += f" (image {errors.names[p.image_id]})"
+            counts = [f"{number} {kind}" for kind in KINDS if (number := (p.kinds == kind).sum())]
+            text = f"OKS {p.oks:.2f}, score {p.pose['score']:.2f}: {', '.join(counts)}"
+        text += f" (image {p.image_id})"
         pairs.append(draw.captioned(draw.contact_sheet(both, 2, cell=300, gap=2), text))
     return draw.captioned(draw.contact_sheet(pairs, columns=3, cell=620), "Labels left, predictions right")
 
 
-def draw_oks(errors: Errors, data: PoseDataset, place: dict[int, int]) -> Image.Image:
+def draw_oks(errors: Errors, data: PoseDataset, place: dict[int | str, int]) -> Image.Image:
     """Somebody with most visible keypoints, and around each the circles on which its ks is CIRCLES."""
     def fitness(p: Person) -> tuple:
         whole = (p.box > 0).all() and (p.box < data[place[p.image_id]].size).all()
         return whole, (p.truth[:, 2] == 2).sum(), (p.truth[:, 2] > 0).sum(), p.area
 
-    for p in sorted(errors.people, key=fitness, reverse=True):
-        sample, _ = data.load(place[p.image_id])
-        if sample is None:
-            continue
+    for p, picture in with_pictures(sorted(errors.people, key=fitness, reverse=True), data, place):
         seen = np.flatnonzero(p.truth[:, 2] > 0)
         points, radii = p.truth[seen, :2], oks_radii(p.area, data.skeleton.sigmas)[:, seen]
         reach = [points + side * radii[0, :, None] for side in (-1, 1)]
-        crop, corner = crop_around(sample.image, np.concatenate([*reach, p.box]))
+        crop, corner = crop_around(picture, np.concatenate([*reach, p.box]))
         sides = [draw.side_of(data.skeleton, k) for k in seen]
         drawn = draw.draw_circles(crop, points - corner, radii, sides, [str(value) for value in CIRCLES])
         text = ("With every keypoint on its outer, middle or inner circle, this person's OKS is "

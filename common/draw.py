@@ -23,6 +23,7 @@ LEFT, RIGHT = ((40, 150, 255), (60, 230, 150)), ((255, 180, 40), (255, 60, 100))
 CENTRE = ((250, 235, 90), (205, 150, 255))              # each: its first limb, its last limb
 RIM, LIGHT, PAPER = (20, 20, 24), (245, 245, 245), (255, 255, 255)
 ABSENT, HOLLOW, SOLID = 0, 1, 2
+DOUBTFUL = 0.3                                          # keypoints of a lower score are hollow
 
 
 # ---------------------------------------------------------------- people
@@ -43,28 +44,28 @@ def colours(sides: Sequence[int]) -> list[Colour]:
     return result
 
 
-def states(keypoints: np.ndarray, scores: np.ndarray | None, threshold: float) -> np.ndarray:
+def states(keypoints: np.ndarray, scores: np.ndarray | None) -> np.ndarray:
     """(P, K): ABSENT where not labelled or not finite, HOLLOW where v = 1 or the score is low, else SOLID."""
     state = np.full(keypoints.shape[:2], SOLID)
     if keypoints.shape[2] == 3:
         state = np.clip(np.ceil(np.nan_to_num(keypoints[..., 2])), ABSENT, SOLID).astype(int)
     if scores is not None:
-        state = np.where(np.asarray(scores) < threshold, np.minimum(state, HOLLOW), state)
+        state = np.where(np.asarray(scores) < DOUBTFUL, np.minimum(state, HOLLOW), state)
     return np.where(np.isfinite(keypoints[..., :2]).all(-1), state, ABSENT)
 
 
 def draw_people(image: Image.Image, keypoints: np.ndarray, scores: np.ndarray | None, skeleton: Skeleton,
                 boxes: np.ndarray | None = None, person_scores: np.ndarray | None = None,
-                threshold: float = 0.3, min_side: int = 384) -> Image.Image:
+                min_side: int = 384) -> Image.Image:
     """The image with its people, enlarged by a whole factor if its shorter side is below `min_side`.
 
     Takes    keypoints (P, K, 2) or (P, K, 3) with v, px;  scores (P, K) or None;  boxes (P, 4) xyxy px or None;
              person_scores (P,) or None: written beside each person, and the best are drawn on top
-    Returns  a new RGB image. Keypoints of v = 1 or a score below `threshold` are rings, those of v = 0 left out.
+    Returns  a new RGB image. Keypoints of v = 1 or a score below 0.3 are rings, those of v = 0 left out.
     """
     layer, limit = Layer(image, min_side), np.array(image.size)
     keypoints = np.asarray(keypoints, dtype=float).reshape(-1, skeleton.num_keypoints, np.shape(keypoints)[-1])
-    state = states(keypoints, scores, threshold)
+    state = states(keypoints, scores)
     xy = layer.place(np.clip(np.nan_to_num(keypoints[..., :2]), -limit, 2 * limit))
     for p in range(len(xy)) if person_scores is None else np.argsort(person_scores):
         box = None if boxes is None else (np.clip(boxes[p], 0, np.tile(limit, 2)) * layer.scale).tolist()
@@ -81,7 +82,7 @@ class Layer:
     """What is drawn over an image, which is enlarged by a whole factor if its shorter side is below `min_side`: by `pen`,
     for smooth lines `fine` times larger than the result. `unit` is a width that suits the picture."""
 
-    def __init__(self, image: Image.Image, min_side: int):
+    def __init__(self, image: Image.Image, min_side: int = 384):
         width, height = image.size
         zoom = max(1, min(math.ceil(min_side / min(width, height)), 4096 // max(width, height)))
         self.canvas = image.convert("RGB").resize((width * zoom, height * zoom), Image.Resampling.BICUBIC)
@@ -103,15 +104,14 @@ class Layer:
         return self.canvas
 
 
-def draw_ellipses(image: Image.Image, draws: np.ndarray, skeleton: Skeleton, deviations: float = 2,
-                  min_side: int = 384) -> Image.Image:
+def draw_ellipses(image: Image.Image, draws: np.ndarray, skeleton: Skeleton) -> Image.Image:
     """The image with an ellipse per keypoint that says how far several guesses of it lie apart.
 
-    draws (S, P, K, 2): S guesses of the keypoints of P people, px. An ellipse is their mean and `deviations`
-    standard deviations around it, in the colour of the keypoint.
+    draws (S, P, K, 2): S guesses of the keypoints of P people, px. An ellipse is their mean and two standard deviations
+    around it, in the colour of the keypoint.
     """
-    layer, angle = Layer(image, min_side), np.linspace(0, 2 * math.pi, 49)
-    circle = deviations * np.stack([np.cos(angle), np.sin(angle)], -1)
+    layer, angle = Layer(image), np.linspace(0, 2 * math.pi, 49)
+    circle = 2 * np.stack([np.cos(angle), np.sin(angle)], -1)
     for guesses in np.asarray(draws, dtype=float).swapaxes(0, 1):
         for xy, colour in zip(guesses.swapaxes(0, 1), colours([side_of(skeleton, k) for k in range(guesses.shape[1])])):
             _, size, axes = np.linalg.svd(xy - xy.mean(0), full_matrices=False)
@@ -120,11 +120,11 @@ def draw_ellipses(image: Image.Image, draws: np.ndarray, skeleton: Skeleton, dev
     return layer.finish()
 
 
-def draw_circles(image: Image.Image, points: np.ndarray, radii: np.ndarray, sides: Sequence[int], texts: Sequence[str],
-                 min_side: int = 640) -> Image.Image:
+def draw_circles(image: Image.Image, points: np.ndarray, radii: np.ndarray, sides: Sequence[int],
+                 texts: Sequence[str]) -> Image.Image:
     """The image with R circles around each point (N, 2), radii (R, N), in pixels, in the colours of the points' sides;
     those of the point with the largest ones are labelled."""
-    layer = Layer(image, min_side)
+    layer = Layer(image, min_side=640)
     pen, fine, centres, radii = layer.pen, layer.fine, layer.place(points), radii * layer.scale
     for (x, y), sizes, colour in zip(centres, radii.T, colours(sides)):
         for size in sizes:
@@ -144,9 +144,9 @@ def draw_heat(image: Image.Image, heat: np.ndarray) -> Image.Image:
     return Image.composite(Image.new("RGB", image.size, RIGHT[0]), image.point(lambda value: value // 2), shade)
 
 
-def draw_points(image: Image.Image, points: np.ndarray, weights: np.ndarray, min_side: int = 384) -> Image.Image:
+def draw_points(image: Image.Image, points: np.ndarray, weights: np.ndarray) -> Image.Image:
     """The image with a disc at each point (N, 2), in pixels, the larger the more it weighs, (N,) from 0 to 1."""
-    layer = Layer(image, min_side)
+    layer = Layer(image)
     for i in np.argsort(weights):
         x, y = layer.place(points[i])
         disc(layer.pen, x, y, layer.unit * (0.8 + 2 * weights[i]), RIM)
@@ -154,10 +154,10 @@ def draw_points(image: Image.Image, points: np.ndarray, weights: np.ndarray, min
     return layer.finish()
 
 
-def draw_arrows(image: Image.Image, points: np.ndarray, arrows: Sequence[tuple[int, int]], strength: np.ndarray,
-                min_side: int = 384) -> Image.Image:
+def draw_arrows(image: Image.Image, points: np.ndarray, arrows: Sequence[tuple[int, int]],
+                strength: np.ndarray) -> Image.Image:
     """The image with arrows between points (K, 2), wide where they end, the wider the stronger."""
-    layer = Layer(image, min_side)
+    layer = Layer(image)
     places = layer.place(points)
     for (a, b), share in zip(arrows, strength / max(strength.max(), 1e-9)):
         along = (places[b] - places[a]) / max(math.dist(places[a], places[b]), 1)

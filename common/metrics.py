@@ -5,10 +5,6 @@ match, so such predictions are left out and counted; its other traps (annotation
 lies) are not in what `PoseDataset.ground_truth` gives. CrowdPose's own tool is the same program with another area and
 three more numbers, and COCO-WholeBody's runs it six times, so all of them go through `coco_eval`.
 
-    evaluate(predictions, dataset)          the table of the dataset's papers
-    keypoint_errors(predictions, dataset)   which keypoints are off, and by how much
-    keypoint_ap, box_ap, wholebody_ap       the same numbers from COCO-style ground truth and results
-
 Units   pixels of the original image; areas px²; boxes x1, y1, x2, y2, except `bbox` in COCO dicts: x, y, w, h.
 A value of -1 means that there was nothing to find, 0 that nothing was found.
 """
@@ -133,11 +129,10 @@ def keypoint_ap(ground_truth: dict, results: list[dict], sigmas: Sequence[float]
     large by their boxes, else by the extent of their keypoints: APM and APL of the same poses differ. QueryPose's
     release is scored with boxes, those of the other methods without.
     """
-    if not crowdpose:
-        run = coco_eval(ground_truth, results, "keypoints", sigmas)
-        return dict(zip(KEYPOINT_NAMES, run.stats.tolist()))
-    run = coco_eval(with_crowdpose_areas(ground_truth), results, "keypoints", sigmas)
+    run = coco_eval(with_crowdpose_areas(ground_truth) if crowdpose else ground_truth, results, "keypoints", sigmas)
     stats = dict(zip(KEYPOINT_NAMES, run.stats.tolist()))
+    if not crowdpose:
+        return stats
     metrics = {name: stats[name] for name in CROWDPOSE_NAMES}
     per_image, crowding = run.evalImgs, {n: i.get("crowdIndex", math.nan) for n, i in run.cocoGt.imgs.items()}
     for name, (low, high) in CROWDING.items():
@@ -160,12 +155,11 @@ def box_ap(ground_truth: dict, results: list[dict], crowdpose: bool = False) -> 
 def wholebody_ap(ground_truth: dict, results: list[dict]) -> dict[str, dict[str, float]]:
     """COCO-WholeBody's six evaluations: body, foot, face, lefthand, righthand, wholebody (the headline).
 
-    Keypoints come as 133 x 3 numbers, or apart as in the official files (`keypoints`, `foot_kpts`, ...). A person
-    counts in an evaluation if one of its keypoints is labelled. One score and the body's extent serve all six.
+    A person counts in an evaluation if one of its keypoints is labelled. One score and the body's extent serve all six.
     """
     sigmas = SKELETONS["wholebody"].sigmas
-    people = [(a, wholebody_keypoints(a)) for a in ground_truth["annotations"]]
-    found = [(r, wholebody_keypoints(r)) for r in finite(results)]
+    people, found = ([(one, flat(one, "keypoints").reshape(-1, 3)) for one in records]
+                     for records in (ground_truth["annotations"], finite(results)))
     metrics = {}
     for part, (start, end) in WHOLEBODY_PARTS.items():
         annotations = [dict(a, keypoints=k[start:end], num_keypoints=int((k[start:end, 2] > 0).sum()))
@@ -174,15 +168,6 @@ def wholebody_ap(ground_truth: dict, results: list[dict]) -> dict[str, dict[str,
                       if (k[start:end, 2] > 0).any()]            # xtcocotools drops the others
         metrics[part] = keypoint_ap(dict(ground_truth, annotations=annotations), detections, sigmas[start:end])
     return metrics
-
-
-def wholebody_keypoints(record: dict) -> np.ndarray:
-    """(133, 3) from an annotation or a result."""
-    fields = ("keypoints", "foot_kpts", "face_kpts", "lefthand_kpts", "righthand_kpts")
-    values = np.concatenate([flat(record, field) for field in fields])
-    if values.size != 3 * 133:
-        raise UserError(f"image {record['image_id']}: {values.size} whole-body numbers, expected 399 (133 x 3)")
-    return values.reshape(133, 3)
 
 
 def body_extent(keypoints: np.ndarray) -> list[float]:
