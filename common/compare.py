@@ -48,6 +48,8 @@ def compare(finders: dict[str, Finder], pictures: Iterable[Shot], device: torch.
 
     Raises UserError where no picture can be read.
     """
+    for model in (model for finder in finders.values() for model in finder.models):
+        model.requires_grad_(False)                     # else the counter of FLOPs asks for the gradients of inputs
     cells, rows, left_out = [], [], 0
     for shot in pictures:
         if shot.error:
