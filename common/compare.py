@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterable, Sized
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from common import draw, metrics
 from common.errors import UserError
+from common.export import timed
 from common.video import Shot, save_pictures, whole
 
 ROUNDS = 5                                      # measurements after a warm-up
@@ -38,13 +38,7 @@ def cost(work: Callable[[], Sized], device: torch.device) -> tuple[Sized, float,
     """What `work` gives, its GFLOPs, and its milliseconds, the median of ROUNDS calls after a first one."""
     with FlopCounterMode(display=False) as counter:
         result = work()
-    times = []
-    for _ in range(1 + ROUNDS):
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(1000 * (time.perf_counter() - start))
+    times = [timed(device, work)[1] for _ in range(1 + ROUNDS)]
     return result, counter.get_total_flops() / 1e9, statistics.median(times[1:])
 
 
@@ -54,6 +48,8 @@ def compare(finders: dict[str, Finder], pictures: Iterable[Shot], device: torch.
 
     Raises UserError where no picture can be read.
     """
+    for model in (model for finder in finders.values() for model in finder.models):
+        model.requires_grad_(False)                     # else the counter of FLOPs asks for the gradients of inputs
     cells, rows, left_out = [], [], 0
     for shot in pictures:
         if shot.error:

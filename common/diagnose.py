@@ -29,8 +29,9 @@ AP is 1 at thresholds of OKS up to 0.85; at the higher ones good keypoints may s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ from common import draw, metrics
 from common.datasets import MOST, PoseDataset, id_key
 from common.errors import UserError
 from common.oks import oks, oks_terms
-from common.records import Prediction, Sample
+from common.records import Prediction
 from common.skeletons import Skeleton
 from common.video import save_pictures
 
@@ -49,33 +50,34 @@ GOOD, NEAR = 0.85, 0.5              # ks from which a keypoint is good; from whi
 FOUND = 0.1                         # OKS from which a prediction may take a person
 IGNORED = 0.95                      # COCO's highest threshold
 KINDS = ("good", "jitter", "inversion", "swap", "miss")
-EVERY = (*KINDS[1:], "missed", "duplicate", "false")
+WRONG = KINDS[1:]
+EVERY = (*WRONG, "missed", "duplicate", "false")
+SHOWN = 12                          # people of worst.png
 CIRCLES = (0.5, 0.75, 0.95)         # OKS of the circles of oks.png
 
 
 @dataclass
 class Person:
     """An annotated person who counts, and the predictions that are hers: COCO results with an `id`."""
-    image_id: int                           # pycocotools' own
+    image_id: int | str
     truth: np.ndarray                       # (K, 3) x, y, v px
     area: float                             # px²
     box: np.ndarray                         # (2, 2) upper left and lower right corner px
     pose: dict | None = None                # None: missed
     oks: float = 0.0
-    kinds: np.ndarray | None = None         # (K,) index of KINDS; -1 without a label
+    kinds: np.ndarray | None = None         # (K,) of KINDS; "" without a label
     duplicates: list[dict] = field(default_factory=list)
 
     def wrong(self, gone: Sequence[str]) -> np.ndarray:
         """Which keypoints (K,) of the pose have an error of these kinds."""
-        hidden = (self.kinds > 0) & (self.truth[:, 2] == 1) & ("hidden" in gone)
-        return np.isin(np.array([*KINDS, ""])[self.kinds], gone) | hidden
+        hidden = np.isin(self.kinds, WRONG) & (self.truth[:, 2] == 1) & ("hidden" in gone)
+        return np.isin(self.kinds, gone) | hidden
 
 
 @dataclass
 class Errors:
     """What `find_errors` finds; every prediction is a person's pose, a duplicate, false, or ignored."""
     ap: float
-    names: dict[int, int | str]             # pycocotools' image ids → those of the dataset
     people: list[Person] = field(default_factory=list)
     false: list[dict] = field(default_factory=list)
     ignored: list[dict] = field(default_factory=list)
@@ -95,7 +97,7 @@ def xy(result: dict) -> np.ndarray:
 
 
 def keypoint_kinds(pose: np.ndarray, person: Person, others: list[Person], skeleton: Skeleton) -> np.ndarray:
-    """Index of KINDS for each keypoint of a pose (K, 2) that is this person's; -1 where there is no label."""
+    """The kind of each keypoint of a pose (K, 2) that is this person's; "" where there is no label."""
     same = np.arange(len(pose))
     flip = same if skeleton.flip is None else np.array(skeleton.flip)
 
@@ -106,8 +108,8 @@ def keypoint_kinds(pose: np.ndarray, person: Person, others: list[Person], skele
     own, mirrored = near(person, same), near(person, flip) * (flip != same)
     beside = np.max([0 * own, *(near(one, rows) for one in others for rows in (same, flip))], axis=0)
     inverted = (mirrored >= NEAR) & (mirrored >= beside)
-    kinds = np.select([own >= GOOD, own >= NEAR, inverted, beside >= NEAR], range(4), 4)
-    return np.where(person.truth[:, 2] > 0, kinds, -1)
+    unlabelled = person.truth[:, 2] == 0
+    return np.select([unlabelled, own >= GOOD, own >= NEAR, inverted, beside >= NEAR], ["", *KINDS[:4]], KINDS[4])
 
 
 def find_errors(ground_truth: dict, results: list[dict], skeleton: Skeleton) -> Errors:
@@ -117,17 +119,19 @@ def find_errors(ground_truth: dict, results: list[dict], skeleton: Skeleton) -> 
     without labels at each of its thresholds.
     """
     run = metrics.coco_eval(ground_truth, results, "keypoints", skeleton.sigmas)
-    theirs, ours = ([image["id"] for image in one["images"]] for one in (run.cocoGt.dataset, ground_truth))
-    errors = Errors(float(run.stats[0]), dict(zip(theirs, ours)))
-    for (image, _), similarity in run.ious.items():
-        truth = run.cocoGt.imgToAnns[image]
-        found = sorted(run.cocoDt.imgToAnns[image], key=lambda d: -d["score"])[:MOST]
+    errors = Errors(float(run.stats[0]))
+    for theirs, image in zip(run.cocoGt.dataset["images"], ground_truth["images"]):     # it has ids of its own
+        truth, similarity = run.cocoGt.imgToAnns[theirs["id"]], run.ious[theirs["id"], 1]
+        found = [d | dict(image_id=image["id"]) for d in run.cocoDt.imgToAnns[theirs["id"]]]
+        found = sorted(found, key=lambda d: -d["score"])[:MOST]
         counts = np.array([bool(a["num_keypoints"]) and not a["iscrowd"] for a in truth], bool)
         similarity = np.reshape(similarity, (len(found), len(truth)))
         ignored = similarity[:, ~counts].max(1, initial=0) >= IGNORED
         similarity = similarity[:, counts]
-        people = [person_of(a) for a, counted in zip(truth, counts) if counted]
-        owner = dict(metrics.match(similarity, FOUND)) if people else {}
+        people = [Person(image["id"], np.reshape(a["keypoints"], (-1, 3)), a["area"],
+                         np.reshape(a["bbox"], (2, 2)).cumsum(0))           # x, y, then x + w, y + h
+                  for a, counted in zip(truth, counts) if counted]
+        owner = metrics.match(similarity, FOUND)
         for d, result in enumerate(found):
             if d in owner:
                 person = people[owner[d]]
@@ -142,12 +146,6 @@ def find_errors(ground_truth: dict, results: list[dict], skeleton: Skeleton) -> 
                 errors.false.append(result)
         errors.people += people
     return errors
-
-
-def person_of(annotation: dict) -> Person:
-    x, y, w, h = annotation["bbox"]
-    truth = np.reshape(annotation["keypoints"], (-1, 3))
-    return Person(annotation["image_id"], truth, annotation["area"], np.array([[x, y], [x + w, y + h]]))
 
 
 def corrected(errors: Errors, gone: Sequence[str], sigmas: Sequence[float]) -> list[dict]:
@@ -171,8 +169,7 @@ def corrected(errors: Errors, gone: Sequence[str], sigmas: Sequence[float]) -> l
             poses = [dict(p.pose, keypoints=poses[int(np.argmax(similarity))]["keypoints"])]
         results += poses
     results.sort(key=lambda one: one["id"])             # equal scores are ranked by their order
-    return [dict(image_id=errors.names[one["image_id"]], category_id=1, score=one["score"],
-                 keypoints=one["keypoints"]) for one in results]
+    return [{name: one[name] for name in ("image_id", "score", "keypoints")} for one in results]
 
 
 def error_table(errors: Errors, ground_truth: dict, skeleton: Skeleton,
@@ -186,41 +183,38 @@ def error_table(errors: Errors, ground_truth: dict, skeleton: Skeleton,
     """
     found = errors.found
     shape = (len(found), skeleton.num_keypoints)
-    kinds, v = np.reshape([p.kinds for p in found], shape), np.reshape([p.truth[:, 2] for p in found], shape)
-    sure, labels = np.array([p.pose["score"] >= threshold for p in found], bool), int((kinds >= 0).sum())
-    column, table = f"score {threshold:.2g}", {}
+    kinds = np.reshape(np.array([p.kinds for p in found], str), shape)
+    unseen = np.reshape([p.truth[:, 2] for p in found], shape) == 1
+    sure, labels = np.array([p.pose["score"] >= threshold for p in found], bool), int((kinds != "").sum())
+    people, predictions = len(errors.people), len(found) + len(errors.false + errors.ignored + errors.duplicates)
 
-    def add(name: str, count: int, total: int, surely: int, hidden: float, gone: Sequence[str]) -> None:
-        after = errors.ap if gone else math.nan
-        if gone and count:
-            results = corrected(errors, gone, skeleton.sigmas)
-            after = float(metrics.coco_eval(ground_truth, results, "keypoints", skeleton.sigmas).stats[0])
-        table[name] = {"count": int(count), "share": count / total if total else math.nan, "hidden": hidden,
-                       column: int(surely), "AP without": after, "gained": after - errors.ap}
-
-    for name in tqdm((*KINDS, "hidden"), "diagnose", leave=False, dynamic_ncols=True, disable=None):
-        these = (kinds > 0) & (v == 1) if name == "hidden" else kinds == KINDS.index(name)
-        hidden = int((these & (v == 1)).sum())
-        add(name, these.sum(), labels, these[sure].sum(), hidden, () if name == "good" else (name,))
-    people = len(errors.people)
-    predictions = len(found) + len(errors.false + errors.ignored + errors.duplicates)
-    add("missed", people - len(found), people, people - sure.sum(), math.nan, ("missed",))
+    rows = {}                                               # count, of how many, of how many sure ones, hidden
+    for name in (*KINDS, "hidden"):
+        these = np.isin(kinds, WRONG) & unseen if name == "hidden" else kinds == name
+        rows[name] = these.sum(), labels, these[sure].sum(), int((these & unseen).sum())
+    rows["missed"] = people - len(found), people, people - sure.sum(), math.nan
     for name, these in ("duplicate", errors.duplicates), ("false", errors.false):
-        surely = sum(one["score"] >= threshold for one in these)
-        add(name, len(these), predictions, surely, math.nan, (name,))
-    count, surely = (sum(table[name][one] for name in EVERY) for one in ("count", column))
-    add("all", count, 0, surely, math.nan, EVERY)
+        rows[name] = len(these), predictions, sum(one["score"] >= threshold for one in these), math.nan
+    rows["all"] = sum(rows[name][0] for name in EVERY), 0, sum(rows[name][2] for name in EVERY), math.nan
+
+    table, bar = {}, tqdm(rows.items(), "diagnose", leave=False, dynamic_ncols=True, disable=None)
+    for name, (count, total, surely, hidden) in bar:
+        after = math.nan if name == "good" else errors.ap
+        if count and name != "good":
+            results = corrected(errors, EVERY if name == "all" else (name,), skeleton.sigmas)
+            after = metrics.keypoint_ap(ground_truth, results, skeleton.sigmas)["AP"]
+        table[name] = {"count": int(count), "share": count / total if total else math.nan, "hidden": hidden,
+                       f"score {threshold:.2g}": int(surely), "AP without": after, "gained": after - errors.ap}
     return table
 
 
 def keypoint_table(errors: Errors, skeleton: Skeleton) -> dict[str, dict[str, float]]:
     """{keypoint: {labels of the people found, share of each kind among them}}."""
-    kinds = np.reshape([p.kinds for p in errors.found], (-1, skeleton.num_keypoints))
     rows = {}
-    for name, one in zip(skeleton.keypoints, kinds.T):
-        labels = int((one >= 0).sum())
-        shares = [float((one == i).sum() / labels) if labels else math.nan for i in range(len(KINDS))]
-        rows[name] = dict(labels=labels, **dict(zip(KINDS, shares)))
+    for k, name in enumerate(skeleton.keypoints):
+        kinds = [p.kinds[k] for p in errors.found if p.kinds[k]]
+        rows[name] = dict(labels=len(kinds), **{
+            kind: kinds.count(kind) / len(kinds) if kinds else math.nan for kind in KINDS})
     return rows
 
 
@@ -247,9 +241,9 @@ def diagnose(predictions: Sequence[Prediction], data: PoseDataset, threshold: fl
     known = {id_key(image["id"]) for image in truth["images"]}
     results = [one for one in metrics.to_results(predictions) if id_key(one["image_id"]) in known]
     errors = find_errors(truth, results, skeleton)
-    samples = Samples(errors, data)
-    save_pictures([draw_worst(errors, samples, skeleton, threshold)], out / "worst")
-    save_pictures([draw_oks(errors, samples, skeleton)], out / "oks")
+    place = {data.id_of(n): i for i, n in enumerate(data.rows)}
+    save_pictures([draw_worst(errors, data, place, threshold)], out / "worst")
+    save_pictures([draw_oks(errors, data, place)], out / "oks")
     return [metrics.format_table(keypoint_table(errors, skeleton)),
             "(shares of the labels of the people found)\n",
             metrics.format_table(error_table(errors, truth, skeleton, threshold)),
@@ -258,64 +252,46 @@ def diagnose(predictions: Sequence[Prediction], data: PoseDataset, threshold: fl
             f"common/diagnose.py defines the kinds; {out / 'worst.png'} and {out / 'oks.png'} show them)\n"]
 
 
-class Samples:
-    """The pictures of people: load(person) → a Sample with its picture, or None; size(person) → (w, h)."""
-
-    def __init__(self, errors: Errors, data: PoseDataset):
-        self.errors, self.data = errors, data
-        self.places = {id_key(data.id_of(n)): i for i, n in enumerate(data.rows)}
-
-    def place(self, person: Person) -> int:
-        return self.places[id_key(self.errors.names[person.image_id])]
-
-    def load(self, person: Person) -> Sample | None:
-        return self.data.load(self.place(person))[0]
-
-    def size(self, person: Person) -> tuple[int, int]:
-        return self.data[self.place(person)].size
+def with_pictures(people: list[Person], data: PoseDataset,
+                  place: dict[int | str, int]) -> Iterator[tuple[Person, Image.Image]]:
+    """Those people whose picture can be read; place: of each image in the data, by its id."""
+    for p in people:
+        sample, _ = data.load(place[p.image_id])
+        if sample is not None:
+            yield p, sample.image
 
 
-def draw_worst(errors: Errors, samples: Samples, skeleton: Skeleton, threshold: float,
-               count: int = 12) -> Image.Image:
+def draw_worst(errors: Errors, data: PoseDataset, place: dict[int | str, int], threshold: float) -> Image.Image:
     """Labels and predictions of the worst people: by OKS those found with a score of at least `threshold`,
     then those who were missed, then the others."""
-    pairs = []
-    for p in sorted(errors.people, key=lambda p: (not p.pose or p.pose["score"] < threshold, p.oks)):
-        if len(pairs) == count:
-            break
-        sample = samples.load(p)
-        if sample is None:
-            continue
+    pairs, worst = [], sorted(errors.people, key=lambda p: (not p.pose or p.pose["score"] < threshold, p.oks))
+    for p, picture in islice(with_pictures(worst, data, place), SHOWN):
         guess = np.zeros((0, len(p.truth), 2)) if p.pose is None else xy(p.pose)[None]
         labelled = p.truth[p.truth[:, 2] > 0, :2]
-        crop, corner = crop_around(sample.image, np.concatenate([p.box, labelled, *guess]))
-        both = [draw.draw_people(crop, points, None, skeleton, min_side=300)
+        crop, corner = crop_around(picture, np.concatenate([p.box, labelled, *guess]))
+        both = [draw.draw_people(crop, points, None, data.skeleton, min_side=300)
                 for points in (p.truth[None] - [*corner, 0], guess - corner)]
         text = "missed"
         if p.pose:
-            counts = {kind: int((p.kinds == i).sum()) for i, kind in enumerate(KINDS)}
-            text = f"OKS {p.oks:.2f}, score {p.pose['score']:.2f}: " + ", ".join(
-                f"{number} {kind}" for kind, number in counts.items() if number)
-        text += f" (image {errors.names[p.image_id]})"
+            counts = [f"{number} {kind}" for kind in KINDS if (number := (p.kinds == kind).sum())]
+            text = f"OKS {p.oks:.2f}, score {p.pose['score']:.2f}: {', '.join(counts)}"
+        text += f" (image {p.image_id})"
         pairs.append(draw.captioned(draw.contact_sheet(both, 2, cell=300, gap=2), text))
     return draw.captioned(draw.contact_sheet(pairs, columns=3, cell=620), "Labels left, predictions right")
 
 
-def draw_oks(errors: Errors, samples: Samples, skeleton: Skeleton) -> Image.Image:
+def draw_oks(errors: Errors, data: PoseDataset, place: dict[int | str, int]) -> Image.Image:
     """Somebody with most visible keypoints, and around each the circles on which its ks is CIRCLES."""
     def fitness(p: Person) -> tuple:
-        whole = (p.box > 0).all() and (p.box < samples.size(p)).all()
+        whole = (p.box > 0).all() and (p.box < data[place[p.image_id]].size).all()
         return whole, (p.truth[:, 2] == 2).sum(), (p.truth[:, 2] > 0).sum(), p.area
 
-    for p in sorted(errors.people, key=fitness, reverse=True):
-        sample = samples.load(p)
-        if sample is None:
-            continue
+    for p, picture in with_pictures(sorted(errors.people, key=fitness, reverse=True), data, place):
         seen = np.flatnonzero(p.truth[:, 2] > 0)
-        points, radii = p.truth[seen, :2], oks_radii(p.area, skeleton.sigmas)[:, seen]
+        points, radii = p.truth[seen, :2], oks_radii(p.area, data.skeleton.sigmas)[:, seen]
         reach = [points + side * radii[0, :, None] for side in (-1, 1)]
-        crop, corner = crop_around(sample.image, np.concatenate([*reach, p.box]))
-        sides = [draw.side_of(skeleton, k) for k in seen]
+        crop, corner = crop_around(picture, np.concatenate([*reach, p.box]))
+        sides = [draw.side_of(data.skeleton, k) for k in seen]
         drawn = draw.draw_circles(crop, points - corner, radii, sides, [str(value) for value in CIRCLES])
         text = ("With every keypoint on its outer, middle or inner circle, this person's OKS is "
                 f"{', '.join(map(str, CIRCLES))} (area {p.area:.0f} square pixels)")

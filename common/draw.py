@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ LEFT, RIGHT = ((40, 150, 255), (60, 230, 150)), ((255, 180, 40), (255, 60, 100))
 CENTRE = ((250, 235, 90), (205, 150, 255))              # each: its first limb, its last limb
 RIM, LIGHT, PAPER = (20, 20, 24), (245, 245, 245), (255, 255, 255)
 ABSENT, HOLLOW, SOLID = 0, 1, 2
+DOUBTFUL = 0.3                                          # keypoints of a lower score are hollow
 
 
 # ---------------------------------------------------------------- people
@@ -42,87 +44,88 @@ def colours(sides: Sequence[int]) -> list[Colour]:
     return result
 
 
-def states(keypoints: np.ndarray, scores: np.ndarray | None, threshold: float) -> np.ndarray:
+def states(keypoints: np.ndarray, scores: np.ndarray | None) -> np.ndarray:
     """(P, K): ABSENT where not labelled or not finite, HOLLOW where v = 1 or the score is low, else SOLID."""
     state = np.full(keypoints.shape[:2], SOLID)
     if keypoints.shape[2] == 3:
         state = np.clip(np.ceil(np.nan_to_num(keypoints[..., 2])), ABSENT, SOLID).astype(int)
     if scores is not None:
-        state = np.where(np.asarray(scores) < threshold, np.minimum(state, HOLLOW), state)
+        state = np.where(np.asarray(scores) < DOUBTFUL, np.minimum(state, HOLLOW), state)
     return np.where(np.isfinite(keypoints[..., :2]).all(-1), state, ABSENT)
 
 
 def draw_people(image: Image.Image, keypoints: np.ndarray, scores: np.ndarray | None, skeleton: Skeleton,
                 boxes: np.ndarray | None = None, person_scores: np.ndarray | None = None,
-                threshold: float = 0.3, min_side: int = 384) -> Image.Image:
+                min_side: int = 384) -> Image.Image:
     """The image with its people, enlarged by a whole factor if its shorter side is below `min_side`.
 
     Takes    keypoints (P, K, 2) or (P, K, 3) with v, px;  scores (P, K) or None;  boxes (P, 4) xyxy px or None;
              person_scores (P,) or None: written beside each person, and the best are drawn on top
-    Returns  a new RGB image. Keypoints of v = 1 or a score below `threshold` are rings, those of v = 0 left out.
+    Returns  a new RGB image. Keypoints of v = 1 or a score below 0.3 are rings, those of v = 0 left out.
     """
-    canvas, layer, zoom, fine = start_drawing(image, min_side)
-    pen, unit = ImageDraw.Draw(layer), fine * math.sqrt(canvas.width * canvas.height) / 200
-
+    layer, limit = Layer(image, min_side), np.array(image.size)
     keypoints = np.asarray(keypoints, dtype=float).reshape(-1, skeleton.num_keypoints, np.shape(keypoints)[-1])
-    state = states(keypoints, scores, threshold)
-    limit = np.array(image.size)
-    xy = (np.clip(np.nan_to_num(keypoints[..., :2]), -limit, 2 * limit) + 0.5) * zoom * fine
-    order = range(len(xy)) if person_scores is None else np.argsort(person_scores)
-    for p in order:
-        box = None if boxes is None else (np.clip(boxes[p], 0, np.tile(limit, 2)) * zoom * fine).tolist()
+    state = states(keypoints, scores)
+    xy = layer.place(np.clip(np.nan_to_num(keypoints[..., :2]), -limit, 2 * limit))
+    for p in range(len(xy)) if person_scores is None else np.argsort(person_scores):
+        box = None if boxes is None else (np.clip(boxes[p], 0, np.tile(limit, 2)) * layer.scale).tolist()
         if box:
-            draw_box(pen, box, unit)
-        draw_person(pen, xy[p], state[p], skeleton, unit)
+            draw_box(layer.pen, box, layer.unit)
+        draw_person(layer.pen, xy[p], state[p], skeleton, layer.unit)
         if person_scores is not None and (box or state[p].any()):
-            corner = box[:2] if box else xy[p][state[p] > ABSENT].min(0) - 4 * unit
-            draw_label(pen, corner, f"{person_scores[p]:.2f}", max(11 * fine, 5 * unit))
-    return finish_drawing(canvas, layer)
+            corner = box[:2] if box else xy[p][state[p] > ABSENT].min(0) - 4 * layer.unit
+            draw_label(layer.pen, corner, f"{person_scores[p]:.2f}", max(11 * layer.fine, 5 * layer.unit))
+    return layer.finish()
 
 
-def start_drawing(image: Image.Image, min_side: int) -> tuple[Image.Image, Image.Image, int, int]:
-    """The enlarged picture, an empty layer to draw on, by what the picture grew and by what the layer is larger."""
-    width, height = image.size
-    zoom = max(1, min(math.ceil(min_side / min(width, height)), 4096 // max(width, height)))
-    canvas = image.convert("RGB").resize((width * zoom, height * zoom), Image.Resampling.BICUBIC)
-    fine = 2 if max(canvas.size) <= 2048 else 1         # draw twice as large and shrink: smooth lines
-    return canvas, Image.new("RGBA", (canvas.width * fine, canvas.height * fine)), zoom, fine
+class Layer:
+    """What is drawn over an image, which is enlarged by a whole factor if its shorter side is below `min_side`: by `pen`,
+    for smooth lines `fine` times larger than the result. `unit` is a width that suits the picture."""
+
+    def __init__(self, image: Image.Image, min_side: int = 384):
+        width, height = image.size
+        zoom = max(1, min(math.ceil(min_side / min(width, height)), 4096 // max(width, height)))
+        self.canvas = image.convert("RGB").resize((width * zoom, height * zoom), Image.Resampling.BICUBIC)
+        self.fine = 2 if max(self.canvas.size) <= 2048 else 1
+        self.scale, self.unit = zoom * self.fine, self.fine * math.sqrt(math.prod(self.canvas.size)) / 200
+        self.image = Image.new("RGBA", (width * self.scale, height * self.scale))
+        self.pen = ImageDraw.Draw(self.image)
+
+    def place(self, xy: np.ndarray) -> np.ndarray:
+        """Where `pen` draws what is at these pixels of the image."""
+        return (xy + 0.5) * self.scale
+
+    def finish(self) -> Image.Image:
+        if found := self.image.getbbox():                                       # what is empty costs nothing
+            x1, y1, x2, y2 = (*(x // self.fine for x in found[:2]), *(-(-x // self.fine) for x in found[2:]))
+            part = self.image.crop([x * self.fine for x in (x1, y1, x2, y2)])
+            part = part.resize((x2 - x1, y2 - y1), Image.Resampling.BOX)
+            self.canvas.paste(part, (x1, y1), part)
+        return self.canvas
 
 
-def finish_drawing(canvas: Image.Image, layer: Image.Image) -> Image.Image:
-    fine = layer.width // canvas.width
-    if found := layer.getbbox():                                                # what is empty costs nothing
-        box = *(x // fine for x in found[:2]), *(-(-x // fine) for x in found[2:])
-        part = layer.crop([x * fine for x in box]).resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BOX)
-        canvas.paste(part, box[:2], part)
-    return canvas
-
-
-def draw_ellipses(image: Image.Image, draws: np.ndarray, skeleton: Skeleton, deviations: float = 2,
-                  min_side: int = 384) -> Image.Image:
+def draw_ellipses(image: Image.Image, draws: np.ndarray, skeleton: Skeleton) -> Image.Image:
     """The image with an ellipse per keypoint that says how far several guesses of it lie apart.
 
-    draws (S, P, K, 2): S guesses of the keypoints of P people, px. An ellipse is their mean and `deviations`
-    standard deviations around it, in the colour of the keypoint.
+    draws (S, P, K, 2): S guesses of the keypoints of P people, px. An ellipse is their mean and two standard deviations
+    around it, in the colour of the keypoint.
     """
-    canvas, layer, zoom, fine = start_drawing(image, min_side)
-    pen = ImageDraw.Draw(layer)
-    angle = np.linspace(0, 2 * math.pi, 49)
-    circle = deviations * np.stack([np.cos(angle), np.sin(angle)], -1)
+    layer, angle = Layer(image), np.linspace(0, 2 * math.pi, 49)
+    circle = 2 * np.stack([np.cos(angle), np.sin(angle)], -1)
     for guesses in np.asarray(draws, dtype=float).swapaxes(0, 1):
         for xy, colour in zip(guesses.swapaxes(0, 1), colours([side_of(skeleton, k) for k in range(guesses.shape[1])])):
             _, size, axes = np.linalg.svd(xy - xy.mean(0), full_matrices=False)
-            outline = (xy.mean(0) + 0.5 + circle * (size / math.sqrt(len(xy)) + 0.3) @ axes) * zoom * fine
-            pen.polygon([tuple(point) for point in outline], (*colour, 110), (*colour, 255), fine)
-    return finish_drawing(canvas, layer)
+            outline = layer.place(xy.mean(0) + circle * (size / math.sqrt(len(xy)) + 0.3) @ axes)
+            layer.pen.polygon([tuple(point) for point in outline], (*colour, 110), (*colour, 255), layer.fine)
+    return layer.finish()
 
 
-def draw_circles(image: Image.Image, points: np.ndarray, radii: np.ndarray, sides: Sequence[int], texts: Sequence[str],
-                 min_side: int = 640) -> Image.Image:
+def draw_circles(image: Image.Image, points: np.ndarray, radii: np.ndarray, sides: Sequence[int],
+                 texts: Sequence[str]) -> Image.Image:
     """The image with R circles around each point (N, 2), radii (R, N), in pixels, in the colours of the points' sides;
     those of the point with the largest ones are labelled."""
-    canvas, layer, zoom, fine = start_drawing(image, min_side)
-    pen, centres, radii = ImageDraw.Draw(layer), (points + 0.5) * zoom * fine, radii * zoom * fine
+    layer = Layer(image, min_side=640)
+    pen, fine, centres, radii = layer.pen, layer.fine, layer.place(points), radii * layer.scale
     for (x, y), sizes, colour in zip(centres, radii.T, colours(sides)):
         for size in sizes:
             pen.ellipse((x - size, y - size, x + size, y + size), outline=RIM, width=4 * fine)
@@ -132,7 +135,7 @@ def draw_circles(image: Image.Image, points: np.ndarray, radii: np.ndarray, side
     largest = int(radii[0].argmax())
     for size, text in zip(radii[:, largest], texts):
         draw_label(pen, centres[largest] - [0, size], text, 12 * fine)
-    return finish_drawing(canvas, layer)
+    return layer.finish()
 
 
 def draw_heat(image: Image.Image, heat: np.ndarray) -> Image.Image:
@@ -141,27 +144,27 @@ def draw_heat(image: Image.Image, heat: np.ndarray) -> Image.Image:
     return Image.composite(Image.new("RGB", image.size, RIGHT[0]), image.point(lambda value: value // 2), shade)
 
 
-def draw_points(image: Image.Image, points: np.ndarray, weights: np.ndarray, min_side: int = 384) -> Image.Image:
+def draw_points(image: Image.Image, points: np.ndarray, weights: np.ndarray) -> Image.Image:
     """The image with a disc at each point (N, 2), in pixels, the larger the more it weighs, (N,) from 0 to 1."""
-    canvas, layer, zoom, fine = start_drawing(image, min_side)
-    pen, unit = ImageDraw.Draw(layer), fine * math.sqrt(canvas.width * canvas.height) / 200
+    layer = Layer(image)
     for i in np.argsort(weights):
-        x, y = (points[i] + 0.5) * zoom * fine
-        disc(pen, x, y, unit * (0.8 + 2 * weights[i]), RIM)
-        disc(pen, x, y, unit * (0.5 + 2 * weights[i]), RIGHT[1] if weights[i] > 0.5 else CENTRE[0])
-    return finish_drawing(canvas, layer)
+        x, y = layer.place(points[i])
+        disc(layer.pen, x, y, layer.unit * (0.8 + 2 * weights[i]), RIM)
+        disc(layer.pen, x, y, layer.unit * (0.5 + 2 * weights[i]), RIGHT[1] if weights[i] > 0.5 else CENTRE[0])
+    return layer.finish()
 
 
-def draw_arrows(image: Image.Image, points: np.ndarray, arrows: Sequence[tuple[int, int]], strength: np.ndarray,
-                min_side: int = 384) -> Image.Image:
+def draw_arrows(image: Image.Image, points: np.ndarray, arrows: Sequence[tuple[int, int]],
+                strength: np.ndarray) -> Image.Image:
     """The image with arrows between points (K, 2), wide where they end, the wider the stronger."""
-    canvas, layer, zoom, fine = start_drawing(image, min_side)
-    pen, places = ImageDraw.Draw(layer), (points + 0.5) * zoom * fine
+    layer = Layer(image)
+    places = layer.place(points)
     for (a, b), share in zip(arrows, strength / max(strength.max(), 1e-9)):
         along = (places[b] - places[a]) / max(math.dist(places[a], places[b]), 1)
-        side = np.array([along[1], -along[0]]) * 8 * share * fine
-        pen.polygon([tuple(p) for p in (places[a], places[b] + side, places[b])], (*LEFT[0], round(90 + 165 * share)))
-    return finish_drawing(canvas, layer)
+        side = np.array([along[1], -along[0]]) * 8 * share * layer.fine
+        corners = [tuple(point) for point in (places[a], places[b] + side, places[b])]
+        layer.pen.polygon(corners, (*LEFT[0], round(90 + 165 * share)))
+    return layer.finish()
 
 
 def draw_person(pen: ImageDraw.ImageDraw, xy: np.ndarray, state: np.ndarray, skeleton: Skeleton, unit: float):
@@ -183,10 +186,8 @@ def draw_person(pen: ImageDraw.ImageDraw, xy: np.ndarray, state: np.ndarray, ske
     for *ends, colour, width in limbs:
         pen.line(ends, colour, max(round(width), 1))
 
-    if len(xy) > 40:                                    # the points of a face or a hand stand close together
-        radius, rim = 0.5 * line, 0.15 * line
-    else:
-        radius = 1.1 * line
+    # the points of a face or a hand stand close together
+    radius, rim = (0.5 * line, 0.15 * line) if len(xy) > 40 else (1.1 * line, rim)
     for (x, y), kind, colour in zip(xy, state, colours(sides)):
         if kind:
             disc(pen, x, y, radius + rim, RIM)
@@ -254,10 +255,9 @@ def draw_batch(images: np.ndarray, people: Sequence[np.ndarray], skeleton: Skele
 
 def clips_first(data: PoseDataset) -> list[int]:
     """Indices of a dataset; of videos the middle frame of each, then the others in order."""
-    places: dict[str, list[int]] = {}
-    if data.metric == "posetrack":
-        for i in range(len(data)):
-            places.setdefault(str(Path(data[i].image).parent), []).append(i)
+    places = defaultdict(list)
+    for i in range(len(data)) if data.metric == "posetrack" else ():
+        places[data[i].image.parent].append(i)
     first = [indices[len(indices) // 2] for indices in places.values()]
     return first + sorted(set(range(len(data))) - set(first))
 
@@ -270,9 +270,10 @@ def draw_predictions(data: PoseDataset, predictions: Sequence[Prediction], count
     for i in clips_first(data):
         if len(pairs) == count:
             break
-        if data.labelled and not (data[i].keypoints[..., 2] > 0).any() or id_key(data[i].image_id) not in found:
+        p = found.get(id_key(data[i].image_id))
+        if p is None or data.labelled and not (data[i].keypoints[..., 2] > 0).any():
             continue
-        sample, p = data.load(i)[0], found[id_key(data[i].image_id)]
+        sample, _ = data.load(i)
         if sample is None:
             continue
         good = np.asarray(p.scores) >= min_score
@@ -383,8 +384,8 @@ def draw_differences(title: str, rows: Sequence[tuple[str, float | None, tuple[f
     draw_legend(pen, ["paper", "ours"], right, font)
 
     ends = [0.0] + [paper for _, paper, _ in rows if paper is not None]
-    ends += [mean + side * (half if math.isfinite(half) else 0) for _, _, ours in rows if ours for mean, half in [ours]
-             for side in (-1, 1)]
+    for mean, half in (ours for _, _, ours in rows if ours):
+        ends += [mean - half, mean + half] if math.isfinite(half) else [mean]
     room = 0.05 * (max(ends) - min(ends)) or 1.0
     low, high, bottom = min(ends) - room, max(ends) + room, top + line * len(rows)
 

@@ -15,11 +15,11 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -73,8 +73,7 @@ def check_target(path: Path) -> None:
         raise UserError(f"--export {path} exists: choose another name, or remove it first")
     if not path.parent.is_dir():
         raise UserError(f"--export {path}: there is no folder {path.parent}")
-    absent = [name for name in NEEDS[path.suffix] if not installed(name)]
-    if absent:
+    if absent := [name for name in NEEDS[path.suffix] if not installed(name)]:
         raise UserError(f"--export {path} needs more: pip install {' '.join(absent)}, or choose .pt2")
 
 
@@ -117,33 +116,37 @@ def export(module: ModuleType, model: nn.Module, path: Path, source: str) -> Non
         raise UserError(f"{source} has {size / 1e9:.1f} GB of weights, an ONNX file holds 2: choose .pt2")
     program = Program(model, form.run).eval()
     cases = [file_inputs(module, model, form, count) for count in (1, 3)]
-    expected = [program(*case.values()) for case in cases]
-    shaken = [program(*(x + SHAKE * torch.randn_like(x) if x.is_floating_point() else x for x in case.values()))
-              for case in cases]
+    outputs = list(program(*cases[0].values()))
     traced = {name: x[:1].repeat_interleave(TRACED, 0) for name, x in cases[0].items()}
     shapes = [f"{name} (batch, {', '.join(map(str, x.shape[1:]))}) {str(x.dtype).removeprefix('torch.')}"
               for name, x in traced.items()]
     about = dict(method=method, checkpoint=source, keypoints=", ".join(model.skeleton.keypoints),
-                 before=form.before, inputs="; ".join(shapes), outputs=", ".join(expected[0]), after=form.after)
+                 before=form.before, inputs="; ".join(shapes), outputs=", ".join(outputs), after=form.after)
     with whole(path) as part:
         with quiet(), patch.dict(os.environ, POSE_KERNELS="plain"):
             dynamic = tuple({0: torch.export.Dim("batch")} for _ in traced)
             graph = torch.export.export(program, tuple(traced.values()), dynamic_shapes=(dynamic,))
             save = save_onnx if path.suffix == ".onnx" else save_pt2
-            runs = save(graph, part, list(traced), list(expected[0]), about)
-        compared = "not compared, because onnxruntime is not installed"
-        if runs:
-            largest, share = difference([runs(case) for case in cases], expected)
-            _, own = difference([list(one.values()) for one in shaken], expected)
-            if not share <= 2 * own:
-                raise UserError(f"the exported {method} differs from the model by {largest:.1e}, and {share:.1%} of the "
-                                f"numbers by more than {TOLERANCE:g}, where noise of {SHAKE:g} on the inputs moves "
-                                f"{own:.1%}: nothing is kept")
-            compared = f"largest difference from {method} on drawn and random pictures {largest:.1e}"
-            if share:
-                compared += (f" ({share:.1%} of the numbers above {TOLERANCE:g}: of queries with nearly equal scores "
-                             f"rounding chooses others; noise of {SHAKE:g} on the inputs moves {own:.1%})")
+            runs = save(graph, part, list(traced), outputs, about)
+        compared = compare(program, runs, cases, method) if runs else (
+            "not compared, because onnxruntime is not installed")
     print(f"{path}: {about['inputs']} -> {about['outputs']}; {path.stat().st_size / 1e6:.1f} MB; {compared}")
+
+
+def compare(program: Program, runs: Callable, cases: list[dict[str, Tensor]], method: str) -> str:
+    """How far a file, as `runs` runs it, is from the model. Raises UserError where that is more than rounding."""
+    expected = [program(*case.values()) for case in cases]
+    shaken = [program(*(x + SHAKE * torch.randn_like(x) if x.is_floating_point() else x for x in case.values()))
+              for case in cases]
+    largest, share = difference([runs(case) for case in cases], expected)
+    _, own = difference([list(one.values()) for one in shaken], expected)
+    if not share <= 2 * own:
+        raise UserError(f"the exported {method} differs from the model by {largest:.1e}, and {share:.1%} of the "
+                        f"numbers by more than {TOLERANCE:g}, where noise of {SHAKE:g} on the inputs moves "
+                        f"{own:.1%}: nothing is kept")
+    return f"largest difference from {method} on drawn and random pictures {largest:.1e}" + bool(share) * (
+        f" ({share:.1%} of the numbers above {TOLERANCE:g}: of queries with nearly equal scores "
+        f"rounding chooses others; noise of {SHAKE:g} on the inputs moves {own:.1%})")
 
 
 def difference(ours: list[list[Tensor]], expected: list[dict[str, Tensor]]) -> tuple[float, float]:
@@ -191,16 +194,23 @@ def open_onnx(path: Path, device: str = "CPU") -> Callable[[dict[str, Tensor]], 
         session.run, None, {name: value.numpy() for name, value in case.items()})]
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> ExitStack:
     """Without what PyTorch's exporters tell their own developers."""
+    stack = ExitStack()
+    stack.enter_context(warnings.catch_warnings())
+    warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
+    stack.callback(logging.disable, logging.NOTSET)
+    return stack
+
+
+def timed(device: torch.device, work: Callable, *inputs) -> tuple[Any, float]:
+    """What `work` gives, and its milliseconds."""
+    start = time.perf_counter()
+    result = work(*inputs)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, 1000 * (time.perf_counter() - start)
 
 
 @torch.no_grad()
@@ -219,25 +229,17 @@ def bench(module: ModuleType, model: nn.Module, device: torch.device, many: int,
     same = file_inputs(module, model, form, many) if file else {}
     rounds, end = [], time.perf_counter() + SECONDS
 
-    def timed(name: str, work: Callable, *inputs) -> object:
-        start = time.perf_counter()
-        result = work(*inputs)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        rounds[-1][name] = 1000 * (time.perf_counter() - start)
-        return result
-
-    def forward(name: str, inputs: dict) -> None:
-        timed(name, form.run, *(x.to(device) if isinstance(x, Tensor) else x for x in inputs.values()))
+    def forward(inputs: dict) -> float:
+        on_device = [x.to(device) if isinstance(x, Tensor) else x for x in inputs.values()]
+        return timed(device, form.run, *on_device)[1]
 
     while len(rounds) < WARM_UP + 3 or len(rounds) < WARM_UP + ROUNDS and time.perf_counter() < end:
-        rounds.append({})
-        batch = timed("loading", batch_of, module, model, pictures)
-        forward("forward", form.inputs(batch))
-        timed("predict", module.predict, model, batch)
+        batch, loading = timed(device, batch_of, module, model, pictures)
+        row = dict(loading=loading, forward=forward(form.inputs(batch)),
+                   predict=timed(device, module.predict, model, batch)[1])
         if session:
-            forward("eager", same)
-            timed("onnx", session, same)
+            row |= dict(eager=forward(same), onnx=timed(device, session, same)[1])
+        rounds.append(row)
     ms = {name: statistics.median(row[name] for row in rounds[WARM_UP:]) for name in rounds[0]}
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     line = (f"{module.__name__}, batch {many}, {where}, medians of {len(rounds) - WARM_UP} rounds: "

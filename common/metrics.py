@@ -5,16 +5,13 @@ match, so such predictions are left out and counted; its other traps (annotation
 lies) are not in what `PoseDataset.ground_truth` gives. CrowdPose's own tool is the same program with another area and
 three more numbers, and COCO-WholeBody's runs it six times, so all of them go through `coco_eval`.
 
-    evaluate(predictions, dataset)          the table of the dataset's papers
-    keypoint_errors(predictions, dataset)   which keypoints are off, and by how much
-    keypoint_ap, box_ap, wholebody_ap       the same numbers from COCO-style ground truth and results
-
 Units   pixels of the original image; areas px²; boxes x1, y1, x2, y2, except `bbox` in COCO dicts: x, y, w, h.
 A value of -1 means that there was nothing to find, 0 that nothing was found.
 """
 import contextlib
 import io
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -109,11 +106,8 @@ def coco_eval(ground_truth: dict, results: list[dict], kind: str, sigmas: Sequen
         truth, found = COCO(), COCO()
         truth.dataset = ground_truth
         truth.createIndex()
-        if results:
+        if results:                                              # loadRes cannot take none
             found = truth.loadRes(results)
-        else:                                                    # which loadRes cannot take
-            found.dataset = dict(ground_truth, annotations=[])
-            found.createIndex()
         run = COCOeval(truth, found, kind)
         run.params.kpt_oks_sigmas = np.asarray(sigmas, dtype=float)
         run.evaluate()
@@ -135,11 +129,10 @@ def keypoint_ap(ground_truth: dict, results: list[dict], sigmas: Sequence[float]
     large by their boxes, else by the extent of their keypoints: APM and APL of the same poses differ. QueryPose's
     release is scored with boxes, those of the other methods without.
     """
-    if not crowdpose:
-        run = coco_eval(ground_truth, results, "keypoints", sigmas)
-        return dict(zip(KEYPOINT_NAMES, run.stats.tolist()))
-    run = coco_eval(with_crowdpose_areas(ground_truth), results, "keypoints", sigmas)
+    run = coco_eval(with_crowdpose_areas(ground_truth) if crowdpose else ground_truth, results, "keypoints", sigmas)
     stats = dict(zip(KEYPOINT_NAMES, run.stats.tolist()))
+    if not crowdpose:
+        return stats
     metrics = {name: stats[name] for name in CROWDPOSE_NAMES}
     per_image, crowding = run.evalImgs, {n: i.get("crowdIndex", math.nan) for n, i in run.cocoGt.imgs.items()}
     for name, (low, high) in CROWDING.items():
@@ -162,12 +155,11 @@ def box_ap(ground_truth: dict, results: list[dict], crowdpose: bool = False) -> 
 def wholebody_ap(ground_truth: dict, results: list[dict]) -> dict[str, dict[str, float]]:
     """COCO-WholeBody's six evaluations: body, foot, face, lefthand, righthand, wholebody (the headline).
 
-    Keypoints come as 133 x 3 numbers, or apart as in the official files (`keypoints`, `foot_kpts`, ...). A person
-    counts in an evaluation if one of its keypoints is labelled. One score and the body's extent serve all six.
+    A person counts in an evaluation if one of its keypoints is labelled. One score and the body's extent serve all six.
     """
     sigmas = SKELETONS["wholebody"].sigmas
-    people = [(a, wholebody_keypoints(a)) for a in ground_truth["annotations"]]
-    found = [(r, wholebody_keypoints(r)) for r in finite(results)]
+    people, found = ([(one, flat(one, "keypoints").reshape(-1, 3)) for one in records]
+                     for records in (ground_truth["annotations"], finite(results)))
     metrics = {}
     for part, (start, end) in WHOLEBODY_PARTS.items():
         annotations = [dict(a, keypoints=k[start:end], num_keypoints=int((k[start:end, 2] > 0).sum()))
@@ -176,15 +168,6 @@ def wholebody_ap(ground_truth: dict, results: list[dict]) -> dict[str, dict[str,
                       if (k[start:end, 2] > 0).any()]            # xtcocotools drops the others
         metrics[part] = keypoint_ap(dict(ground_truth, annotations=annotations), detections, sigmas[start:end])
     return metrics
-
-
-def wholebody_keypoints(record: dict) -> np.ndarray:
-    """(133, 3) from an annotation or a result."""
-    fields = ("keypoints", "foot_kpts", "face_kpts", "lefthand_kpts", "righthand_kpts")
-    values = np.concatenate([flat(record, field) for field in fields])
-    if values.size != 3 * 133:
-        raise UserError(f"image {record['image_id']}: {values.size} whole-body numbers, expected 399 (133 x 3)")
-    return values.reshape(133, 3)
 
 
 def body_extent(keypoints: np.ndarray) -> list[float]:
@@ -220,70 +203,68 @@ def evaluate(predictions: Sequence[Prediction], dataset: PoseDataset, boxes: boo
     return metrics
 
 
+def pair_people(predictions: Sequence[Prediction], dataset: PoseDataset) -> tuple[list[tuple], int]:
+    """Who of the labelled people each prediction is, see `match`, and how many labelled people there are.
+
+    Returns  a list of (score, pose (K, 2), the annotation of the person or None), one entry per predicted person
+    """
+    people, rows, shape = defaultdict(list), [], (-1, dataset.skeleton.num_keypoints, 3)
+    for a in dataset.ground_truth()["annotations"]:
+        if a["num_keypoints"] and not a["iscrowd"]:
+            people[id_key(a["image_id"])].append(a)
+    for p in predictions:
+        there = people[id_key(p.image_id)]
+        truth, areas = np.reshape([a["keypoints"] for a in there], shape), np.array([a["area"] for a in there])
+        good = np.flatnonzero(np.isfinite(p.scores) & np.isfinite(p.keypoints).all((1, 2)))
+        order = good[np.argsort(-p.scores[good], kind="stable")]
+        owner = match(oks_matrix(p.keypoints[order], truth, areas, dataset.skeleton.sigmas))
+        rows += [(p.scores[n], p.keypoints[n], there[owner[d]] if d in owner else None) for d, n in enumerate(order)]
+    return rows, sum(map(len, people.values()))
+
+
+def match(similarity: np.ndarray, threshold: float = 0.5) -> dict[int, int]:
+    """Of (D, G) predictions, best first, and people: each takes the free person with the highest OKS, if it reaches
+    the threshold."""
+    similarity, owner = similarity.copy(), {}
+    for d in range(len(similarity) if similarity.size else 0):
+        g = int(similarity[d].argmax())
+        if similarity[d, g] >= threshold:
+            owner[d] = g
+            similarity[:, g] = -1
+    return owner
+
+
 def best_threshold(predictions: Sequence[Prediction], dataset: PoseDataset) -> float | None:
     """The score from which people are worth showing: that of the best F1 of people; None if nobody is found.
 
-    A prediction is right if it takes a labelled person: by score, each the free one with the highest OKS if that is
-    0.5 or more. Halfway to the next lower score.
+    A prediction is right if it is a labelled person, see `pair_people`. Halfway to the next lower score.
     """
-    people, sigmas = labelled_people(dataset.ground_truth()), np.asarray(dataset.skeleton.sigmas)
-    count, rows = sum(len(areas) for _, areas in people.values()), []
-    for p in predictions:
-        target, areas = people.get(id_key(p.image_id), ((), ()))
-        good = np.flatnonzero(np.isfinite(p.scores) & np.isfinite(p.keypoints).all((1, 2)))
-        order = good[np.argsort(-p.scores[good], kind="stable")]
-        pairs = match(oks_matrix(p.keypoints[order], target, areas, sigmas)) if len(areas) and len(order) else []
-        rows += zip(p.scores[order], np.isin(np.arange(len(order)), [d for d, _ in pairs]))
-    scores, right = map(np.array, zip(*sorted(rows, key=lambda row: -row[0]))) if rows else (np.zeros(0),) * 2
+    rows, count = pair_people(predictions, dataset)
+    rows.sort(key=lambda row: -row[0])
+    right = np.array([person is not None for _, _, person in rows], bool)
     if not right.any():
         return None
     f1 = 2 * right.cumsum() / (np.arange(1, len(right) + 1) + count)
     best = int(f1.argmax())
-    return float(scores[best:best + 2].mean())
+    return float(np.mean([score for score, _, _ in rows[best:best + 2]]))
 
 
 def keypoint_errors(predictions: Sequence[Prediction], dataset: PoseDataset) -> dict[str, dict[str, float]]:
     """Where the found people are off, keypoint by keypoint, visible (v = 2) and hidden (v = 1) labels apart.
 
-    Predictions take people by score, each the free one with the highest OKS if that is 0.5 or more. Per keypoint,
-    over the people found: how many labels; the median distance as a fraction of √area (`error`); the share of
-    labels whose OKS term exp(-e) is 0.5 or more (`close`). A last row `all`. NaN where there is no label.
+    Per keypoint, over the people that `pair_people` finds: how many labels; the median distance as a fraction of √area
+    (`error`); the share of labels whose OKS term exp(-e) is 0.5 or more (`close`). A last row `all`. NaN where there is
+    no label.
     """
-    people = labelled_people(dataset.ground_truth())
-    errors, sigmas = [], np.asarray(dataset.skeleton.sigmas)     # errors: per person (K, 3) of v, distance, term
-    for p in predictions:
-        target, areas = people.get(id_key(p.image_id), ((), ()))
-        good = np.isfinite(p.scores) & np.isfinite(p.keypoints).all((1, 2))
-        if not len(areas) or not good.any():
-            continue
-        found = p.keypoints[good][np.argsort(-p.scores[good], kind="stable")]
-        for d, g in match(oks_matrix(found, target, areas, sigmas)):
-            distance = np.linalg.norm(found[d] - target[g, :, :2], axis=-1) / np.sqrt(areas[g])
-            terms = oks_terms(found[d], target[g], areas[g], sigmas)
-            errors.append(np.stack([target[g, :, 2], distance, terms], -1))
-    table = np.stack(errors) if errors else np.zeros((0, len(sigmas), 3))        # (people, K, 3)
-    rows = {name: error_row(table[:, k]) for k, name in enumerate(dataset.skeleton.keypoints)}
+    names, errors = dataset.skeleton.keypoints, []               # errors: per person (K, 3) of v, distance, term
+    for _, pose, person in pair_people(predictions, dataset)[0]:
+        if person:
+            truth, area = np.reshape(person["keypoints"], (-1, 3)), np.array(person["area"])
+            distance = np.linalg.norm(pose - truth[:, :2], axis=-1) / np.sqrt(area)
+            errors.append(np.stack([truth[:, 2], distance, oks_terms(pose, truth, area, dataset.skeleton.sigmas)], -1))
+    table = np.reshape(errors, (-1, len(names), 3))              # (people, K, 3)
+    rows = {name: error_row(table[:, k]) for k, name in enumerate(names)}
     return rows | {"all": error_row(table.reshape(-1, 3))}
-
-
-def labelled_people(ground_truth: dict) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Image id as text -> keypoints (G, K, 3) and areas (G,) of the labelled people."""
-    lists: dict[str, list] = {}
-    for a in ground_truth["annotations"]:
-        if a["num_keypoints"] and not a["iscrowd"]:
-            lists.setdefault(id_key(a["image_id"]), []).append((np.reshape(a["keypoints"], (-1, 3)), a["area"]))
-    return {key: tuple(map(np.array, zip(*people))) for key, people in lists.items()}
-
-
-def match(similarity: np.ndarray, threshold: float = 0.5) -> list[tuple[int, int]]:
-    """Pairs (row, column): row by row, the free column with the highest value, if it reaches the threshold."""
-    similarity, matched = similarity.copy(), []
-    for d in range(len(similarity)):
-        g = int(similarity[d].argmax())
-        if similarity[d, g] >= threshold:
-            matched.append((d, g))
-            similarity[:, g] = -1
-    return matched
 
 
 def error_row(errors: np.ndarray) -> dict[str, float]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -24,7 +25,7 @@ from PIL import Image
 from common.datasets import PoseDataset, id_key, load_json, numbers, size_of
 from common.errors import UserError
 from common.records import BOX_TO_AREA, BadImage, Prediction, Sample
-from common.skeletons import POSETRACK, Skeleton, words
+from common.skeletons import POSETRACK, Skeleton, rows_in
 
 HEAD_SHARE, MATCH_DISTANCE = 0.6, 0.5       # head size over its box's diagonal; a match is half of that away
 NO_SCORE = -9999.0                          # of a predicted joint without a score
@@ -67,11 +68,12 @@ class Frame:
 
 def frames_of(content: dict, path: Path | str) -> tuple[str, list[Frame]]:
     """The year, '17', '18' or '21', and the frames of a file's content. Raises `UserError` for any other format."""
+    fields = content if isinstance(content, dict) else {}
     try:
-        if isinstance(content, dict) and isinstance(content.get("annolist"), list):
-            return "17", [_frame_2017(entry) for entry in content["annolist"]]
-        if isinstance(content, dict) and isinstance(content.get("images"), list):
-            return _frames_2018(content, path)
+        if isinstance(fields.get("annolist"), list):
+            return "17", [_frame_2017(entry) for entry in fields["annolist"]]
+        if isinstance(fields.get("images"), list):
+            return _frames_2018(fields, path)
     except UserError:
         raise
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
@@ -116,7 +118,7 @@ def _box_around(joints: np.ndarray) -> list[float] | None:
 
 
 def _frames_2018(content: dict, path: Path | str) -> tuple[str, list[Frame]]:
-    people: dict[str, list[Person]] = {}
+    people = defaultdict(list)
     annotations = content.get("annotations") or []          # the test sets have none
     count, places = _places_2018(content, path)
     for a in annotations:
@@ -129,7 +131,7 @@ def _frames_2018(content: dict, path: Path | str) -> tuple[str, list[Frame]]:
         joints = np.concatenate([raw[:, :2], np.where(hidden, 1, 2)[:, None]], 1) * (raw != 0).any(1, keepdims=True)
         scores = numbers(a.get("scores") or [NO_SCORE] * count, count)
         head = numbers(a.get("bbox_head") or [0] * 4, 4)
-        people.setdefault(id_key(a["image_id"]), []).append(Person(
+        people[id_key(a["image_id"])].append(Person(
             joints, np.full(15, NO_SCORE) if scores is None else scores[places],
             0.0 if head is None else HEAD_SHARE * float(np.hypot(*head[2:])), a.get("bbox"),
             int(a.get("track_id") or 0), "keypoints" in a))
@@ -138,9 +140,8 @@ def _frames_2018(content: dict, path: Path | str) -> tuple[str, list[Frame]]:
         regions = [np.stack([x, y], 1).astype(float) for x, y in zip(image.get("ignore_regions_x") or [],
                                                                      image.get("ignore_regions_y") or []) if len(x)]
         size = (image["width"], image["height"]) if image.get("width") and image.get("height") else None
-        labelled = bool(image.get("is_labeled", True))
-        in_it = people.get(id_key(image["id"]), [])
-        frames.append(Frame(image["id"], image["file_name"], in_it, regions, labelled, size))
+        frames.append(Frame(image["id"], image["file_name"], people[id_key(image["id"])], regions,
+                            bool(image.get("is_labeled", True)), size))
     newer = any("person_id" in a for a in annotations) or any("has_labeled_person" in i for i in content["images"])
     return "21" if newer else "18", frames
 
@@ -148,11 +149,10 @@ def _frames_2018(content: dict, path: Path | str) -> tuple[str, list[Frame]]:
 def _places_2018(content: dict, path: Path | str) -> tuple[int, list[int]]:
     """How many keypoints a file has, and where the 15 are among them. Raises `UserError` where one is missing."""
     names = next((c["keypoints"] for c in content.get("categories") or [] if c.get("keypoints")), ORDER_2018)
-    order, wanted = [words(name) for name in names], [words(name) for name in POSETRACK.keypoints]
-    missing = [name for name in POSETRACK.keypoints if words(name) not in order]
-    if missing:
+    places = rows_in(names, POSETRACK.keypoints)
+    if missing := [name for name, place in zip(POSETRACK.keypoints, places) if place < 0]:
         raise UserError(f"{path} is not in PoseTrack's format: its keypoints lack {', '.join(missing)}")
-    return len(order), [order.index(name) for name in wanted]
+    return len(names), places
 
 
 class PoseTrackDataset(PoseDataset):
@@ -173,7 +173,7 @@ class PoseTrackDataset(PoseDataset):
     def _read_files(self) -> list[dict]:
         """One COCO-like dict of all videos, with 15 keypoints, for the checks of `PoseDataset`."""
         self.videos: list[list[Frame]] = []
-        years: dict[str, Path] = {}
+        years = {}
         for path in self.files:
             year, frames = frames_of(load_json(path), path)
             years.setdefault(year, path)
@@ -219,15 +219,15 @@ class PoseTrackDataset(PoseDataset):
 
     def _neighbours(self, path: str) -> tuple[Path, Path]:
         """The frames before and after, annotated or not; at the ends of a clip the frame itself."""
-        found, paths = re.search(r"(\d+)(\.\w+)$", path), []
-        for step in (-1, 1):
-            chosen = path
-            if found and int(found[1]) + step >= 0:
-                other = f"{path[:found.start()]}{int(found[1]) + step:0{len(found[1])}d}{found[2]}"
+        number = re.search(r"\d+(?=\.\w+$)", path)
+
+        def beside(step: int) -> Path:
+            if number and int(number[0]) + step >= 0:
+                other = f"{path[:number.start()]}{int(number[0]) + step:0{len(number[0])}d}{path[number.end():]}"
                 if other in self.listed or os.path.isfile(other):
-                    chosen = other
-            paths.append(Path(chosen))
-        return tuple(paths)
+                    return Path(other)
+            return Path(path)
+        return beside(-1), beside(1)
 
     def load(self, i: int) -> tuple[Sample | None, str]:
         """As `PoseDataset.load`, with the neighbouring frames. The key frame takes the place of a neighbour that
@@ -394,16 +394,16 @@ def evaluate(predictions: Sequence[Prediction], dataset: PoseDataset) -> dict[st
 
     Raises UserError for predictions of images that are not in the dataset.
     """
-    found: dict[str, list[Person]] = {}
+    found = defaultdict(list)
     for p in predictions:
-        found.setdefault(id_key(p.image_id), []).extend(people_of(p))
+        found[id_key(p.image_id)] += people_of(p)
     if lost := sum((person.joints[:, 2] == 0).sum() for people in found.values() for person in people):
         print(f"dropped {lost} predicted joints: NaN or infinite numbers in them")
     keys = [id_key(dataset.id_of(n)) for n in dataset.rows]
     if unknown := sorted(found.keys() - set(keys)):
         raise UserError(f"{len(unknown)} predicted image ids are not in the ground truth ({', '.join(unknown[:3])}): "
                         "evaluate on the data that was predicted")
-    pairs = [(dataset.frame_of[key], found.get(key, [])) for key in keys]
+    pairs = [(dataset.frame_of[key], found[key]) for key in keys]
     ap, hidden = mean_ap(pairs)["ap"], mean_ap(pairs, hidden=True)
     hidden_ap = [value for value, count in zip(hidden["ap"], hidden["gt_joints"]) if count]
     return columns(ap) | {"Hidden": float(np.mean(hidden_ap)) if hidden_ap else np.nan}

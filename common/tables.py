@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -86,8 +86,8 @@ def difference(ours: dict[int, float], others: dict[int, float]) -> Difference |
     if not pairs:
         return None
     n = len(pairs)
-    return Difference(float(np.mean(pairs)), math.inf if n == 1 else
-                      float(stdtrit(n - 1, 0.975) * np.std(pairs, ddof=1) / math.sqrt(n)))
+    half = stdtrit(n - 1, 0.975) * np.std(pairs, ddof=1) / math.sqrt(n) if n > 1 else math.inf
+    return Difference(float(np.mean(pairs)), float(half))
 
 
 def signed(value: float) -> str:
@@ -138,34 +138,29 @@ class Study:
 
     def __init__(self, script: str | Path, config_class: type[RunConfig], presets: dict, tables: dict[str, Table],
                  folder: Path = FOLDER, trial: str = ""):
-        self.script, self.config_class, self.presets, self.tables = Path(script), config_class, presets, tables
-        self.method, self.trial = self.script.stem, trial
+        self.script, self.tables, self.trial = Path(script), tables, trial
+        self.method, self.defaults = self.script.stem, vars(config_class())
         self.folder = folder / self.method
-        self.runs, self.known = read_runs(self.folder), {}      # known: settings by flags, which take a while to read
+        self.runs = read_runs(self.folder)
+        self.settings = {}          # by table and row: all options but the seed, by which runs are paired
+        for number, table in tables.items():
+            for row in [row for row in table.rows if row.puppets is not None]:
+                config, _ = parse(config_class, presets, "", self.words(table, row))
+                self.settings[number, row.what] = {k: v for k, v in vars(config).items() if k != "seed"}
 
     def words(self, table: Table, row: Row) -> list[str]:
         """The flags of a row's trainings, but for the seed and the folder."""
         return f"--preset tiny {table.puppets} {row.puppets} {self.trial}".split()
-
-    def settings(self, table: Table, row: Row) -> dict:
-        """The values of all options of a row's trainings, without the seed, by which they are paired."""
-        words = self.words(table, row)
-        if " ".join(words) not in self.known:
-            config, _ = parse(self.config_class, self.presets, "", words)
-            self.known[" ".join(words)] = {name: value for name, value in asdict(config).items() if name != "seed"}
-        return self.known[" ".join(words)]
 
     def groups(self, number: str, row: Row) -> dict[str, dict[int, dict]]:
         """A row's runs by seed, by what their settings have otherwise than the row has now, as JSON.
 
         An option that is younger than a run was at its default then.
         """
-        if row.puppets is None:
-            return {}
-        now, defaults, groups = self.settings(self.tables[number], row), asdict(self.config_class()), {}
-        for run in self.runs:
-            then = {name: value for name, value in (defaults | run["settings"]).items() if name != "seed"}
-            other = {name: value for name, value in then.items() if name not in now or now[name] != value}
+        now, groups = self.settings.get((number, row.what)), {}
+        for run in self.runs if now else ():
+            then = (self.defaults | run["settings"]).items()
+            other = {k: v for k, v in then if k != "seed" and (k not in now or now[k] != v)}
             if not other or [number, row.what] in run["rows"]:
                 groups.setdefault(json.dumps(other, sort_keys=True), {})[run["seed"]] = run
         return groups
@@ -182,33 +177,30 @@ class Study:
 
     def train_one(self, number: str, row: Row, seed: int) -> bool:
         """Start a run or go on with it, keep its JSON, drop its checkpoints. False if it was asked to stop."""
-        table = self.tables[number]
-        words, settings = self.words(table, row), self.settings(table, row)
+        table, settings = self.tables[number], self.settings[number, row.what]
+        words = [*self.words(table, row), "--seed", str(seed)]
         name = f"{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}-s{seed}"
         out = Path("runs", "tables", self.method, name)
-        before = (out / "last.pt").exists()
-        command = [sys.executable, str(self.script), *(
-            ["--resume", str(out)] if before else ["--train", *words, "--seed", str(seed), "--out", str(out)])]
-        clock, spent = os.times(), out / "cpu_seconds"          # a run that goes on adds to it
-        code, asked = call(command)
-        now, metrics = os.times(), {}
-        seconds = now.children_user + now.children_system - clock.children_user - clock.children_system
+        goes_on, spent = (out / "last.pt").exists(), out / "cpu_seconds"
+        flags = ["--resume", str(out)] if goes_on else ["--train", *words, "--out", str(out)]
+        seconds, before = float(spent.read_text()) if goes_on and spent.exists() else 0.0, os.times()
+        code, asked = call([sys.executable, str(self.script), *flags])
+        now = os.times()
+        seconds += now.children_user + now.children_system - before.children_user - before.children_system
         if out.is_dir():
-            seconds += float(spent.read_text()) if before and spent.exists() else 0
             spent.write_text(f"{seconds:.1f}")
-            metrics = last_evaluation(out / "log.jsonl", settings["epochs"])
         if asked:
             return False
+        metrics = last_evaluation(out / "log.jsonl", settings["epochs"])
         if code or key(table, table.metric) not in metrics:
-            raise UserError(f"{shlex.join(command[1:])} ended with exit code {code}, before its last evaluation: the same "
-                            f"command goes on, or starts anew without {out}")
-        same = [[n, r.what] for n, t in self.tables.items() for r in t.rows
-                if r.puppets is not None and self.settings(t, r) == settings]
+            raise UserError(f"{shlex.join([str(self.script), *flags])} ended with exit code {code}, before its last "
+                            f"evaluation: the same command goes on, or starts anew without {out}")
         steps, _ = metrics.pop("step"), metrics.pop("epoch")
-        run = dict(command=f"python {self.script.name} --train {shlex.join(words)} --seed {seed}", rows=same, seed=seed,
-                   steps=steps, metrics=metrics, cpu_seconds=round(seconds), date=time.strftime("%Y-%m-%d"),
-                   machine=f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}", code=version(),
-                   settings=settings)
+        run = dict(command=f"python {self.script.name} --train {shlex.join(words)}",
+                   rows=[[*row] for row, same in self.settings.items() if same == settings], seed=seed, steps=steps,
+                   metrics=metrics, cpu_seconds=round(seconds), date=time.strftime("%Y-%m-%d"),
+                   machine=f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
+                   code=version(), settings=settings)
         self.folder.mkdir(parents=True, exist_ok=True)
         with whole(self.folder / f"{name}.json") as part:
             part.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -230,10 +222,11 @@ class Study:
         """What a row has more than the one that it is compared with: in the paper, and here."""
         if not row.versus:
             return None, None
-        base = self.tables[number].rows[row.versus - 1]
-        figures = [one.figure if metric == self.tables[number].metric else one.more.get(metric) for one in (row, base)]
+        table = self.tables[number]
+        pair = row, table.rows[row.versus - 1]
+        figures = [({table.metric: one.figure} | one.more).get(metric) for one in pair]
         return (None if None in figures else round(figures[0] - figures[1], 4),
-                difference(*(self.values(number, one, metric, group) for one in (row, base))))
+                difference(*(self.values(number, one, metric, group) for one in pair)))
 
     def lines(self, number: str) -> list[str]:
         """A table in Markdown, and below it the runs with other settings than it has now."""
@@ -251,7 +244,7 @@ class Study:
         table, cells = self.tables[number], [["row", "paper", "less row", "paper's difference", "ours", "seeds",
                                               "our difference, 95 % interval", "claim"]]
         for i, row in enumerate(table.rows, 1):
-            for metric, figure in ((table.metric, row.figure), *row.more.items()):
+            for metric, figure in ({table.metric: row.figure} | row.more).items():
                 values = self.values(number, row, metric, group)
                 if not values and group != PRESENT:
                     continue

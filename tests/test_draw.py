@@ -49,8 +49,8 @@ def test_nobody_to_draw_leaves_the_image_as_it_is():
 
 def test_hidden_and_doubtful_keypoints_are_rings():
     keypoints = np.array([[[50, 50, 0], [50, 50, 1], [50, 50, 2], [np.inf, 0, 2]]], dtype=float)
-    assert states(keypoints, None, 0.3).tolist() == [[0, HOLLOW, SOLID, 0]]
-    assert states(keypoints, np.array([[1, 1, 0.1, 1]]), 0.3).tolist() == [[0, HOLLOW, HOLLOW, 0]]
+    assert states(keypoints, None).tolist() == [[0, HOLLOW, SOLID, 0]]
+    assert states(keypoints, np.array([[1, 1, 0.1, 1]])).tolist() == [[0, HOLLOW, HOLLOW, 0]]
     centre = {}
     for v in (1, 2):
         one = np.zeros((1, 17, 3))

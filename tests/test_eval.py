@@ -494,3 +494,14 @@ def test_checkpoints_of_several_methods_stand_side_by_side_with_what_they_cost(r
     code, _, _ = call(run, "--compare", "other.pt", "--images", "a.png", "--detector", run, "--out", "found")
     with_detector = json.loads(Path("found/compare.json").read_text())
     assert code == 0 and with_detector[1]["parameters_m"] > rows[1]["parameters_m"] + 0.9 * rows[0]["parameters_m"]
+
+
+def test_a_parameter_that_is_the_input_of_a_module_can_be_counted(call):
+    import querypose
+    torch.manual_seed(0)
+    model = querypose.build("tiny")                         # its queries are a parameter
+    torch.save(dict(method="querypose", preset="tiny", config=vars(model.cfg), skeleton=model.skeleton.to_dict(),
+                    model=model.state_dict()), "own.pt")
+    Image.effect_noise((90, 60), 50).save("a.png")
+    code, out, _ = call("own.pt", "--compare", "own.pt", "--images", "a.png")
+    assert code == 0 and "querypose: own" in out

@@ -69,7 +69,7 @@ def study_of(method: str) -> Study:
 def test_the_rows_of_a_table_are_trained_for_equal_steps(method):
     study = study_of(method)
     for number, table in study.tables.items():
-        settings = [study.settings(table, row) for row in table.rows if row.puppets is not None]
+        settings = [study.settings[number, row.what] for row in table.rows if row.puppets is not None]
         assert len({(one["epochs"], one["batch"], one["accum"], one["data"]) for one in settings}) <= 1, number
 
 
