@@ -5,7 +5,8 @@ Units    pixels, origin at the top left corner; boxes are x1, y1, x2, y2. `Peopl
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -158,6 +159,19 @@ def white_of(paths: Sequence[Path], most: int = 16) -> float | None:
         except Exception:                   # `load_image` will say what is wrong with it
             continue
     return max(found, default=None)
+
+
+# ---------------------------------------------------------------- writing a file
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A place to write a file to, which is called `path` as soon as it is whole; a link of that name gives way."""
+    part = path.with_name(f".{path.name[-60:]}.part")        # a name may have 255 bytes
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- the people of a batch

@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -29,7 +29,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.records import BadImage, load_image, open_picture, white_of
+from common.records import BadImage, load_image, open_picture, white_of, whole
 
 try:
     import av
@@ -302,17 +302,6 @@ def _read_ppm(pipe) -> Image.Image | None:
 
 
 # ---------------------------------------------------------------- writing
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A place to write a file to, which is called `path` as soon as it is whole; a link of that name gives way."""
-    part = path.with_name(f".{path.name[-60:]}.part")        # a name may have 255 bytes
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
 
 def save_pictures(pictures: list[Image.Image], target: Path) -> None:
     """One picture as target.png, several as target.gif, which runs for ever."""
