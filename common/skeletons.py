@@ -72,6 +72,11 @@ def words(name: str) -> tuple[str, ...]:
     return tuple(word for word in re.split(r"[\W_]+", name) if word)
 
 
+def same_names(a: Sequence[str], b: Sequence[str]) -> bool:
+    """Whether two lists name the same keypoints in the same order."""
+    return [words(name) for name in a] == [words(name) for name in b]
+
+
 def flip_from_names(names: Sequence[str]) -> tuple[int, ...] | None:
     """Index of the mirrored keypoint of each name, by its side: left_x <-> right_x, x_l <-> x_r, lx <-> rx.
 
@@ -250,7 +255,7 @@ def skeleton_from_category(category: dict, sigmas: Sequence[float] | None = None
     if not names:
         raise UserError("the annotation file's category has no 'keypoints' names: add them, or name a skeleton")
     for known in SKELETONS.values():
-        if [words(name) for name in names] == [words(name) for name in known.keypoints]:
+        if same_names(names, known.keypoints):
             return known if sigmas is None else replace(known, sigmas=tuple(map(float, sigmas)))
 
     flip, label = flip_from_names(names), str(category.get("name", "custom"))
