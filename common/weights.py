@@ -635,7 +635,7 @@ def start_rows(start: Start, count: int, model: nn.Module) -> tuple[Skeleton, li
 def fill_and_say(model: nn.Module, start: Start, state: dict[str, Tensor], table: dict[str, int],
                  optional: dict[str, str], rows: list[int] | None) -> None:
     """The second half of `load_start`: state has our shapes; rows: see `start_rows`, None without keypoints."""
-    own, names = model.state_dict(), model.skeleton.keypoints
+    own, keypoints = model.state_dict(), model.skeleton.keypoints
     alone = [name for name in state.keys() ^ own.keys() if any(re.search(pattern, name) for pattern in optional)]
     try:
         load_strict(model, state, {f"^{re.escape(name)}$": "one side alone has it" for name in alone})
@@ -643,28 +643,25 @@ def fill_and_say(model: nn.Module, start: Start, state: dict[str, Tensor], table
         preset = f" (of preset {start.run['preset']})" if start.run else ""
         raise UserError(f"{start.path}{preset}: {error}") from None
     learned = {name for name in own if own[name].is_floating_point()}
-    mapped = {name for name in learned & state.keys() if any(re.search(pattern, name) for pattern in table)}
-    whole = rows is None or rows == list(range(len(rows)))
-    lost = learned - state.keys() | (mapped if rows and max(rows) < 0 else set())
-    mapped = set() if whole else mapped - lost
-    found, missing = ([name for name, row in zip(names, rows or ()) if (row >= 0) == known] for known in (True, False))
+    by_rows = {name for name in learned & state.keys() if any(re.search(pattern, name) for pattern in table)}
+    new, mapped = learned - state.keys(), set()
+    if rows and max(rows) < 0:                                  # none of our keypoints is among theirs
+        new |= by_rows
+    elif rows and rows != list(range(len(rows))):
+        mapped = by_rows
+    found = [name for name, row in zip(keypoints, rows or ()) if mapped and row >= 0]
+    missing = [name for name, row in zip(keypoints, rows or ()) if mapped and row < 0]
+    parts = Counter(".".join(name.split(".")[:2]) for name in sorted(new))
     say(f"start weights from {start.path}: {len(learned & state.keys())} of {len(learned)} tensors\n"
-        f"  carried over {len(learned - lost - mapped):>6}\n"
-        f"  mapped       {len(mapped):>6}{f'  the rows of {some(found)}' if mapped else ''}\n"
-        f"  new          {len(lost):>6}{'  ' + some(prefixes(lost, learned - lost)) if lost else ''}"
-        f"{f'  the rows of {some(missing)}' if mapped and missing else ''}")
+        f"  carried over {len(learned - new - mapped):>6}\n"
+        f"  mapped       {len(mapped):>6}{some('the rows of ', found)}\n"
+        f"  new          {len(new):>6}{some('', [f'{part} ({n})' for part, n in parts.items()])}"
+        f"{some('the rows of ', missing)}")
 
 
-def some(names: list[str], most: int = 20) -> str:
-    return ", ".join(names[:most]) + f", and {len(names) - most} more" * (len(names) > most)
-
-
-def prefixes(names: set[str], others: set[str]) -> list[str]:
-    """The fewest prefixes that are of these names alone, as `decoder.*`."""
-    taken = {name[:end.start()] for name in others for end in re.finditer(r"\.|$", name)}
-    found = (next(name[:end.start()] + ".*" * (end.start() < len(name)) for end in re.finditer(r"\.|$", name)
-                  if name[:end.start()] not in taken) for name in sorted(names))
-    return [*dict.fromkeys(found)]
+def some(what: str, names: list[str], most: int = 20) -> str:
+    more = f", and {len(names) - most} more" * (len(names) > most)
+    return f"  {what}{', '.join(names[:most])}{more}" if names else ""
 
 
 def count_parameters(model: nn.Module) -> int:
