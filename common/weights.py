@@ -651,17 +651,26 @@ def fill_and_say(model: nn.Module, start: Start, state: dict[str, Tensor], table
         mapped = by_rows
     found = [name for name, row in zip(keypoints, rows or ()) if mapped and row >= 0]
     missing = [name for name, row in zip(keypoints, rows or ()) if mapped and row < 0]
-    parts = Counter(".".join(name.split(".")[:2]) for name in sorted(new))
     say(f"start weights from {start.path}: {len(learned & state.keys())} of {len(learned)} tensors\n"
         f"  carried over {len(learned - new - mapped):>6}\n"
         f"  mapped       {len(mapped):>6}{some('the rows of ', found)}\n"
-        f"  new          {len(new):>6}{some('', [f'{part} ({n})' for part, n in parts.items()])}"
+        f"  new          {len(new):>6}{some('', prefixes(new, learned - new))}"
         f"{some('the rows of ', missing)}")
 
 
 def some(what: str, names: list[str], most: int = 20) -> str:
     more = f", and {len(names) - most} more" * (len(names) > most)
     return f"  {what}{', '.join(names[:most])}{more}" if names else ""
+
+
+def prefixes(names: set[str], others: set[str]) -> list[str]:
+    """The fewest prefixes that are of these names alone, as `decoder.*`."""
+    def beginnings(name: str) -> list[str]:
+        return [name[:dot.start()] for dot in re.finditer(r"\.|$", name)]
+
+    taken = {start for name in others for start in beginnings(name)}
+    first = {name: next(start for start in beginnings(name) if start not in taken) for name in sorted(names)}
+    return [*dict.fromkeys(start if start == name else f"{start}.*" for name, start in first.items())]
 
 
 def count_parameters(model: nn.Module) -> int:
