@@ -46,11 +46,11 @@ from common.diagnose import diagnose, truth_to_diagnose
 from common.errors import UserError
 from common.export import bench, check_target, export
 from common.ranks import Ranks, init_ranks, pick_device, rank_zero_first
-from common.records import Picture, Prediction, as_picture
+from common.records import Picture, Prediction, as_picture, whole
 from common.run import make_folder, new_folder
 from common.skeletons import Skeleton
 from common.splits import default_splits, has_split, open_dataset, split_off
-from common.video import Drawing, Shot, find_pictures, in_groups, save_pictures, shots, whole
+from common.video import Drawing, Shot, find_pictures, in_groups, save_pictures, shots
 from common.weights import SKELETON_OF, checkpoint_in, read_own
 
 METHODS = ("detrpose", "diffusionregpose", "querypose", "diffusionpose", "sdpose")

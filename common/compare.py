@@ -21,7 +21,8 @@ from tqdm import tqdm
 from common import draw, metrics
 from common.errors import UserError
 from common.export import timed
-from common.video import Shot, save_pictures, whole
+from common.records import whole
+from common.video import Shot, save_pictures
 
 ROUNDS = 5                                      # measurements after a warm-up
 CELL, MOST_ROWS = 480, 12                       # pixels of a picture; pictures in a grid

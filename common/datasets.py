@@ -12,10 +12,10 @@ import copy
 import json
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.records import BOX_TO_AREA, BadImage, Sample, load_image, open_picture, white_of
-from common.skeletons import SKELETONS, Skeleton, get_skeleton, keypoint_names, skeleton_from_category, words
+from common.skeletons import SKELETONS, Skeleton, get_skeleton, keypoint_names, same_names, skeleton_from_category
 
 MOST = 20                   # predictions of an image that COCO's and CrowdPose's evaluation look at
 
@@ -31,11 +31,15 @@ MOST = 20                   # predictions of an image that COCO's and CrowdPose'
 # ---------------------------------------------------------------- one annotation file
 
 def load_json(path: Path) -> dict | list:
-    """The content of a JSON file, or one line that says what is wrong with it."""
+    """The content of a JSON file without COCO's outlines, or one line that says what is wrong with it.
+
+    Nothing here uses the outlines (`segmentation`), and they are most of the 2 GB that COCO takes in memory.
+    """
     if path.exists() and not path.is_file():                # it would wait for ever at a pipe
         raise UserError(f"cannot read {path}: this is a folder or a pipe, not a file")
     try:
-        return json.loads(path.read_bytes(), object_pairs_hook=_without_outlines)
+        return json.loads(path.read_bytes(), object_pairs_hook=lambda pairs: {
+            key: value for key, value in pairs if key != "segmentation"})
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not complete JSON: {error.msg} at line {error.lineno}, character {error.pos} "
                         f"of {len(error.doc)}; the file looks damaged or cut off, fetch it again") from None
@@ -48,16 +52,13 @@ def load_json(path: Path) -> dict | list:
 def read_json(path: Path) -> dict:
     """The content of a COCO annotation file, or one line that says what is wrong with it."""
     content = load_json(path)
-    lists = [content.get(name) for name in ("images", "annotations")] if isinstance(content, dict) else [None]
-    secret = lists[0] and lists[1] is None                  # labels of test sets are
-    if not isinstance(lists[0], list) or not (secret or isinstance(lists[1], list)):
+    content = content if isinstance(content, dict) else {}
+    images, annotations = content.get("images"), content.get("annotations")
+    if images and annotations is None:                      # labels of test sets are secret
+        annotations = []
+    if not isinstance(images, list) or not isinstance(annotations, list):
         raise UserError(f"{path} is not a COCO annotation file: it needs the lists 'images' and 'annotations'")
-    return content | dict(annotations=lists[1] or [])
-
-
-def _without_outlines(pairs: list[tuple]) -> dict:
-    """Drop the polygons while reading: nothing here uses them, and they are most of COCO's 2 GB in memory."""
-    return {key: value for key, value in pairs if key != "segmentation"}
+    return content | dict(annotations=annotations)
 
 
 def numbers(values, count: int | None = None) -> np.ndarray | None:
@@ -123,11 +124,6 @@ def size_of(path: Path | str) -> tuple[int, int] | None:
         return None
 
 
-def ids_of(annotations: Sequence[dict], mask: np.ndarray) -> list:
-    """The ids of the annotations where the mask is True, for the notes."""
-    return [annotations[n].get("id", "without id") for n in np.flatnonzero(mask)]
-
-
 class PoseDataset:
     """All images of one split. `dataset[i]` is a `Sample` that names its image, `load(i)` one with the picture.
 
@@ -164,10 +160,14 @@ class PoseDataset:
     def _read_files(self) -> list[dict]:
         return [read_json(path) for path in self.files]
 
-    def _note(self, reason: str, ids: Iterable):
-        ids = list(ids)
+    def _note(self, reason: str, ids: list) -> None:
         if ids:
             self.notes.setdefault(reason, []).extend(ids)
+
+    def _note_people(self, people: list[dict], masks: dict[str, np.ndarray]) -> None:
+        """Note for each reason those people for whom its mask (P,) is True."""
+        for reason, mask in masks.items():
+            self._note(reason, [people[n].get("id", "without id") for n in np.flatnonzero(mask)])
 
     def _read_images(self, images: list, folders: Sequence[Path]) -> dict[str, int]:
         """Fill ids, file_names, paths, present, sizes and crowd_index, sorted by id. Returns the position of each id."""
@@ -198,19 +198,17 @@ class PoseDataset:
     def _find_images(self, names: list[str], folders: Sequence[Path]) -> None:
         """Where each image is: below the folder that has most of them, else anywhere in the data set's folder if its
         base name is there once, as where `file_name` is a path of the annotator's own machine."""
-        listings: dict[str, set[str]] = {}
+        @lru_cache(None)
+        def listing(where: str) -> set[str]:
+            try:
+                return set(os.listdir(where))
+            except (OSError, ValueError):
+                return set()
 
         def exists(folder: Path, name: str) -> bool:
-            place = f"{folder}/{name}"
-            if ".." in name.split("/") or name.startswith("/") or re.match(r"[A-Za-z]:", name):
-                return False                                # not below the folder
-            where, _, base = place.rpartition("/")
-            if where not in listings:
-                try:
-                    listings[where] = set(os.listdir(where))
-                except (OSError, ValueError):
-                    listings[where] = set()
-            return base in listings[where]
+            below = ".." not in name.split("/") and not re.match(r"/|[A-Za-z]:", name)
+            where, _, base = f"{folder}/{name}".rpartition("/")
+            return below and base in listing(where)
 
         found = {folder: [exists(folder, name) for name in names] for folder in dict.fromkeys(folders)}
         self.image_folder = max(found, key=lambda folder: sum(found[folder]))
@@ -218,12 +216,12 @@ class PoseDataset:
         self.present = np.array(found[self.image_folder])
         paths = [str(self.image_folder / name) if there else "" for name, there in zip(names, self.present)]
         if not self.present.all():
-            by_base: dict[str, list[str]] = {}
+            by_base: dict[str, list[str]] = defaultdict(list)
             for where, _, files in os.walk(self.root):
                 for file in files:
-                    by_base.setdefault(file, []).append(os.path.join(where, file))
+                    by_base[file].append(os.path.join(where, file))
             for n in np.flatnonzero(~self.present):
-                places = by_base.get(names[n].rpartition("/")[2], [])
+                places = by_base[names[n].rpartition("/")[2]]
                 if len(places) == 1:
                     paths[n], self.present[n] = places[0], True
                     self._note("images found by the last part of their file_name", [names[n][-60:]])
@@ -249,32 +247,32 @@ class PoseDataset:
         It is the one that was asked for, else the one whose names, or number of keypoints, are the model's, else the
         one with most people.
         """
-        categories = [categories] if isinstance(categories, dict) else categories if isinstance(categories, list) else []
-        named = [c for c in categories if isinstance(c, dict) and keypoint_names(c)]
+        categories = categories if isinstance(categories, list) else [categories]
+        categories = [c for c in categories if isinstance(c, dict)]
+        named = [c for c in categories if keypoint_names(c)]
         people_of = Counter(id_key(p.get("category_id")) for p in people if isinstance(p, dict))
 
         def called(c: dict) -> tuple[str, str]:
             return str(c.get("name")), id_key(c.get("id"))
 
         def fits(c: dict) -> tuple:
-            names = keypoint_names(c)
-            same = wanted is not None and [words(n) for n in names] == [words(n) for n in wanted.keypoints]
-            return (category in called(c), same, wanted is not None and len(names) == wanted.num_keypoints,
-                    people_of[id_key(c.get("id"))])
+            ours, theirs = wanted.keypoints if wanted else (), keypoint_names(c)
+            return category in called(c), same_names(ours, theirs), len(ours) == len(theirs), people_of[id_key(c.get("id"))]
 
         if category and not any(category in called(c) for c in named):
             raise UserError(f"{self.files[0]} has no category {category} with keypoints: choose from "
                             + (", ".join(str(c.get("name")) for c in named) or "none"))
         own = max(named, key=fits, default=None)
-        others = {id_key(c.get("id")) for c in categories if isinstance(c, dict) and own is not None
-                  and keypoint_names(c) != keypoint_names(own)}
+        others = {id_key(c.get("id")) for c in categories if own and keypoint_names(c) != keypoint_names(own)}
         if len({tuple(keypoint_names(c)) for c in named}) > 1:
             self._note(f"categories with keypoints of their own: '{own.get('name')}' is used, --category takes another",
                        [c.get("name") for c in named])
-        use = np.array([isinstance(p, dict) and id_key(p.get("category_id")) not in others for p in people], bool)
-        skipped = [p.get("id") if isinstance(p, dict) else str(p)[:40] for p, used in zip(people, use) if not used]
-        self._note("annotations skipped: of a category without these keypoints", skipped)
-        return [p for p, used in zip(people, use) if used], own
+        used, skipped = [], []
+        for p in people:
+            (used if isinstance(p, dict) and id_key(p.get("category_id")) not in others else skipped).append(p)
+        self._note("annotations skipped: of a category without these keypoints",
+                   [p.get("id") if isinstance(p, dict) else str(p)[:40] for p in skipped])
+        return used, own
 
     def _choose_skeleton(self, people: list[dict], own: dict | None, wanted: Skeleton | None, sigmas) -> Skeleton:
         """The one asked for, the file's own, or a built-in set of the right size; its size must be the file's."""
@@ -293,7 +291,7 @@ class PoseDataset:
                 raise UserError(f"{self.files[0]} does not name its {count} keypoints: add them to 'categories'"
                                 if people else f"{self.files[0]} has no labels: train on a split that has")
             self._note(f"keypoint sets that the file does not name: {count} keypoints are taken for those of", [wanted.name])
-        elif own and named == count and list(map(words, keypoint_names(own))) != list(map(words, wanted.keypoints)):
+        elif own and named == count and not same_names(keypoint_names(own), wanted.keypoints):
             self._note(f"categories name the keypoints otherwise than skeleton '{wanted.name}', which is used",
                        [own.get("id")])
         if own and named != count and fields == ("keypoints",):
@@ -309,24 +307,21 @@ class PoseDataset:
         joints = [keypoints_of(p, fields) for p in people]
         image = np.array([index.get(id_key(p.get("image_id")), -1) for p in people], np.int64)
         fits = np.array([k is not None and len(k) in (0, count) for k in joints], bool)
-        self._note("annotations skipped: their image is not in the list", ids_of(people, image < 0))
-        self._note(f"annotations skipped: not {count} keypoints", ids_of(people, (image >= 0) & ~fits))
+        self._note_people(people, {"annotations skipped: their image is not in the list": image < 0,
+                                   f"annotations skipped: not {count} keypoints": (image >= 0) & ~fits})
         order = np.argsort(image, kind="stable")            # people of one image stay in the order of the file
         order = order[(image >= 0)[order] & fits[order]]
-        people, image = [people[n] for n in order], image[order]
-        keypoints = np.zeros((len(people), count, 3))
-        for row, n in zip(keypoints, order):
-            row[:] = joints[n] if len(joints[n]) else 0
+        people, image, nowhere = [people[n] for n in order], image[order], np.zeros((count, 3))
+        keypoints = np.array([joints[n] if len(joints[n]) else nowhere for n in order]).reshape(-1, count, 3)
 
         ids = Counter(str(p.get("id")) for p in people)
         self._note("annotation ids that appear twice: numbered anew", [i for i, times in ids.items() if times > 1])
         self._mend_sizes(people, image)
         keypoints = self._mend_keypoints(keypoints, people, self.sizes[image])
         boxes, usable = self._mend_boxes(people, keypoints, self.sizes[image])
-        people, keypoints, boxes = [p for p, used in zip(people, usable) if used], keypoints[usable], boxes[usable]
         self.offsets = np.searchsorted(image[usable], np.arange(len(self.ids) + 1))
-        self.keypoints, self.boxes = keypoints.astype(np.float32), boxes
-        self._read_fields(people)
+        self.keypoints, self.boxes = keypoints[usable].astype(np.float32), boxes[usable]
+        self._read_fields([p for p, used in zip(people, usable) if used])
 
     def _mend_sizes(self, people: list[dict], image: np.ndarray) -> None:
         """Width and height change places where people reach out of the image so that the picture itself has them so."""
@@ -345,9 +340,9 @@ class PoseDataset:
         xy, limit = keypoints[..., :2], sizes[:, None]
         wild = ((v > 0) | np.isnan(keypoints[..., 2])) & ~(np.abs(xy) < 10 * limit).all(-1)     # NaN compares False
         outside = (v > 0) & ~wild & ((xy < 0) | (xy > limit)).any(-1)
-        self._note("people with keypoints that are no numbers, or far off: taken as unlabelled",
-                   ids_of(people, wild.any(1)))
-        self._note("people with labelled keypoints outside the image: kept", ids_of(people, outside.any(1)))
+        self._note_people(people, {
+            "people with keypoints that are no numbers, or far off: taken as unlabelled": wild.any(1),
+            "people with labelled keypoints outside the image: kept": outside.any(1)})
         v[wild] = 0
         return np.concatenate([np.where(v[..., None] > 0, xy, 0), v[..., None]], -1)
 
@@ -373,37 +368,37 @@ class PoseDataset:
                 low, high = (xy.min(0) - margin).clip(0), np.minimum(xy.max(0) + margin, sizes[n])
                 boxes[n], usable[n] = [*low, *(high - low)], True
         without = "a box of no area, or outside the image, or none"
-        self._note(f"annotations skipped: {without}, and no keypoints", ids_of(people, ~usable))
-        self._note(f"people with {without}: taken from their keypoints", ids_of(people, boxless & usable))
+        self._note_people(people, {f"annotations skipped: {without}, and no keypoints": ~usable,
+                                   f"people with {without}: taken from their keypoints": boxless & usable})
         self.tiny = tiny[usable]
         return boxes, usable
 
     def _read_fields(self, people: list[dict]):
-        """areas, iscrowd and num_keypoints, with a value where the file has none."""
+        """areas, iscrowd and num_keypoints, with a value where the file has none.
+
+        CrowdPose's evaluation always takes the area from the box, and its own count leaves out head and neck.
+        """
         crowdpose, fields = self.name == "crowdpose", ("area", "iscrowd", "num_keypoints", "ignore")
         area, crowd, stated, ignore = (column(people, name)[:, 0] for name in fields)
-        self.areas = BOX_TO_AREA * self.boxes[:, 2] * self.boxes[:, 3]
-        given = (area > 0) & (area < 1e12) & (not crowdpose)        # its evaluation always uses the box
-        self.areas[given] = area[given]
-        if not crowdpose:
-            self._note(f"people without area: {BOX_TO_AREA} of the box taken", ids_of(people, ~given))
+        of_box, labelled = self.boxes[:, 2] * self.boxes[:, 3], self.keypoints[..., 2] > 0
+        given = (area > 0) & (area < 1e12) & (not crowdpose)
+        self.areas = np.where(given, area, BOX_TO_AREA * of_box)
         self.iscrowd = crowd > 0
-        self._note("people without iscrowd: taken as single people", ids_of(people, np.isnan(crowd)))
-        self._note("people with ignore: 1, which COCO's evaluation does not read: they count",
-                   ids_of(people, ignore > 0))
-        share = self.areas / (self.boxes[:, 2] * self.boxes[:, 3])
-        odd = ~self.iscrowd & ((share < 0.02) | (share > 1.2))
-        self._note("people whose area does not suit their box: OKS and AP follow the area", ids_of(people, odd))
-        self._note("people of whose size a few pixels around their keypoints are all that is known: OKS and AP follow it",
-                   ids_of(people, self.tiny & ~given))
-        labelled = self.keypoints[..., 2] > 0
         self.num_keypoints = labelled.sum(1)
-        if crowdpose:                                       # its own count leaves out head and neck
-            counted = labelled[:, :12].sum(1)
-            self.num_keypoints = np.where(np.isnan(stated), counted, np.nan_to_num(stated).clip(0, 14)).astype(np.int64)
-        elif keypoint_fields(self.skeleton.name) == ("keypoints",):
-            self._note("people without, or with a wrong num_keypoints: counted",
-                       ids_of(people, stated != self.num_keypoints))
+        counts = not crowdpose and keypoint_fields(self.skeleton.name) == ("keypoints",)
+        share = self.areas / of_box
+        self._note_people(people, {
+            f"people without area: {BOX_TO_AREA} of the box taken": ~given & (not crowdpose),
+            "people without iscrowd: taken as single people": np.isnan(crowd),
+            "people with ignore: 1, which COCO's evaluation does not read: they count": ignore > 0,
+            "people whose area does not suit their box: OKS and AP follow the area":
+                ~self.iscrowd & ((share < 0.02) | (share > 1.2)),
+            "people of whose size a few pixels around their keypoints are all that is known: OKS and AP follow it":
+                self.tiny & ~given,
+            "people without, or with a wrong num_keypoints: counted": (stated != self.num_keypoints) & counts})
+        if crowdpose:
+            stated = np.where(np.isnan(stated), labelled[:, :12].sum(1), np.nan_to_num(stated).clip(0, 14))
+            self.num_keypoints = stated.astype(np.int64)
 
     # ------------------------------------------------ use
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from common.boxes import whole_image
 from common.errors import UserError
-from common.video import whole
+from common.records import whole
 from data import puppets
 
 NEEDS = {".onnx": ("onnx", "onnxscript"), ".pt2": ()}

@@ -5,7 +5,8 @@ Units    pixels, origin at the top left corner; boxes are x1, y1, x2, y2. `Peopl
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -118,9 +119,8 @@ def as_picture(picture: Picture) -> Image.Image:
 def to_rgb(picture: Image.Image, white: float | None = None) -> Image.Image:
     """Any PIL mode to 8-bit RGB: deep gray is scaled, for PIL would cut it off at 255, and under transparency lies gray."""
     if is_deep(picture):
-        gray = np.nan_to_num(np.asarray(picture).astype(np.float64), posinf=0, neginf=0)
-        gray = gray / (white or white_of_value(gray.max(initial=0), picture.mode)) * 255
-        return Image.fromarray(gray.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        gray, own = deep_gray(picture)
+        return Image.fromarray((gray / (white or own) * 255).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, UNDER), picture).convert("RGB")
@@ -132,11 +132,13 @@ def is_deep(picture: Image.Image) -> bool:
     return picture.mode in ("I", "F") or picture.mode.startswith("I;16")
 
 
-def white_of_value(largest: float, mode: str) -> float:
-    """What is white where `largest` is the largest value: the end of the scale of 8, 10, 12, 14 or 16 bits, or 1.0."""
-    if mode == "F" and largest <= 16:           # floats up to about 1, in which lights may be brighter than white
-        return max(1.0, float(largest))
-    return next((white for white in WHITES if largest <= white), float(largest))
+def deep_gray(picture: Image.Image) -> tuple[np.ndarray, float]:
+    """The values (h, w) of a deep picture, and what the largest one suggests for white: the end of the scale of 8, 10,
+    12, 14 or 16 bits; of floats 1.0, or the largest one, for lights may be brighter than white."""
+    gray = np.nan_to_num(np.asarray(picture).astype(np.float64), posinf=0, neginf=0)
+    largest = float(gray.max(initial=0))
+    scale = [max(1.0, largest)] if picture.mode == "F" and largest <= 16 else WHITES
+    return gray, next((white for white in scale if largest <= white), largest)
 
 
 def white_of(paths: Sequence[Path], most: int = 16) -> float | None:
@@ -151,13 +153,25 @@ def white_of(paths: Sequence[Path], most: int = 16) -> float | None:
                 pages = getattr(picture, "n_frames", 1)
                 for page in range(0, pages, max(1, pages // most)) if is_deep(picture) else ():
                     picture.seek(page)
-                    values = np.nan_to_num(np.asarray(picture).astype(np.float64), posinf=0, neginf=0)
-                    found.append(white_of_value(values.max(initial=0), picture.mode))
+                    found.append(deep_gray(picture)[1])
                 if not found:
                     break
         except Exception:                   # `load_image` will say what is wrong with it
             continue
     return max(found, default=None)
+
+
+# ---------------------------------------------------------------- writing a file
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A place to write a file to, which is called `path` as soon as it is whole; a link of that name gives way."""
+    part = path.with_name(f".{path.name[-60:]}.part")        # a name may have 255 bytes
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- the people of a batch

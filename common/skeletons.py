@@ -72,6 +72,11 @@ def words(name: str) -> tuple[str, ...]:
     return tuple(word for word in re.split(r"[\W_]+", name) if word)
 
 
+def same_names(a: Sequence[str], b: Sequence[str]) -> bool:
+    """Whether two lists name the same keypoints in the same order."""
+    return [words(name) for name in a] == [words(name) for name in b]
+
+
 def flip_from_names(names: Sequence[str]) -> tuple[int, ...] | None:
     """Index of the mirrored keypoint of each name, by its side: left_x <-> right_x, x_l <-> x_r, lx <-> rx.
 
@@ -124,17 +129,16 @@ def edges(text: str) -> tuple[tuple[int, int], ...]:
     return tuple(tuple(map(int, edge.split("-"))) for edge in text.split())
 
 
-def build(name: str, keypoints: tuple, edge_text: str, sigmas: tuple) -> Skeleton:
-    return Skeleton(name, keypoints, edges(edge_text), flip_from_names(keypoints), sigmas)
+def build(name: str, keypoints: tuple, edge_text: str, sigmas: tuple, flip: tuple | None = None) -> Skeleton:
+    """flip: where the names do not say it."""
+    return Skeleton(name, keypoints, edges(edge_text), flip or flip_from_names(keypoints), sigmas)
 
 
 BODY = pairs("shoulder", "elbow", "wrist", "hip", "knee", "ankle")
 BODY_SIGMAS = twice(.079, .072, .062, .107, .087, .089)
+COCO_EDGES = "15-13 13-11 16-14 14-12 11-12 5-11 6-12 5-6 5-7 6-8 7-9 8-10 1-2 0-1 0-2 1-3 2-4 3-5 4-6 "
 
-COCO = build(
-    "coco", ("nose", *pairs("eye", "ear"), *BODY),
-    "15-13 13-11 16-14 14-12 11-12 5-11 6-12 5-6 5-7 6-8 7-9 8-10 1-2 0-1 0-2 1-3 2-4 3-5 4-6",
-    (.026, *twice(.025, .035), *BODY_SIGMAS))
+COCO = build("coco", ("nose", *pairs("eye", "ear"), *BODY), COCO_EDGES, (.026, *twice(.025, .035), *BODY_SIGMAS))
 
 # The edges in CrowdPose's own files are COCO's and wrong for its 14 keypoints.
 CROWDPOSE = build(
@@ -148,26 +152,23 @@ POSETRACK = build(
     "13-11 11-9 14-12 12-10 9-10 3-9 4-10 3-4 3-5 4-6 5-7 6-8 0-1 0-2 1-3 1-4",
     (.026, .025, .025, *BODY_SIGMAS))
 
-HUMANART21 = Skeleton(
-    "humanart21", COCO.keypoints + pairs("finger", "toe"), COCO.edges + edges("15-19 16-20 9-17 10-18"),
-    COCO.flip + (18, 17, 20, 19), COCO.sigmas + (.089,) * 4)
+HUMANART21 = build("humanart21", COCO.keypoints + pairs("finger", "toe"), COCO_EDGES + "15-19 16-20 9-17 10-18",
+                   COCO.sigmas + (.089,) * 4)
 
 
 def wholebody() -> Skeleton:
     """COCO-WholeBody: 17 body, 6 feet, 68 face (the iBUG order), 21 + 21 hand keypoints."""
-    feet = tuple(f"{side}_{part}" for side in ("left", "right") for part in ("big_toe", "small_toe", "heel"))
-    face = tuple(f"face-{k}" for k in range(68))
     fingers = ("thumb", "forefinger", "middle_finger", "ring_finger", "pinky_finger")
-    joints = ["hand_root", *(f"{finger}{k}" for finger in fingers for k in range(1, 5))]
-    hands = tuple(f"{side}_{part}" for side in ("left", "right") for part in joints)
+    foot, hand = ("big_toe", "small_toe", "heel"), ("hand_root", *(f"{name}{k}" for name in fingers for k in range(1, 5)))
+    feet, hands = (tuple(f"{side}_{part}" for side in ("left", "right") for part in parts) for parts in (foot, hand))
+    names = (*COCO.keypoints, *feet, *(f"face-{k}" for k in range(68)), *hands)
 
     # Face keypoints carry no side in their names. Runs of the mirrored order: jaw, brows, nose ridge, nostrils,
     # upper and lower lid of either eye, outer lips above and below, inner lips above and below.
     runs = [range(16, -1, -1), range(26, 16, -1), range(27, 31), range(35, 30, -1),
             range(45, 41, -1), (47, 46), range(39, 35, -1), (41, 40),
             range(54, 47, -1), range(59, 54, -1), range(64, 59, -1), range(67, 64, -1)]
-    face_flip = tuple(23 + k for run in runs for k in run)
-    flip = (*COCO.flip, 20, 21, 22, 17, 18, 19, *face_flip, *range(112, 133), *range(91, 112))
+    by_name, face = flip_from_names(names), [23 + k for run in runs for k in run]
 
     face_sigmas = (.042, .043, .044, .043, .040, .035, .031, .025, .020, .023, .029, .032, .037, .038,
                    .043, .041, .045, .013, .012, .011, .011, .012, .012, .011, .011, .013, .015, .009,
@@ -178,11 +179,10 @@ def wholebody() -> Skeleton:
                    .021, .021, .032, .020, .019, .022, .031)
     sigmas = (*COCO.sigmas, .068, .066, .066, .092, .094, .094, *face_sigmas, *hand_sigmas, *hand_sigmas)
 
-    hand_edges = tuple((root if k == 1 else root + finger + k - 1, root + finger + k)
-                       for root in (91, 112) for finger in range(0, 20, 4) for k in range(1, 5))
-    foot_edges = edges("15-17 15-18 15-19 16-20 16-21 16-22")
-    names = (*COCO.keypoints, *feet, *face, *hands)
-    return Skeleton("wholebody", names, COCO.edges + foot_edges + hand_edges, flip, sigmas)
+    of_hands = " ".join(f"{root if k == 1 else root + finger + k - 1}-{root + finger + k}"
+                        for root in (91, 112) for finger in range(0, 20, 4) for k in range(1, 5))
+    return build("wholebody", names, COCO_EDGES + "15-17 15-18 15-19 16-20 16-21 16-22 " + of_hands, sigmas,
+                 (*by_name[:23], *face, *by_name[91:]))
 
 
 # Where COCO-WholeBody's evaluations begin and end among the 133 keypoints.
@@ -221,16 +221,19 @@ def keypoint_names(category: dict) -> list[str]:
 
 def edges_of(category: dict, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
     """`skeleton`, pairs of numbers from 1 on or of names, as pairs from 0 on. What is no such pair is left out, said."""
-    given, edges = category.get("skeleton") or (), []
+    given = category.get("skeleton") or ()
     given = given if isinstance(given, (list, tuple)) else (given,)
     place = {words(name): k + 1 for k, name in enumerate(names)}
-    for edge in given:
-        ends = edge if isinstance(edge, (list, tuple)) and len(edge) == 2 else (None, None)
-        ends = [place.get(words(end)) if isinstance(end, str) and words(end) in place else end for end in ends]
+
+    def number(end) -> int:
+        """From 1 on, or from 0 on; -1 of what is no keypoint."""
+        end = place.get(words(end), end) if isinstance(end, str) else end
         try:
-            edges.append(tuple(-1 if int(end) != float(end) else int(end) for end in ends))
+            return int(end) if int(end) == float(end) else -1
         except (TypeError, ValueError, OverflowError):
-            edges.append((-1, -1))
+            return -1
+
+    edges = [tuple(map(number, edge)) if isinstance(edge, (list, tuple)) and len(edge) == 2 else (-1, -1) for edge in given]
     first = 0 if any(0 in edge for edge in edges) else 1     # COCO counts from 1; some tools from 0
     edges = [(a - first, b - first) for a, b in edges]
     good = [edge for edge in edges if all(0 <= end < len(names) for end in edge)]
@@ -250,7 +253,7 @@ def skeleton_from_category(category: dict, sigmas: Sequence[float] | None = None
     if not names:
         raise UserError("the annotation file's category has no 'keypoints' names: add them, or name a skeleton")
     for known in SKELETONS.values():
-        if [words(name) for name in names] == [words(name) for name in known.keypoints]:
+        if same_names(names, known.keypoints):
             return known if sigmas is None else replace(known, sigmas=tuple(map(float, sigmas)))
 
     flip, label = flip_from_names(names), str(category.get("name", "custom"))

@@ -32,7 +32,7 @@ from common import draw
 from common.cli import RunConfig, parse
 from common.errors import UserError
 from common.ranks import STOP_SIGNALS
-from common.video import whole
+from common.records import whole
 
 FOLDER = Path(__file__).parents[1] / "docs" / "tables"
 PRESENT = "{}"             # of the settings that a row has now, which differ from themselves in nothing

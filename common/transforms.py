@@ -218,19 +218,14 @@ def warp_affine(image: np.ndarray, matrix: np.ndarray, size: tuple[int, int]) ->
 
 # ---------------------------------------------------------------- colour: image only
 
-def brightness(image: Image.Image, factor: float) -> Image.Image:
-    """Blend with black: 0 is black, 1 the image itself."""
-    return ImageEnhance.Brightness(image).enhance(factor)
+def blend(kind: type) -> Callable[[Image.Image, float], Image.Image]:
+    """A function of a picture and a factor: 1 gives the picture itself, 0 something dull."""
+    return lambda image, factor: kind(image).enhance(factor)
 
 
-def contrast(image: Image.Image, factor: float) -> Image.Image:
-    """Blend with the image's mean gray: 0 is flat gray, 1 the image itself."""
-    return ImageEnhance.Contrast(image).enhance(factor)
-
-
-def saturation(image: Image.Image, factor: float) -> Image.Image:
-    """Blend with the gray image: 0 is gray, 1 the image itself."""
-    return ImageEnhance.Color(image).enhance(factor)
+brightness = blend(ImageEnhance.Brightness)         # 0: black
+contrast = blend(ImageEnhance.Contrast)             # 0: its mean gray
+saturation = blend(ImageEnhance.Color)              # 0: itself in gray
 
 
 def hue(image: Image.Image, turn: float) -> Image.Image:

@@ -16,8 +16,8 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -29,7 +29,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.records import BadImage, load_image, open_picture, white_of
+from common.records import BadImage, load_image, open_picture, white_of, whole
 
 try:
     import av
@@ -105,16 +105,6 @@ def open_clip(path: Path) -> Clip | None:
     raise UserError(f"{path}: to read videos, install PyAV (pip install av) or the program ffmpeg")
 
 
-def with_neighbours(frames: Iterable[Frame]) -> Iterator[tuple[Frame, tuple[Image.Image, ...]]]:
-    """Each frame with (previous, itself, next); at the ends, and beside another size, it takes the other's place."""
-    before, key = None, None
-    for after in chain(frames, [None]):
-        if key is not None:
-            yield key, tuple((near or key).picture if (near or key).picture.size == key.picture.size else key.picture
-                             for near in (before, key, after))
-        before, key = key, after
-
-
 # ---------------------------------------------------------------- what a command is given
 
 class Source(NamedTuple):
@@ -169,41 +159,38 @@ def find_pictures(paths: list[str]) -> list[Source]:
 
 
 def shots(sources: list[Source]) -> Iterator[Shot]:
-    """Every picture of every source. A still of a folder has the stills beside it around it; one that is missing,
-    damaged or of another size gives way to the picture itself."""
+    """Every picture of every source, with those beside it in its clip, or among the stills of its folder; at the ends,
+    and where one is damaged or of another size, the picture itself takes its place."""
+    before = shot = None
+    for after in chain(_alone(sources), [None]):
+        if shot and shot.frame:
+            around = (near.frame.picture if _beside(near, shot) else shot.frame.picture for near in (before, shot, after))
+            shot = shot._replace(around=tuple(around))
+        if shot:
+            yield shot
+        before, shot = shot, after
+
+
+def _alone(sources: list[Source]) -> Iterator[Shot]:
+    """The shots, with nothing around them."""
     @lru_cache
     def white(folder: Path | None) -> float | None:
         return white_of([source.path for source in sources if source.folder == folder]) if folder else None
 
-    @lru_cache(4)
-    def still(i: int) -> Image.Image | BadImage:
-        try:
-            return load_image(sources[i].path, white=white(sources[i].folder))
-        except BadImage as error:
-            return error
-
-    def beside(i: int, near: int, picture: Image.Image) -> Image.Image:
-        apart = not 0 <= near < len(sources) or sources[i].folder is None or sources[near].folder != sources[i].folder
-        if apart or sources[near].path.suffix.lower() in VIDEOS | {".gif"}:
-            return picture
-        other = still(near)
-        return other if isinstance(other, Image.Image) and other.size == picture.size else picture
-
-    for i, source in enumerate(sources):
+    for source in sources:
         try:
             clip = open_clip(source.path)
-            for frame, around in with_neighbours(clip or ()):
-                yield Shot(source, clip, frame, around)
+            for frame in clip or [Frame(load_image(source.path, white=white(source.folder)), 0, 0.0)]:
+                yield Shot(source, clip, frame)
         except BadImage as error:
             yield Shot(source, error=error)
-            continue
-        if clip is None:
-            picture = still(i)
-            if isinstance(picture, BadImage):
-                yield Shot(source, error=picture)
-            else:
-                around = beside(i, i - 1, picture), picture, beside(i, i + 1, picture)
-                yield Shot(source, None, Frame(picture, 0, 0.0), around)
+
+
+def _beside(near: Shot | None, shot: Shot) -> bool:
+    """Whether one may stand beside the other: of one size, and of one clip or stills of one folder."""
+    if not near or not near.frame or near.clip is not shot.clip or near.frame.picture.size != shot.frame.picture.size:
+        return False
+    return shot.clip is not None or shot.source.folder is not None and near.source.folder == shot.source.folder
 
 
 # ---------------------------------------------------------------- reading
@@ -302,17 +289,6 @@ def _read_ppm(pipe) -> Image.Image | None:
 
 
 # ---------------------------------------------------------------- writing
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A place to write a file to, which is called `path` as soon as it is whole; a link of that name gives way."""
-    part = path.with_name(f".{path.name[-60:]}.part")        # a name may have 255 bytes
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
 
 def save_pictures(pictures: list[Image.Image], target: Path) -> None:
     """One picture as target.png, several as target.gif, which runs for ever."""

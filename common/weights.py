@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.ranks import say
+from common.records import whole
 from common.skeletons import Skeleton, get_skeleton, rows_in
 
 
@@ -136,11 +137,10 @@ def writable(folder: Path) -> bool:
         return False
 
 
-def fetch(name: str, cache: Path | None = None, timeout: float = 30.0, finds_poses: bool = False) -> Path:
+def fetch(name: str, finds_poses: bool = False) -> Path:
     """The file of a release, or its folder if it has several; downloaded on first use.
 
-    timeout: seconds without a byte after which a connection counts as broken; finds_poses: of a name that does not
-    exist, suggest only what is more than weights to start from.
+    finds_poses: of a name that does not exist, suggest only what is more than weights to start from.
     Raises UserError, one line with the address and the place for the file, if it cannot be had.
     Processes may fetch at once; each then downloads its own copy, so under torchrun let rank 0 go first.
     """
@@ -149,7 +149,7 @@ def fetch(name: str, cache: Path | None = None, timeout: float = 30.0, finds_pos
         near = difflib.get_close_matches(name, names, n=3) or names
         raise UserError(f"no released weights are called {name!r}: did you mean {', '.join(near)}?")
     release, mirror = RELEASES[name], os.environ.get("POSE_WEIGHTS_URL")
-    folder, spare = Path(cache or cache_folder()), Path("weights")
+    folder, spare = cache_folder(), Path("weights")
     local = next(iter(release.files)) if len(release.files) == 1 else name
     for place in (folder, spare):              # a cache that we may read but not write is a cache
         if not release.missing(place):
@@ -162,36 +162,36 @@ def fetch(name: str, cache: Path | None = None, timeout: float = 30.0, finds_pos
     if release.by_hand and not mirror:
         file, page = next(iter(release.files.items()))
         raise UserError(f"{name} has to be fetched with a browser: save {page} as {(folder / file).resolve()}")
-    print(f"{name}: {len(release.files)} file{'s' * (len(release.files) > 1)}, licence: {release.licence}")
     missing = {f"{mirror.rstrip('/')}/{file}" if mirror else release.files[file]: folder / file
                for file in release.missing(folder)}
-    if len(missing) > 1:
-        announce_total(name, list(missing), folder, timeout)
+    announce(f"{name} ({release.licence})", list(missing), folder)
     for address, target in missing.items():
-        download(address, target, timeout)
+        download(address, target)
     return folder / local
 
 
-def announce_total(name: str, addresses: list[str], folder: Path, timeout: float) -> None:
-    """Say how large a release's files are together, before the first is fetched; UserError if they do not fit."""
+def announce(what: str, addresses: list[str], folder: Path) -> None:
+    """Say how large the files are together, before the first is fetched; UserError if they do not fit."""
     sizes, free = [], shutil.disk_usage(folder).free
     for address in addresses:                  # where one fails, fetching tells why
-        with contextlib.suppress(Unusable, ValueError), connect(address, timeout, method="HEAD") as response:
+        with contextlib.suppress(Unusable, ValueError), connect(address, method="HEAD") as response:
             sizes.append(int(response.headers.get("Content-Length") or 0))
+    total = f"{sum(sizes) / 1e6:.1f} MB"
     known = len(sizes) == len(addresses) and all(sizes)
-    print(f"{name}: {len(addresses)} files to fetch into {folder.resolve()}, " +
-          (f"{sum(sizes) / 1e6:.1f} MB together" if known else "their sizes are not announced"))
+    print(f"{what}: {len(addresses)} file{'s' * (len(addresses) > 1)} to fetch into {folder.resolve()}, " +
+          (f"{total} together" if known else "their sizes are not announced"))
     if sum(sizes) > free:
-        raise UserError(f"{name} needs {sum(sizes) / 1e6:.1f} MB, only {free / 1e6:.1f} MB fit into "
-                        f"{folder.resolve()}: make room, or choose another folder with POSE_CACHE")
+        raise UserError(f"{what} needs {total}, only {free / 1e6:.1f} MB fit into {folder.resolve()}: make room, or "
+                        "choose another folder with POSE_CACHE")
 
 
 # ---------------------------------------------------------------------- downloading
 ATTEMPTS = 3
 PAUSE = 1.0        # seconds before the second attempt, twice that before the third
+TIMEOUT = 30.0     # seconds without a byte after which a connection counts as broken
 
 
-def download(url: str, target: Path, timeout: float) -> None:
+def download(url: str, target: Path) -> None:
     """Put what `url` serves at `target`, complete and checked, or raise UserError and leave nothing."""
     part = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")     # others may fetch the same file now
     try:
@@ -200,11 +200,11 @@ def download(url: str, target: Path, timeout: float) -> None:
             if time.time() - left.stat().st_mtime > 86400:
                 left.unlink(missing_ok=True)
         with open(part, "xb") as file:
-            receive(url, file, timeout)
+            receive(url, file)
         file_kind(part)
         check_hash(part, target.name)
         try:
-            os.replace(part, target)
+            part.replace(target)
         except PermissionError:                # Windows: another process was first and has the file open
             if not target.exists():
                 raise
@@ -215,12 +215,12 @@ def download(url: str, target: Path, timeout: float) -> None:
         part.unlink(missing_ok=True)
 
 
-def receive(url: str, file, timeout: float) -> None:
+def receive(url: str, file) -> None:
     """Write the body of `url` into the open, empty file; a broken connection is taken up where it broke."""
     version = ""
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            with connect(url, timeout, file.tell(), version) as response:
+            with connect(url, file.tell(), version) as response:
                 version = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
                 if response.status != 206:     # all of it, not the rest: cannot resume, or the file has changed
                     file.seek(0)
@@ -234,14 +234,14 @@ def receive(url: str, file, timeout: float) -> None:
             time.sleep(PAUSE * attempt)
 
 
-def connect(url: str, timeout: float, have: int = 0, version: str = "", method: str = "GET"):
+def connect(url: str, have: int = 0, version: str = "", method: str = "GET"):
     """Ask for `url` from byte `have` on, provided that it is still the version of which we have those bytes."""
     headers = {"User-Agent": "pose-weights"}
     if have and version:
         headers |= {"Range": f"bytes={have}-", "If-Range": version}
     try:
         request = Request(url, headers=headers, method=method)
-        response = build_opener().open(request, timeout=timeout)            # heeds https_proxy
+        response = build_opener().open(request, timeout=TIMEOUT)            # heeds https_proxy
     except HTTPError as error:
         kind = Interrupted if error.code >= 500 or error.code in (408, 429) else Unusable
         raise kind(f"the server answers {error.code} {error.reason}") from None
@@ -262,10 +262,7 @@ def copy(response, file, url: str) -> None:
     """Append the response to the file, under a progress bar; Interrupted if it ends too early."""
     have, length = file.tell(), response.headers.get("Content-Length")
     total = have + int(length) if length else None
-    free = shutil.disk_usage(Path(file.name).parent).free
-    print(f"fetching {url}: {f'{total / 1e6:.1f} MB' if total else 'size not announced'}")
-    if total and free < total - have:
-        raise Unusable(f"only {free / 1e6:.1f} MB fit on the disk (POSE_CACHE chooses another)")
+    print(f"fetching {url}")
     name = url.rsplit("/", 1)[-1]
     with tqdm(total=total, initial=have, desc=name, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
         while chunk := read(response):
@@ -285,10 +282,8 @@ def read(response) -> bytes:
 def check_hash(path: Path, name: str) -> None:
     """Some names end with the first digits of the file's SHA-256 (resnet50-0676ba61.pth): compare."""
     digits = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
-    if not digits:
-        return
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not digest.startswith(digits[1]):
+    digest = hashlib.sha256(path.read_bytes()).hexdigest() if digits else ""
+    if digits and not digest.startswith(digits[1]):
         raise Unusable(f"its SHA-256 starts with {digest[:8]}, not with the {digits[1]} of its name")
 
 
@@ -297,11 +292,8 @@ def file_kind(path: Path) -> str:
     """'zip' or 'pickle' (torch since and before 1.6) or 'safetensors', by content; else raises Unusable."""
     if path.exists() and not path.is_file():
         raise Unusable("it is a folder, name a file in it" if path.is_dir() else "it is no ordinary file")
-    try:
-        with open(path, "rb") as file:
-            head = file.read(512)
-    except OSError as error:
-        raise Unusable(error.strerror) from None
+    with open(path, "rb") as file:
+        head = file.read(512)
     if not head:
         raise Unusable("it is empty")
     if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml)", head, re.IGNORECASE):
@@ -316,7 +308,7 @@ def file_kind(path: Path) -> str:
                 return "safetensors"
         except SafetensorError as error:
             raise Unusable(f"it is cut short or damaged ({error})") from None
-    if head[0] == 0x80 and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
+    if re.match(rb"\x80[\2-\5]", head):
         return "pickle"
     raise Unusable(f"it is neither a torch nor a safetensors file (it starts with {head[:8]!r})")
 
@@ -349,14 +341,14 @@ def read_torch(path: Path, zipped: bool):
                 saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
             break
         except Exception as error:             # a damaged file can fail anywhere in torch's reader
-            unknown = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-            filled = re.search(r"Can only (set|append|extend).* got <class 'stand_in\.(\S+)'>", str(error), re.IGNORECASE)
-            name, base = ((unknown[1], object) if unknown else
-                          (filled[2], CONTAINERS[filled[1].lower()]) if filled else ("", object))
-            if "persistent_load" in str(error):     # of a file from before torch 1.6
+            text = str(error)
+            unknown = re.search(r"GLOBAL (\S+)", text) if isinstance(error, pickle.UnpicklingError) else None
+            filled = re.search(r"Can only (set|append|extend).* got <class 'stand_in\.(\S+)'>", text, re.IGNORECASE)
+            if "persistent_load" in text:      # of a file from before torch 1.6
                 raise Unusable(RUNS_CODE.format("a torch.nn.Module")) from None
-            if not name:
+            if not unknown and not filled:
                 raise Unusable(f"it is cut short or damaged ({type(error).__name__})") from None
+            name, base = (unknown[1], object) if unknown else (filled[2], CONTAINERS[filled[1].lower()])
             if bases.get(name) is base or "." not in name:
                 raise Unusable(RUNS_CODE.format(name)) from None
             bases[name] = base
@@ -383,7 +375,7 @@ def shards(path: Path) -> list[Path]:
 
 
 WRAPPERS = ("ema_model.", "model.", "network.", "net.")          # of a model that stands beside something else
-PLACES = ("ema", "model", "state_dict")
+PLACES = (("ema",), ("model",), ("state_dict",))                 # of a model's tensors in a file, the best first
 
 
 def tensor_groups(saved, where: tuple = ()) -> Iterator[tuple[tuple, dict[str, Tensor]]]:
@@ -418,18 +410,17 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
             kind = file_kind(part)
             read = load_file(part) if kind == "safetensors" else read_torch(part, zipped=kind == "zip")
             saved = saved | read if isinstance(read, dict) else read
-        groups = list(tensor_groups(saved))
+        groups = dict(tensor_groups(saved))
         if not groups:
             raise Unusable("it holds no tensors, by themselves or under ema, model or state_dict: ask for its state dict")
-        most = max(len(tensors) for _, tensors in groups)
-        groups = [(where, tensors) for where, tensors in groups if 2 * len(tensors) >= most]
-        where, tensors = min(groups, key=lambda group: PLACES.index(group[0][0]) if {*group[0][:1]} & {*PLACES} else 9)
-        if len(groups) > 1:
-            print(f"{path}: of {', '.join('.'.join(one) or 'the file itself' for one, _ in groups)} the tensors of "
-                  f"{'.'.join(where) or 'the file itself'} are taken")
-        return unwrapped(tensors)
-    except Unusable as reason:
-        raise UserError(f"cannot read weights from {path}: {reason}") from None
+    except (Unusable, OSError) as reason:
+        raise UserError(f"cannot read weights from {path}: {getattr(reason, 'strerror', reason)}") from None
+    most = max(map(len, groups.values()))
+    names = {where: ".".join(where) or "the file itself" for where in groups if 2 * len(groups[where]) >= most}
+    best = min(names, key=lambda where: [*PLACES, where[:1]].index(where[:1]))
+    if len(names) > 1:
+        print(f"{path}: of {', '.join(names.values())} the tensors of {names[best]} are taken")
+    return unwrapped(groups[best])
 
 
 # ---------------------------------------------------------------------- checkpoints of ours
@@ -438,20 +429,15 @@ def save_checkpoint(path: Path, content: dict) -> None:
 
     Raises UserError when the disk is full or the folder cannot be written; the file from before is then intact.
     """
-    beside = path.with_name(f".{path.name}.part")
     try:
-        with open(beside, "wb") as file:
+        with whole(path) as part, open(part, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
     except (OSError, RuntimeError) as error:                    # torch makes a RuntimeError of a failed write
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         before = ", what was saved there before is intact" if path.exists() else ""
         raise UserError(f"cannot save {path} (is the disk full?): {reason}{before}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -467,6 +453,9 @@ def load_checkpoint(path: Path) -> dict:
     return content
 
 
+OWN = dict(method=str, preset=str, config=dict, skeleton=(dict, str), model=dict)       # fields of a checkpoint of ours
+
+
 def read_own(path: Path) -> dict | None:
     """A checkpoint of ours, or None if the file is something else (released weights, a damaged file)."""
     try:
@@ -475,11 +464,11 @@ def read_own(path: Path) -> dict | None:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:                                           # whoever reads it next says what it is
         return None
-    kinds = dict(method=str, preset=str, config=dict, skeleton=(dict, str), model=dict)
-    ours = isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in kinds.items())
-    states = [content["model"], content.get("ema", {})] if ours else []
-    return content if ours and all(isinstance(state, dict) and all(isinstance(name, str) and isinstance(x, Tensor)
-                                                                   for name, x in state.items()) for state in states) else None
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), kind) for name, kind in OWN.items()):
+        return None
+    states = content["model"], content.get("ema", {})
+    named = all(isinstance(state, dict) and all(isinstance(name, str) for name in state) for state in states)
+    return content if named and all(isinstance(x, Tensor) for state in states for x in state.values()) else None
 
 
 # ---------------------------------------------------------------------- into a model
@@ -646,7 +635,7 @@ def start_rows(start: Start, count: int, model: nn.Module) -> tuple[Skeleton, li
 def fill_and_say(model: nn.Module, start: Start, state: dict[str, Tensor], table: dict[str, int],
                  optional: dict[str, str], rows: list[int] | None) -> None:
     """The second half of `load_start`: state has our shapes; rows: see `start_rows`, None without keypoints."""
-    own, names = model.state_dict(), model.skeleton.keypoints
+    own, keypoints = model.state_dict(), model.skeleton.keypoints
     alone = [name for name in state.keys() ^ own.keys() if any(re.search(pattern, name) for pattern in optional)]
     try:
         load_strict(model, state, {f"^{re.escape(name)}$": "one side alone has it" for name in alone})
@@ -654,28 +643,34 @@ def fill_and_say(model: nn.Module, start: Start, state: dict[str, Tensor], table
         preset = f" (of preset {start.run['preset']})" if start.run else ""
         raise UserError(f"{start.path}{preset}: {error}") from None
     learned = {name for name in own if own[name].is_floating_point()}
-    mapped = {name for name in learned & state.keys() if any(re.search(pattern, name) for pattern in table)}
-    whole = rows is None or rows == list(range(len(rows)))
-    lost = learned - state.keys() | (mapped if rows and max(rows) < 0 else set())
-    mapped = set() if whole else mapped - lost
-    found, missing = ([name for name, row in zip(names, rows or ()) if (row >= 0) == known] for known in (True, False))
+    by_rows = {name for name in learned & state.keys() if any(re.search(pattern, name) for pattern in table)}
+    new, mapped = learned - state.keys(), set()
+    if rows and max(rows) < 0:                                  # none of our keypoints is among theirs
+        new |= by_rows
+    elif rows and rows != list(range(len(rows))):
+        mapped = by_rows
+    found = [name for name, row in zip(keypoints, rows or ()) if mapped and row >= 0]
+    missing = [name for name, row in zip(keypoints, rows or ()) if mapped and row < 0]
     say(f"start weights from {start.path}: {len(learned & state.keys())} of {len(learned)} tensors\n"
-        f"  carried over {len(learned - lost - mapped):>6}\n"
-        f"  mapped       {len(mapped):>6}{f'  the rows of {some(found)}' if mapped else ''}\n"
-        f"  new          {len(lost):>6}{'  ' + some(prefixes(lost, learned - lost)) if lost else ''}"
-        f"{f'  the rows of {some(missing)}' if mapped and missing else ''}")
+        f"  carried over {len(learned - new - mapped):>6}\n"
+        f"  mapped       {len(mapped):>6}{some('the rows of ', found)}\n"
+        f"  new          {len(new):>6}{some('', prefixes(new, learned - new))}"
+        f"{some('the rows of ', missing)}")
 
 
-def some(names: list[str], most: int = 20) -> str:
-    return ", ".join(names[:most]) + f", and {len(names) - most} more" * (len(names) > most)
+def some(what: str, names: list[str], most: int = 20) -> str:
+    more = f", and {len(names) - most} more" * (len(names) > most)
+    return f"  {what}{', '.join(names[:most])}{more}" if names else ""
 
 
 def prefixes(names: set[str], others: set[str]) -> list[str]:
     """The fewest prefixes that are of these names alone, as `decoder.*`."""
-    taken = {name[:end.start()] for name in others for end in re.finditer(r"\.|$", name)}
-    found = (next(name[:end.start()] + ".*" * (end.start() < len(name)) for end in re.finditer(r"\.|$", name)
-                  if name[:end.start()] not in taken) for name in sorted(names))
-    return [*dict.fromkeys(found)]
+    def beginnings(name: str) -> list[str]:
+        return [name[:dot.start()] for dot in re.finditer(r"\.|$", name)]
+
+    taken = {start for name in others for start in beginnings(name)}
+    first = {name: next(start for start in beginnings(name) if start not in taken) for name in sorted(names)}
+    return [*dict.fromkeys(start if start == name else f"{start}.*" for name, start in first.items())]
 
 
 def count_parameters(model: nn.Module) -> int:

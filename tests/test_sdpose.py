@@ -521,7 +521,8 @@ def test_fetching_wants_no_text_encoder_once_its_embedding_is_there(tmp_path, mo
     for file in {*release.files, kept} - {encoder}:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
-    assert weights.fetch("sdpose-body", tmp_path) == tmp_path / "sdpose-body"
+    monkeypatch.setenv("POSE_CACHE", str(tmp_path))
+    assert weights.fetch("sdpose-body") == tmp_path / "sdpose-body"
     (tmp_path / kept).unlink()
     assert release.missing(tmp_path) == [encoder]
 

@@ -10,7 +10,7 @@ from PIL import Image
 from common import video
 from common.errors import UserError
 from common.records import BadImage
-from common.video import Writer, find_pictures, open_clip, shots, with_neighbours
+from common.video import Writer, find_pictures, open_clip, shots
 from tests.helpers import SIZE, TIMES, encode, frame, required
 
 av = required("av")
@@ -151,12 +151,13 @@ def test_several_pictures_become_a_gif_with_every_frame_and_one_a_png(tmp_path):
     assert (tmp_path / "elsewhere.png").read_bytes() == b"mine" and Image.open(tmp_path / "b.png").size == (60, 40)
 
 
-def test_neighbours_are_the_frames_beside_it_and_itself_at_the_ends(tmp_path):
-    frames = [video.Frame(frame(i), i, 0.0) for i in range(3)] + [video.Frame(frame(3, (9, 9)), 3, 0.0)]
-    seen = [tuple(next(i for i, one in enumerate(frames) if one.picture is picture) for picture in pictures)
-            for _, pictures in with_neighbours(iter(frames))]
-    assert seen == [(0, 0, 1), (0, 1, 2), (1, 2, 2), (3, 3, 3)]
-    assert list(with_neighbours([])) == []
+def test_neighbours_are_the_frames_beside_it_and_itself_at_the_ends(tmp_path, monkeypatch):
+    pictures = [*map(frame, range(3)), frame(3, (9, 9))]
+    monkeypatch.setattr(video, "open_clip", lambda path: video.Clip(path, iter([(one, 0.0) for one in pictures])))
+    seen = [[next(i for i, one in enumerate(pictures) if one is picture) for picture in shot.around]
+            for shot in shots([video.Source(tmp_path, "", "")])]
+    assert seen == [[0, 0, 1], [0, 1, 2], [1, 2, 2], [3, 3, 3]]
+    assert list(shots([])) == []
 
 
 def test_still_pictures_are_no_clips(tmp_path):
