@@ -60,6 +60,15 @@ class RunConfig:
         parse_numbers(self.sigmas)
 
 
+def leave_without_loader() -> None:
+    """End at once: the loader would complain again on its way out."""
+    with contextlib.suppress(SystemExit):
+        leave(f"a loader process was killed: was the memory full? Use fewer --workers or a smaller --batch; {RESUME}")
+    for process in multiprocessing.active_children():
+        process.kill()
+    os._exit(2)
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Call `main`. What the user can fix ends in one line and exit code 2, Ctrl-C outside of training in 130.
 
@@ -73,6 +82,8 @@ def run_main(main: Callable[[], None]) -> None:
     except BrokenPipeError:                                     # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except ConnectionError:                                     # while it sent a batch
+        leave_without_loader()
     except (UserError, KernelError, OSError, torch.OutOfMemoryError) as error:
         message = str(error).rsplit("UserError: ", 1)[-1]       # a loader process puts its traceback before it
         if isinstance(error, torch.OutOfMemoryError):
@@ -85,11 +96,7 @@ def run_main(main: Callable[[], None]) -> None:
     except RuntimeError as error:
         text = str(error)
         if "DataLoader worker" in text:
-            with contextlib.suppress(SystemExit):
-                leave(f"a loader process was killed: was the memory full? Use fewer --workers or a smaller --batch; {RESUME}")
-            for process in multiprocessing.active_children():
-                process.kill()
-            os._exit(2)                                         # the loader would complain again on its way out
+            leave_without_loader()
         for pattern, message in MEANINGS.items():
             if re.search(pattern, text):
                 leave(message)

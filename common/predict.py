@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from common.boxes import Boxes
 from common.datasets import PoseDataset, id_key
-from common.ranks import Ranks, gather_lists, ignore_signals
+from common.ranks import Ranks, gather_lists, start_loader
 from common.records import Prediction, Sample
 
 
@@ -27,7 +27,7 @@ def train_loader(items: Dataset | list, batches: list[list[int]], workers: int, 
                  join: Callable = torch.stack) -> DataLoader:
     """The given batches of a dataset, or of a list, which is in memory and needs no workers; `join` as in `collate`."""
     return DataLoader(items, batch_sampler=batches, num_workers=0 if isinstance(items, list) else workers,
-                      collate_fn=partial(collate, join=join), worker_init_fn=ignore_signals,
+                      collate_fn=partial(collate, join=join), worker_init_fn=start_loader,
                       pin_memory=ranks.device.type == "cuda")
 
 
@@ -40,7 +40,7 @@ def over_items(answer: Callable, items: Dataset, data: PoseDataset, batch: int, 
     """
     mine = Subset(items, range(ranks.rank, len(items), ranks.world))
     loader = DataLoader(mine, batch, num_workers=workers, collate_fn=partial(collate, join=join),
-                        worker_init_fn=ignore_signals)
+                        worker_init_fn=start_loader)
     found = []
     for *columns, places, messages in tqdm(loader, "evaluate", disable=ranks.rank > 0, leave=False, dynamic_ncols=True):
         found += [pair for pair in zip(places, answer(*columns)) if pair[0] is not None]

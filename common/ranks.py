@@ -10,6 +10,7 @@ import os
 import random
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -151,10 +152,12 @@ def micro_batch(config: Any, ranks: Ranks) -> int:
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-def ignore_signals(worker: int) -> None:
-    """For loader processes: Ctrl-C and SIGTERM reach them too, but it is the loop that has to end in order."""
+def start_loader(worker: int) -> None:
+    """For loader processes: Ctrl-C and SIGTERM reach them too, but it is the loop that has to end in order. And where the
+    training was killed, a thread of multiprocessing would print a traceback about its broken connection."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = lambda kind, *rest: issubclass(kind, ConnectionError) or sys.__excepthook__(kind, *rest)
 
 
 def seed_all(*where: int) -> None:

@@ -427,6 +427,19 @@ def test_a_killed_loader_process_ends_the_run_with_its_line_and_what_was_saved_s
     assert "Traceback" not in errors and load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] >= 0
 
 
+@pytest.mark.parametrize("error", ["ConnectionResetError", "ValueError"])
+def test_a_loader_process_says_nothing_about_the_connection_that_a_killed_training_broke(error):
+    code = f"import sys; from common.ranks import start_loader; start_loader(0); sys.excepthook({error}, {error}('x'), None)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    assert done.stderr == ("" if error == "ConnectionResetError" else "ValueError: x\n")
+
+
+def test_a_connection_that_breaks_in_a_batch_is_said_as_the_loader_that_was_killed():
+    code = "from common.cli import run_main\ndef main(): raise ConnectionResetError(104, 'x')\nrun_main(main)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: a loader process was killed: was the memory full?")
+
+
 @pytest.mark.parametrize("what", ["loss_keypoints", "the gradient"])
 def test_a_loss_that_is_not_finite_stops_with_its_name_and_the_images(what, puppets_folder, tmp_path, capsys, monkeypatch):
     losses, calls = detrpose.criterion, []
