@@ -437,14 +437,14 @@ class DeformableAttention(nn.Module):
         self.sampling_offsets.bias.data.copy_(bias)
 
     def forward(self, x: Tensor, reference: Tensor, memory: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
-        offsets = rearrange(self.sampling_offsets(x), "b q (m l p xy) -> b q m l p xy",
-                            m=self.heads, l=self.levels, xy=2)
         logits = rearrange(self.attention_weights(x), "b q (m t) -> b q m t", m=self.heads)
         cells = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32, device=x.device)
+        cells = repeat(cells, "l xy -> (m l p xy)", m=self.heads, p=self.points)       # flat, which exports well
         # float32: bfloat16 would move a point by a tenth of a cell
-        locations = reference[:, :, None, None, None].float() + offsets.float() / cells[:, None]
+        locations = self.sampling_offsets(x).float() / cells + reference.float().repeat(1, 1, len(cells) // 2)
+        locations = rearrange(locations, "b q (m t xy) -> b q m t xy", m=self.heads, xy=2)
         value = rearrange(memory, "b n (m d) -> b n m d", m=self.heads)
-        return deform_attn(value, shapes, locations.flatten(3, 4), logits.softmax(-1), [self.points] * self.levels)
+        return deform_attn(value, shapes, locations, logits.softmax(-1), [self.points] * self.levels)
 
 
 class Gateway(nn.Module):

@@ -120,17 +120,14 @@ def export(module: ModuleType, model: nn.Module, path: Path, source: str) -> Non
     expected = [program(*case.values()) for case in cases]
     shaken = [program(*(x + SHAKE * torch.randn_like(x) if x.is_floating_point() else x for x in case.values()))
               for case in cases]
-    traced = {name: x[:1].repeat_interleave(TRACED, 0) for name, x in cases[0].items()}
     shapes = [f"{name} (batch, {', '.join(map(str, x.shape[1:]))}) {str(x.dtype).removeprefix('torch.')}"
-              for name, x in traced.items()]
+              for name, x in cases[0].items()]
     about = dict(method=method, checkpoint=source, keypoints=", ".join(model.skeleton.keypoints),
                  before=form.before, inputs="; ".join(shapes), outputs=", ".join(expected[0]), after=form.after)
     with whole(path) as part:
-        with quiet(), patch.dict(os.environ, POSE_KERNELS="plain"):
-            dynamic = tuple({0: torch.export.Dim("batch")} for _ in traced)
-            graph = torch.export.export(program, tuple(traced.values()), dynamic_shapes=(dynamic,))
+        with quiet():
             save = save_onnx if path.suffix == ".onnx" else save_pt2
-            runs = save(graph, part, list(traced), list(expected[0]), about)
+            runs = save(graph_of(program, *cases[0].values()), part, list(cases[0]), list(expected[0]), about)
         compared = "not compared, because onnxruntime is not installed"
         if runs:
             largest, share = difference([runs(case) for case in cases], expected)
@@ -144,6 +141,14 @@ def export(module: ModuleType, model: nn.Module, path: Path, source: str) -> Non
                 compared += (f" ({share:.1%} of the numbers above {TOLERANCE:g}: of queries with nearly equal scores "
                              f"rounding chooses others; noise of {SHAKE:g} on the inputs moves {own:.1%})")
     print(f"{path}: {about['inputs']} -> {about['outputs']}; {path.stat().st_size / 1e6:.1f} MB; {compared}")
+
+
+def graph_of(program: nn.Module, *inputs: Tensor) -> torch.export.ExportedProgram:
+    """What a module computes, in formulas, at any batch."""
+    inputs = tuple(x[:1].repeat_interleave(TRACED, 0) for x in inputs)
+    dynamic = tuple({0: torch.export.Dim("batch")} for _ in inputs)
+    with patch.dict(os.environ, POSE_KERNELS="plain"):
+        return torch.export.export(program, inputs, dynamic_shapes=(dynamic,))
 
 
 def difference(ours: list[list[Tensor]], expected: list[dict[str, Tensor]]) -> tuple[float, float]:

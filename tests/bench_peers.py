@@ -14,7 +14,6 @@ YOLO11's figures are without its NMS, which the other two do not need; decoding 
 Nothing is installed: what is missing is named, and the rest is measured. Figures are kept in OUT/peers.json after every
 size, and not taken again; the table is OUT/peers.md, the picture OUT/peers.png.
 """
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -47,14 +46,13 @@ def yolo(kind: str) -> nn.Module:
 
 def onnx_file(model: nn.Module, name: str, images: Tensor, folder: Path) -> Path:
     """The exported model; YOLO's has a fixed batch, as is its exporter's default."""
-    path = folder / (f"{name}.onnx" if name.startswith("detrpose") else f"{name}-{len(images)}.onnx")
-    if path.exists():
-        return path
-    if name.startswith("detrpose"):
-        export.export(detrpose, copy.deepcopy(model), path, "random weights")
-    else:
+    ours = name.startswith("detrpose")
+    path = folder / (f"{name}.onnx" if ours else f"{name}-{len(images)}.onnx")
+    if not path.exists():
         with export.quiet(), export.whole(path) as part:
-            export.save_onnx(torch.export.export(model, (images,)), part, ["images"], ["people"], {})
+            graph = (export.graph_of(export.Program(model, detrpose.exported(model).run), images) if ours else
+                     torch.export.export(model, (images,)))
+            export.save_onnx(graph, part, ["images"], ["logits", "keypoints"] if ours else ["people"], {})
     return path
 
 
