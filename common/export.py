@@ -117,17 +117,14 @@ def export(module: ModuleType, model: nn.Module, path: Path, source: str) -> Non
     program = Program(model, form.run).eval()
     cases = [file_inputs(module, model, form, count) for count in (1, 3)]
     outputs = list(program(*cases[0].values()))
-    traced = {name: x[:1].repeat_interleave(TRACED, 0) for name, x in cases[0].items()}
     shapes = [f"{name} (batch, {', '.join(map(str, x.shape[1:]))}) {str(x.dtype).removeprefix('torch.')}"
-              for name, x in traced.items()]
+              for name, x in cases[0].items()]
     about = dict(method=method, checkpoint=source, keypoints=", ".join(model.skeleton.keypoints),
                  before=form.before, inputs="; ".join(shapes), outputs=", ".join(outputs), after=form.after)
     with whole(path) as part:
-        with quiet(), patch.dict(os.environ, POSE_KERNELS="plain"):
-            dynamic = tuple({0: torch.export.Dim("batch")} for _ in traced)
-            graph = torch.export.export(program, tuple(traced.values()), dynamic_shapes=(dynamic,))
+        with quiet():
             save = save_onnx if path.suffix == ".onnx" else save_pt2
-            runs = save(graph, part, list(traced), outputs, about)
+            runs = save(graph_of(program, *cases[0].values()), part, list(cases[0]), outputs, about)
         compared = compare(program, runs, cases, method) if runs else (
             "not compared, because onnxruntime is not installed")
     print(f"{path}: {about['inputs']} -> {about['outputs']}; {path.stat().st_size / 1e6:.1f} MB; {compared}")
@@ -147,6 +144,14 @@ def compare(program: Program, runs: Callable, cases: list[dict[str, Tensor]], me
     return f"largest difference from {method} on drawn and random pictures {largest:.1e}" + bool(share) * (
         f" ({share:.1%} of the numbers above {TOLERANCE:g}: of queries with nearly equal scores "
         f"rounding chooses others; noise of {SHAKE:g} on the inputs moves {own:.1%})")
+
+
+def graph_of(program: nn.Module, *inputs: Tensor) -> torch.export.ExportedProgram:
+    """What a module computes, in formulas, at any batch."""
+    inputs = tuple(x[:1].repeat_interleave(TRACED, 0) for x in inputs)
+    dynamic = tuple({0: torch.export.Dim("batch")} for _ in inputs)
+    with patch.dict(os.environ, POSE_KERNELS="plain"):
+        return torch.export.export(program, inputs, dynamic_shapes=(dynamic,))
 
 
 def difference(ours: list[list[Tensor]], expected: list[dict[str, Tensor]]) -> tuple[float, float]:

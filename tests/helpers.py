@@ -143,7 +143,8 @@ def bench_flags(what: str, **defaults) -> argparse.Namespace:
         kind = type(default[0] if several else default)
         parser.add_argument(f"--{name}", type=kind, default=default, nargs="+" if several else None, help=f"default: {default}")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    if isinstance(args.threads, int):
+        torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     return args
 
