@@ -6,6 +6,7 @@ so a run that goes on after a kill needs no saved random state.
 """
 import contextlib
 import hashlib
+import multiprocessing
 import os
 import random
 import re
@@ -153,8 +154,11 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 
 def start_loader(worker: int) -> None:
-    """For loader processes: Ctrl-C and SIGTERM reach them too, but it is the loop that has to end in order. And where the
-    training was killed, a thread of multiprocessing would print a traceback about its broken connection."""
+    """For loader processes: Ctrl-C and SIGTERM reach them too, but it is the loop that has to end in order. Where the
+    training was killed, a thread of multiprocessing would print a traceback about its broken connection; and PyTorch
+    watches whether the parent changes from now on, so a parent that is dead by now would be waited for without end."""
+    if multiprocessing.get_start_method() != "forkserver" and os.getppid() != multiprocessing.parent_process().pid:
+        os._exit(1)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     sys.excepthook = lambda kind, *rest: issubclass(kind, ConnectionError) or sys.__excepthook__(kind, *rest)

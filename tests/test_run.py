@@ -427,11 +427,26 @@ def test_a_killed_loader_process_ends_the_run_with_its_line_and_what_was_saved_s
     assert "Traceback" not in errors and load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] >= 0
 
 
+LOADER = """                                                                # two pieces of code around its start
+import multiprocessing, os, sys
+from common.ranks import start_loader
+def work():
+    exec(sys.argv[1]); start_loader(0); exec(sys.argv[2]); sys.stderr.flush()
+process = multiprocessing.get_context("fork").Process(target=work)
+process.start(); process.join(); sys.exit(process.exitcode)"""
+
+
 @pytest.mark.parametrize("error", ["ConnectionResetError", "ValueError"])
 def test_a_loader_process_says_nothing_about_the_connection_that_a_killed_training_broke(error):
-    code = f"import sys; from common.ranks import start_loader; start_loader(0); sys.excepthook({error}, {error}('x'), None)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
-    assert done.stderr == ("" if error == "ConnectionResetError" else "ValueError: x\n")
+    done = subprocess.run([sys.executable, "-c", LOADER, "pass", f"sys.excepthook({error}, {error}('x'), None)"],
+                          cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ("" if error == "ConnectionResetError" else "ValueError: x\n")
+
+
+def test_a_loader_process_that_starts_after_its_training_was_killed_ends():
+    code = "os.getppid = lambda: 1", "print('goes on')"
+    done = subprocess.run([sys.executable, "-c", LOADER, *code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stderr and not done.stdout
 
 
 def test_a_connection_that_breaks_in_a_batch_is_said_as_the_loader_that_was_killed():
